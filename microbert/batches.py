@@ -1,0 +1,57 @@
+"""Token shards -> batches: a pure function of (seed, step, rank, world size).
+
+Training reads an endless line of positions: position p is sequence number p % N of the permutation that (seed, epoch) give,
+with epoch = p // N. A step takes the next global batch from the line, so every sequence comes once an epoch, every step has
+the same shape on every rank, and resuming means setting the step.
+Shapes: B sequences of a batch, T = max_seq_len, N sequences of the split.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from .counter_rng import permute
+from .tokens import Sequences
+
+EVALUATION_EPOCH = 2**32  # held-out masks are drawn as if in this epoch, which training never reaches
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """input_ids: int64 [B, T]. sequence_ids, epochs: int64 [B]. real: bool [B], False for rows that only fill the batch."""
+
+    input_ids: np.ndarray
+    sequence_ids: np.ndarray
+    epochs: np.ndarray
+    real: np.ndarray
+
+
+def steps_in_run(n_sequences: int, epochs: int, global_batch_size: int) -> int:
+    """Steps for `epochs` passes; the last batch is filled up where it is not full."""
+    return -(-n_sequences * epochs // global_batch_size)
+
+
+def training_batch(sequences: Sequences, *, step: int, epochs: int, global_batch_size: int, seed: int, rank: int = 0,
+                   world_size: int = 1) -> Batch:
+    """The rank's share of the global batch of a step (from 0): global_batch_size / world_size rows.
+
+    Raises ValueError unless the world size divides the global batch size.
+    """
+    if global_batch_size % world_size:
+        raise ValueError(f"a global batch of {global_batch_size} cannot be shared by {world_size} processes")
+    n = len(sequences)
+    rows = global_batch_size // world_size
+    positions = step * global_batch_size + rank * rows + np.arange(rows)
+    real = positions < n * epochs
+    positions = np.minimum(positions, n * epochs - 1)
+    epoch = positions // n
+    ids = permute(positions % n, n, seed, epoch)
+    return Batch(sequences.read(ids), ids, epoch, real)
+
+
+def evaluation_batches(sequences: Sequences, batch_size: int) -> Iterator[Batch]:
+    """All sequences in the order in which they lie on disk; the last batch may be smaller."""
+    for start in range(0, len(sequences), batch_size):
+        ids = np.arange(start, min(start + batch_size, len(sequences)))
+        yield Batch(sequences.read(ids), ids, np.full(len(ids), EVALUATION_EPOCH), np.ones(len(ids), bool))

@@ -1,0 +1,144 @@
+"""Atomic save, verify, resume, rotate: safetensors and JSON, never pickle.
+
+checkpoint-<step>/ is a Hugging Face model folder with three files more: optimizer.safetensors, state.json (what the run was
+and where it stands) and manifest.json (the size and SHA-256 of every other file, written last).
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from tokenizers import Tokenizer
+from torch import nn
+
+from .config import Config, InputError
+from .export import from_hugging_face, save_model
+from .files import read_json, sha256, sync_folder, write_atomic, write_json
+from .model import Bert
+from .run import Run, checkpoint_folders
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "state.json"}
+TEMPORARY = ".checkpoint.tmp"
+# constants that say where, how often or on what, not which model comes out
+FREE_TO_CHANGE = {"device", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite", "micro_batch_size"}
+
+
+@dataclasses.dataclass
+class State:
+    """Where a run stands: `step` steps are done, in `seconds` over all its starts.
+
+    Losses are in nats a masked token. loss_sum and loss_steps belong to the line of metrics that is being gathered.
+    """
+
+    tokens_key: str
+    step: int = 0
+    seconds: float = 0.0
+    best_eval_loss: float = float("inf")
+    best_step: int = 0
+    last_eval_loss: float = float("inf")
+    last_eval_accuracy: float = 0.0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+
+
+def find_checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint that is whole, or None at the first start; called before any long work.
+
+    Warns about each damaged one on the way. Raises InputError when all are damaged, or the run's constants have changed.
+    """
+    shutil.rmtree(run.folder / TEMPORARY, ignore_errors=True)  # what a kill inside a save left behind
+    damaged = []
+    for path in checkpoint_folders(run.folder):
+        try:
+            verify(path)
+            stored = read_json(path / "state.json")
+            if stored["format"] != FORMAT:
+                raise ValueError(f"format {stored['format']}, not {FORMAT}")
+            _compare_configs(path, stored["config"], run.config)
+            if damaged:
+                for bad in damaged:
+                    shutil.rmtree(bad)  # so that it is never taken for the newest again
+            return path
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
+            damaged.append(path)
+    if damaged:
+        raise InputError(f"no checkpoint in {run.folder} is whole; --overwrite starts anew, and nothing is removed until then")
+    return None
+
+
+def verify(path: Path) -> None:
+    """Raises ValueError or OSError unless the checkpoint holds exactly what its manifest says."""
+    manifest = read_json(path / MANIFEST)
+    if set(manifest) != FILES:
+        raise ValueError("the manifest does not list the files of a checkpoint")
+    for name, stored in manifest.items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            raise ValueError(f"{name} is missing or a link")
+        if file.stat().st_size != stored["size"] or sha256(file) != stored["sha256"]:
+            raise ValueError(f"{name} is not what was saved")
+
+
+def save_checkpoint(run: Run, state: State, model: Bert, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer) -> None:
+    """Writes checkpoint-<step>, then removes the oldest beyond keep_checkpoints. Nothing happens when it is there already."""
+    final = run.folder / f"checkpoint-{state.step}"
+    if final.exists():
+        return
+    temporary = run.folder / TEMPORARY
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_model(model, tokenizer, temporary)
+    moments = save(_optimizer_tensors(model, optimizer))
+    write_atomic(temporary / "optimizer.safetensors", lambda file: file.write(moments))
+    write_json(temporary / "state.json", {"format": FORMAT, "config": dataclasses.asdict(run.config), "state": dataclasses.asdict(state)})
+    write_json(temporary / MANIFEST, {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
+                                      for name in sorted(FILES)})
+    os.rename(temporary, final)
+    sync_folder(run.folder)
+    for old in checkpoint_folders(run.folder)[run.config.keep_checkpoints :]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(path: Path, model: Bert, optimizer: torch.optim.Optimizer, tokens_key: str) -> State:
+    """Sets model and optimizer as they were saved, and returns the run's state. The checkpoint must have been verified.
+
+    Raises InputError when it was trained on other tokens, or does not fit the model.
+    """
+    try:
+        state = State(**read_json(path / "state.json")["state"])
+        if state.tokens_key != tokens_key:
+            raise InputError(f"{path} was trained on other tokens: the dataset has changed since; "
+                             "bring the old one back, or start anew with --overwrite or another --output-dir")
+        from_hugging_face(model, load_file(path / "model.safetensors"))
+        stored = load_file(path / "optimizer.safetensors")
+        for name, parameter in model.named_parameters():
+            moments = {key: stored[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq") if state.step}
+            if moments:
+                optimizer.state[parameter] = {"step": torch.tensor(float(state.step), device=parameter.device),
+                                              **{key: value.to(parameter.device) for key, value in moments.items()}}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path} does not fit this run: {error}") from error
+    return state
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Adam's two moments by parameter name; its step count is the run's."""
+    return {f"{key}.{name}": optimizer.state[parameter][key].contiguous()
+            for name, parameter in model.named_parameters() if parameter in optimizer.state for key in ("exp_avg", "exp_avg_sq")}
+
+
+def _compare_configs(path: Path, stored: dict, config: Config) -> None:
+    now = dataclasses.asdict(config)
+    different = [f"{name} = {now[name]!r} (was {stored.get(name)!r})" for name in now
+                 if name not in FREE_TO_CHANGE and now[name] != stored.get(name)]
+    if different:
+        raise InputError(f"{path} belongs to a run with other constants: {', '.join(different)}. "
+                         "Put them back to go on with it, or start anew with --overwrite or another --output-dir")

@@ -1,0 +1,249 @@
+"""Constants block -> flags -> one frozen, validated Config; the learning-rate rule.
+
+A script's constants are plain lower-case globals. `read_config` takes them, lets flags of the same names override them, and
+checks every value. Only the standard library is imported here, so that `--help` and a mistake are answered at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import glob
+import io
+import math
+import re
+import sys
+import tokenize
+import types
+import typing
+from pathlib import Path
+
+MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
+
+
+class InputError(Exception):
+    """Something that the user can fix: told in one or two plain lines, exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every constant of a script, checked. Lengths are in tokens, `dataset` and folders are as the user wrote them."""
+
+    n_layers: int
+    n_heads: int
+    n_embed: int
+    max_seq_len: int
+    vocab_size: int
+    dropout: float
+
+    dataset: str
+    text_column: str | None
+    max_samples: int | None
+    packing: bool
+    lowercase: bool
+    strip_accents: bool
+    mlm_probability: float
+
+    epochs: int
+    batch_size: int
+    micro_batch_size: int | None
+    learning_rate: float
+    lr_scaling: str
+    warmup_ratio: float
+    weight_decay: float
+    grad_clip: float | None
+
+    seed: int
+    device: str
+    eval_every: int | None
+    save_every: int | None
+    keep_checkpoints: int
+    output_dir: str
+    cache_dir: str
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "n_heads", "n_embed", "batch_size", "epochs", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, "must be at least 1", self)
+        for name in ("micro_batch_size", "max_samples", "eval_every", "save_every"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be None or at least 1", self)
+        if self.n_embed % self.n_heads:
+            raise InputError(f"n_embed = {self.n_embed} must be divisible by n_heads = {self.n_heads}: each head takes an equal share")
+        _require(self.max_seq_len >= 3, "max_seq_len", "must be at least 3: [CLS], one token, [SEP]", self)
+        _require(self.vocab_size >= MIN_VOCAB_SIZE, "vocab_size",
+                 f"is too small: the special tokens take {MIN_VOCAB_SIZE - 1}, so at least {MIN_VOCAB_SIZE} are needed", self)
+        _require(self.learning_rate > 0, "learning_rate", "must be a finite number above 0", self)
+        _require(self.lr_scaling in ("auto", "none"), "lr_scaling", 'must be "auto" or "none"', self)
+        _require(0 < self.mlm_probability <= 1, "mlm_probability", "must be above 0 and at most 1", self)
+        _require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1", self)
+        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "must be at least 0 and below 1", self)
+        _require(self.weight_decay >= 0, "weight_decay", "must be at least 0", self)
+        _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", "must be None or above 0", self)
+        _require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2**63", self)
+        _require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, "device",
+                 'must be "auto", "cpu", "cuda", "cuda:N" or "mps"', self)
+        for name in ("dataset", "output_dir", "cache_dir"):
+            _require(getattr(self, name).strip() != "", name, "must not be empty", self)
+        if self.dataset != "imdb" and not dataset_files(self.dataset):
+            raise InputError(f'dataset = "{self.dataset}" is neither "imdb" nor a file that exists: '
+                             "give a path or a glob of .txt, .jsonl, .csv or .parquet files")
+
+
+def dataset_files(dataset: str) -> list[str]:
+    """The files that a path or glob names, sorted, so that every run reads them in the same order."""
+    path = Path(dataset)
+    if path.is_file():
+        return [str(path)]
+    return sorted(file for file in glob.glob(dataset, recursive=True) if Path(file).is_file())
+
+
+def peak_learning_rate(config: Config) -> float:
+    """The peak that the optimizer gets.
+
+    `learning_rate` is read as that of a 768-wide BERT at 4,096 tokens a step, and carried over to this width (Adam's width
+    transfer, as in muP, arXiv:2203.03466) and to this number of tokens a step (the square-root batch rule, arXiv:2205.10287).
+    """
+    if config.lr_scaling == "none":
+        return config.learning_rate
+    tokens_per_step = config.batch_size * config.max_seq_len
+    return config.learning_rate * (768 / config.n_embed) * math.sqrt(tokens_per_step / 4096)
+
+
+def explain_learning_rate(config: Config) -> str:
+    """One line: the constant, the peak, and how the one came from the other."""
+    peak = peak_learning_rate(config)
+    if config.lr_scaling == "none":
+        return f"learning rate: {peak:g} as it stands (lr_scaling = none)"
+    tokens_per_step = config.batch_size * config.max_seq_len
+    return (f"learning rate: {config.learning_rate:g} is for a 768-wide BERT at 4096 tokens a step; here the peak is "
+            f"{config.learning_rate:g} x 768/{config.n_embed} x sqrt({tokens_per_step}/4096) = {peak:.3g}")
+
+
+def read_config(script: str, constants: dict[str, object], argv: list[str] | None = None) -> Config:
+    """The Config of a script: its constants, overridden by flags. Prints one line and exits with 2 on any mistake.
+
+    script: the script's path (`__file__`); the comments of its block become the text of `--help`.
+    constants: the script's `globals()`.
+    argv: the flags, sys.argv[1:] when None.
+    """
+    try:
+        values = _constants_block(Path(script).name, constants)
+        values |= _parse_flags(script, values, sys.argv[1:] if argv is None else argv)
+        return Config(**values)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _fields() -> dict[str, object]:
+    return typing.get_type_hints(Config)
+
+
+def _constants_block(script_name: str, constants: dict[str, object]) -> dict[str, object]:
+    block = {name: value for name, value in constants.items()
+             if name == name.lower() and not name.startswith("_") and not callable(value) and not isinstance(value, types.ModuleType)}
+    for name in block:
+        if name not in _fields():
+            raise InputError(f"{script_name}: unknown constant {name}{_suggestion(name, _fields())}")
+    for name in _fields():
+        if name not in block:
+            raise InputError(f"{script_name}: the constant {name} is missing from the block at the top")
+    return {name: _convert(name, value) for name, value in block.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(f"{message} (--help lists every flag)")
+
+
+def _parse_flags(script: str, defaults: dict[str, object], argv: list[str]) -> dict[str, object]:
+    source = Path(script).read_text(encoding="utf-8")
+    first_line, comments = _docstring_line(source), _comments(source)
+    parser = _Parser(prog=f"python {Path(script).name}", usage="%(prog)s [--constant VALUE ...]", description=first_line, allow_abbrev=False,
+                     epilog="Each flag is a constant at the top of the script; editing it there does the same.")
+    known = []
+    for name, default in defaults.items():
+        flag = "--" + name.replace("_", "-")
+        flags = [flag, "--lr"] if name == "learning_rate" else [flag]
+        known += flags
+        text = f"{comments.get(name, '')} [{default}]".strip().replace("%", "%%")
+        if _fields()[name] is bool:
+            parser.add_argument(flag, dest=name, nargs="?", const="true", metavar="true|false", default=argparse.SUPPRESS, help=text)
+            parser.add_argument("--no-" + flag[2:], dest=name, action="store_const", const="false",
+                                default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(*flags, dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = _suggestion(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
+        raise InputError(f"unknown flag {unknown[0]}{hint} (--help lists every flag)")
+    return {name: _convert(name, value) for name, value in vars(parsed).items()}
+
+
+def _suggestion(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _convert(name: str, value: object) -> object:
+    """A constant or a flag's text as the field's type. `None` and `none` mean None where the field may be None."""
+    hint = _fields()[name]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() == "none" and types.NoneType in options):
+        if types.NoneType in options:
+            return None
+        raise InputError(f"{name} must not be None")
+    kind = options[0]
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        raise InputError(f"{name} = {value!r} must be true or false")
+    if isinstance(value, bool):
+        raise InputError(f"{name} = {value} must be a {'number' if kind in (int, float) else 'text'}")
+    if kind is str:
+        if not isinstance(value, str):
+            raise InputError(f"{name} = {value!r} must be a text in quotes")
+        return value
+    if kind is int:
+        return _whole_number(name, value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{name} = {value!r} must be a finite number")
+    return number
+
+
+def _whole_number(name: str, value: object) -> int:
+    """32, "32", "500K", "10m", 1e6."""
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?(?:e\d+)?)([km]?)", str(value).replace("_", "").lower().strip())
+    if match:
+        number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6}[match[2]]
+        if number == int(number):
+            return int(number)
+    raise InputError(f"{name} = {value!r} must be a whole number (500K and 10M are understood)")
+
+
+def _docstring_line(source: str) -> str:
+    match = re.match(r'\s*"""(.*)', source)
+    return match[1].strip('" ') if match else ""
+
+
+def _comments(source: str) -> dict[str, str]:
+    """The comment behind each `name = value` line of a script."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        match = re.match(r"([a-z_]+) = ", token.line)
+        if token.type == tokenize.COMMENT and match:
+            comments[match[1]] = token.string.lstrip("# ")
+    return comments
+
+
+def _require(holds: bool, name: str, rule: str, config: Config) -> None:
+    if not holds:
+        raise InputError(f"{name} = {getattr(config, name)!r} {rule}")

@@ -1,0 +1,48 @@
+"""Random numbers as arithmetic: a pure function of (seed, counters), the same in any order, on any rank, after any restart.
+
+Each counter is mixed in with the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+generators"). All arrays are uint64, where numpy's multiplication wraps as the algorithm wants.
+"""
+
+import numpy as np
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def random_bits(*counters: int | np.ndarray) -> np.ndarray:
+    """64 random bits for each element of the counters, which are broadcast against each other. Shape: at least one axis."""
+    bits = np.zeros(1, np.uint64)
+    for counter in counters:
+        bits = _mix((bits ^ np.asarray(counter).astype(np.uint64)) + GOLDEN)
+    return bits
+
+
+def uniform(bits: np.ndarray) -> np.ndarray:
+    """Random bits as float64 in [0, 1)."""
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def permute(index: np.ndarray, n: int, *counters: int | np.ndarray) -> np.ndarray:
+    """The place of each index under a permutation of range(n) that (counters) choose, without ever holding the permutation.
+
+    A four-round Feistel network over the next power of four, walked until the value falls below n (Black and Rogaway 2002,
+    "Ciphers with arbitrary finite domains"). index: any shape, each in [0, n); counters are broadcast against it.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64(2**half - 1), np.uint64(half)
+    keys = np.broadcast_to(random_bits(*counters), np.shape(index))
+    value = np.asarray(index).astype(np.uint64)
+    outside = np.ones(value.shape, bool)
+    while outside.any():
+        left, right = value[outside] >> shift, value[outside] & mask
+        for round_number in range(4):
+            left, right = right, left ^ (random_bits(keys[outside], round_number, right) & mask)
+        value[outside] = (left << shift) | right
+        outside = value >= np.uint64(n)
+    return value.astype(np.int64)

@@ -1,0 +1,75 @@
+"""Fill the [MASK] of a text: `python -m microbert.fill_mask runs/v1 "this movie is [MASK] ."`"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from .config import InputError
+from .export import from_hugging_face, model_config
+from .files import read_json
+from .model import Bert
+from .tokenizer import MASK_ID, N_SPECIAL, load_tokenizer
+
+EXAMPLES = ("this movie is [MASK] .", "the [MASK] was great .", "i have never [MASK] such a bad film .")
+
+
+@torch.no_grad()
+def fill_mask(model: Bert, tokenizer: Tokenizer, text: str, n_best: int = 5) -> list[list[tuple[str, float]]]:
+    """For each [MASK] of the text, the likeliest ordinary tokens and their probabilities.
+
+    Raises InputError when the text has no [MASK] or is longer than the model takes.
+    """
+    ids = tokenizer.encode(text).ids
+    positions = [position for position, token_id in enumerate(ids) if token_id == MASK_ID]
+    if not positions:
+        raise InputError(f"no [MASK] in {text!r}: write [MASK], in capitals, where a word is missing")
+    if len(ids) > model.config.max_seq_len:
+        raise InputError(f"the text has {len(ids)} tokens, and this model takes {model.config.max_seq_len}")
+    model = model.eval()
+    device = model.output_bias.device
+    logits = model.logits(torch.tensor([ids], device=device), None, torch.tensor([positions], device=device))  # [M, V]
+    logits[:, :N_SPECIAL] = -torch.inf
+    best = logits.softmax(dim=1).topk(min(n_best, logits.shape[1] - N_SPECIAL))
+    return [[(tokenizer.id_to_token(token_id), probability) for token_id, probability in zip(token_ids, probabilities)]
+            for token_ids, probabilities in zip(best.indices.tolist(), best.values.tolist())]
+
+
+def print_fill_mask(model: Bert, tokenizer: Tokenizer, text: str) -> None:
+    print(text)
+    for candidates in fill_mask(model, tokenizer, text):
+        print("   " + "  ".join(f"{token} {probability:.1%}" for token, probability in candidates))
+
+
+def load_run(folder: Path) -> tuple[Bert, Tokenizer]:
+    """The model and tokenizer of a run folder or a checkpoint. Raises InputError where there is none."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no model yet: give a finished run's folder, or a checkpoint in it")
+    try:
+        model = Bert(model_config(read_json(folder / "config.json")))
+        from_hugging_face(model, load_file(folder / "model.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be loaded: {error}") from error
+    return model, load_tokenizer(folder / "tokenizer.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m microbert.fill_mask", description="Fills each [MASK] of a text.")
+    parser.add_argument("folder", type=Path, help="a finished run, such as runs/v1, or a checkpoint in it")
+    parser.add_argument("text", nargs="+", help='such as "this movie is [MASK] ."')
+    arguments = parser.parse_args()
+    try:
+        model, tokenizer = load_run(arguments.folder)
+        for text in arguments.text:
+            print_fill_mask(model, tokenizer, text)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What people see of a run: the progress bar, metrics.jsonl, the training curve."""
+
+import json
+import logging
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .files import write_atomic, write_text
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. Opening it for a run that goes on drops the lines after its checkpoint."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def write(self, line: dict[str, float]) -> None:
+        self.lines.append(line)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def has_evaluation(self, step: int) -> bool:
+        return any(line["step"] == step and "eval/loss" in line for line in self.lines)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; none when there is no file. A last line that a kill cut short is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "step" in line:
+                lines.append(line)
+    return lines
+
+
+def progress_bar(step: int, total_steps: int) -> tqdm:
+    """Shows steps, ETA and what `set_postfix_str` is given."""
+    return tqdm(total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05)
+
+
+def draw_training_curve(folder: Path, lines: list[dict[str, float]], uniform_loss: float, unigram_loss: float) -> None:
+    """training_curve.png: training and held-out loss against steps, with the two guesses to read them against."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its first import announces a font cache
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("train/loss", "training", {"color": "tab:blue", "alpha": 0.7}),
+                              ("eval/loss", "held out", {"color": "tab:red", "marker": "o", "markersize": 4})):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points), label=label, **style)
+    axes.axhline(uniform_loss, color="gray", linestyle=":", label=f"uniform guess, ln(vocabulary) = {uniform_loss:.2f}")
+    axes.axhline(unigram_loss, color="gray", linestyle="--", label=f"guess by word frequency = {unigram_loss:.2f}")
+    axes.set(xlabel="step", ylabel="MLM loss (nats a masked token)", title=f"Masked language modelling, {folder.name}")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    write_atomic(folder / "training_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))

@@ -1,0 +1,146 @@
+"""One run, one folder: the lock on output_dir, status.json, signals, exit codes."""
+
+import contextlib
+import datetime
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from .config import Config, InputError
+from .files import read_json, write_json
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+STATUS, LOCK = "status.json", ".lock"
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+RUN_FILES = (*MODEL_FILES, "metrics.jsonl", "training_curve.png", STATUS)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and everything is saved."""
+
+
+class Diverged(Exception):
+    """The numbers broke down (NaN or infinity); the message says where and what to try."""
+
+
+class Run:
+    """The folder of a run that this process holds the lock of. `stop_signal` is the signal that arrived, if one did."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+        self.stop_signal: str | None = None
+
+    def is_finished(self) -> bool:
+        """True when the folder holds a whole run: the model card is the last file that a run writes."""
+        return all((self.folder / name).is_file() for name in MODEL_FILES)
+
+    def check_stop(self) -> None:
+        """Raises Stopped when a signal has arrived: to be called where nothing would be lost."""
+        if self.stop_signal:
+            raise Stopped(f"stopped by {self.stop_signal}; the same command goes on from here")
+
+    def write_status(self, state: str, exit_code: int | None, reason: str) -> None:
+        write_json(self.folder / STATUS, {"state": state, "exit_code": exit_code, "reason": reason, "rank": 0, "pid": os.getpid(),
+                                          "host": socket.gethostname(), "time": datetime.datetime.now().isoformat(timespec="seconds")})
+
+
+@contextlib.contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Holds `output_dir` for one run, and ends the process with DESIGN's exit code when something goes wrong inside.
+
+    A folder that this call made is taken away again when the input turns out to be bad.
+    """
+    folder = Path(config.output_dir)
+    is_new = not folder.exists()
+    run = Run(config, folder)
+    lock = filelock.FileLock(folder / LOCK)
+    holds_lock = False
+    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_signal(run, name)) for name in ("SIGTERM", "SIGINT")}
+    try:
+        _acquire(folder, lock, is_new)
+        holds_lock = True
+        if config.overwrite:
+            _remove_earlier_run(folder)
+        run.write_status("running", None, "")
+        yield run
+        run.write_status("done", DONE, "")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if holds_lock and is_new:
+            _remove_earlier_run(folder)
+            lock.release()
+            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        elif holds_lock:
+            run.write_status("failed", BAD_INPUT, str(error))
+        raise SystemExit(BAD_INPUT) from None
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        run.write_status("stopped", STOPPED, str(stopped))
+        raise SystemExit(STOPPED) from None
+    except Diverged as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        run.write_status("failed", FAILED, str(error))
+        raise SystemExit(FAILED) from None
+    except Exception as error:
+        traceback.print_exc()
+        if holds_lock:
+            with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+                run.write_status("failed", FAILED, f"{type(error).__name__}: {error}")
+        raise SystemExit(FAILED) from None
+    finally:
+        lock.release()
+        for name, handler in signals.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first. Symbolic links are not followed, and not counted."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir() and not path.is_symlink()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def _note_signal(run: Run, name: str) -> None:
+    if run.stop_signal is None:
+        run.stop_signal = name
+        print(f"\n{name}: stopping at the next safe point ...", file=sys.stderr)
+
+
+def _acquire(folder: Path, lock: filelock.FileLock, is_new: bool) -> None:
+    if not is_new and not folder.is_dir():
+        raise InputError(f"output_dir = {str(folder)!r} is a file, not a folder")
+    if not is_new and not _is_run(folder) and any(path.name != LOCK for path in folder.iterdir()):
+        raise InputError(f"output_dir = {str(folder)!r} holds other files; choose a new folder, so that nothing of yours is replaced")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        try:
+            status = read_json(folder / STATUS)
+            holder = f"process {status['pid']} on {status['host']}, since {status['time']}"
+        except (OSError, ValueError, KeyError):
+            holder = "another process"
+        raise InputError(f"output_dir = {str(folder)!r} is in use by {holder}; wait for it, or choose another --output-dir") from None
+    except OSError as error:
+        raise InputError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}") from None
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / STATUS).exists() or (folder / "metrics.jsonl").exists() or bool(checkpoint_folders(folder))
+
+
+def _remove_earlier_run(folder: Path) -> None:
+    """Removes what a run leaves, by name, and nothing else."""
+    for path in checkpoint_folders(folder):
+        shutil.rmtree(path)
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)

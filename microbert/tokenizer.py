@@ -1,0 +1,117 @@
+"""Train, save and load a WordPiece tokenizer. The special ids are decided here and nowhere else."""
+
+import functools
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from .config import Config, InputError
+from .corpus import Corpus, Survey, documents, split_hash
+from .files import fingerprint, write_json, write_text
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
+N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here on are ordinary tokens
+
+SAMPLE_CHARACTERS = 16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
+FORMAT = 1
+
+
+def get_tokenizer(corpus: Corpus, survey: Survey, config: Config, check_stop: Callable[[], None]) -> Tokenizer:
+    """The tokenizer of this corpus and these settings: from the cache when an earlier run trained it, else trained now."""
+    key = fingerprint(FORMAT, config.vocab_size, config.lowercase, config.strip_accents, config.seed, SAMPLE_CHARACTERS)
+    path = corpus.cache_folder(config) / f"tokenizer-{key}.json"
+    if path.exists():
+        return load_tokenizer(path)
+    print("tokenizer: training WordPiece on the training documents ...")
+    tokenizer = train_tokenizer(functools.partial(_training_sample, corpus, survey, config.seed, check_stop), vocab_size=config.vocab_size,
+                                lowercase=config.lowercase, strip_accents=config.strip_accents)
+    write_text(path, tokenizer.to_str())
+    return tokenizer
+
+
+def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, lowercase: bool, strip_accents: bool) -> Tokenizer:
+    """A WordPiece tokenizer of at most `vocab_size` tokens, the special ones first. `sample` is read twice.
+
+    The library's trainer numbers the characters in the order of a randomly seeded hash table, and breaks ties between merges
+    by these numbers, so two trainings on one text give two vocabularies. Naming every character beforehand, in order of
+    frequency, makes the result a function of the text alone.
+    """
+    normalizer = normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, lowercase=lowercase, strip_accents=strip_accents)
+    characters = Counter()
+    for text in sample():
+        characters.update(normalizer.normalize_str(text))
+    frequent = sorted((c for c in characters if not c.isspace()), key=lambda c: (-characters[c], c))[: max(1, (vocab_size - N_SPECIAL) // 2)]
+    alphabet = sorted(frequent)
+    alphabet += ["##" + c for c in alphabet if _continues_a_word(c)]
+    alphabet = alphabet[: vocab_size - N_SPECIAL]
+
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer = normalizer
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    named = [*SPECIAL_TOKENS, *alphabet]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=named, limit_alphabet=len(frequent), min_frequency=2,
+                                        show_progress=False)
+    trained.train_from_iterator(sample(), trainer)
+
+    ids = trained.get_vocab()
+    merged = sorted(ids.keys() - set(named), key=ids.get)
+    vocabulary = (named + merged)[:vocab_size]
+    # rebuilt, because the trainer marked every named character as a special token
+    tokenizer = Tokenizer(models.WordPiece(vocab={token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)])
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Raises InputError when the file is not a tokenizer with this suite's special ids."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{path} is not a tokenizer: {error}") from error
+    for token_id, token in enumerate(SPECIAL_TOKENS):
+        if tokenizer.token_to_id(token) != token_id:
+            raise InputError(f"{path}: {token} must have the id {token_id}")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
+    """Writes the two files from which `AutoTokenizer` loads it."""
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        **dict(zip(roles, SPECIAL_TOKENS)),
+    })
+
+
+def _training_sample(corpus: Corpus, survey: Survey, seed: int, check_stop: Callable[[], None]) -> Iterator[str]:
+    """Training documents, thinned evenly to about SAMPLE_CHARACTERS, never a held-out one."""
+    share = min(1.0, SAMPLE_CHARACTERS / survey.characters)
+    below = survey.held_out_below + int((2**64 - survey.held_out_below) * share)
+    for n, text in enumerate(documents(corpus.rows())):
+        if n % 1000 == 0:
+            check_stop()
+        if survey.held_out_below <= split_hash(text, seed) < below:
+            yield text
+
+
+def _continues_a_word(character: str) -> bool:
+    """False for what BERT's pre-tokenizer always splits off: punctuation and Chinese characters."""
+    code = ord(character)
+    punctuation = (33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
+                   or unicodedata.category(character).startswith("P"))
+    chinese = (0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF or 0x20000 <= code <= 0x2CEAF
+               or 0xF900 <= code <= 0xFAFF or 0x2F800 <= code <= 0x2FA1F)
+    return not punctuation and not chinese
