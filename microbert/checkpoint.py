@@ -26,8 +26,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "state.json"}
 TEMPORARY = ".checkpoint.tmp"
-# constants that say where, how often or on what, not which model comes out
-FREE_TO_CHANGE = {"device", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite", "micro_batch_size"}
+# constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
+FREE_TO_CHANGE = {"dataset", "device", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite", "micro_batch_size"}
 
 
 @dataclasses.dataclass
@@ -113,14 +113,15 @@ def load_checkpoint(path: Path, model: Bert, optimizer: torch.optim.Optimizer, t
     Raises InputError when it was trained on other tokens, or does not fit the model.
     """
     try:
-        state = State(**read_json(path / "state.json")["state"])
+        stored = read_json(path / "state.json")
+        state = State(**stored["state"])
         if state.tokens_key != tokens_key:
-            raise InputError(f"{path} was trained on other tokens: the dataset has changed since; "
-                             "bring the old one back, or start anew with --overwrite or another --output-dir")
+            raise InputError(f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} as it was then: "
+                             "bring that back, or start anew with --overwrite or another --output-dir")
         from_hugging_face(model, load_file(path / "model.safetensors"))
-        stored = load_file(path / "optimizer.safetensors")
+        tensors = load_file(path / "optimizer.safetensors")
         for name, parameter in model.named_parameters():
-            moments = {key: stored[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq") if state.step}
+            moments = {key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq") if state.step}
             if moments:
                 optimizer.state[parameter] = {"step": torch.tensor(float(state.step), device=parameter.device),
                                               **{key: value.to(parameter.device) for key, value in moments.items()}}

@@ -50,16 +50,22 @@ def draw_training_curve(folder: Path, lines: list[dict[str, float]], uniform_los
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its first import announces a font cache
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    whole, close = figure.subplots(1, 2)
+    losses = []
     for key, label, style in (("train/loss", "training", {"color": "tab:blue", "alpha": 0.7}),
                               ("eval/loss", "held out", {"color": "tab:red", "marker": "o", "markersize": 4})):
         points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points), label=label, **style)
-    axes.axhline(uniform_loss, color="gray", linestyle=":", label=f"uniform guess, ln(vocabulary) = {uniform_loss:.2f}")
-    axes.axhline(unigram_loss, color="gray", linestyle="--", label=f"guess by word frequency = {unigram_loss:.2f}")
-    axes.set(xlabel="step", ylabel="MLM loss (nats a masked token)", title=f"Masked language modelling, {folder.name}")
-    axes.legend()
-    axes.grid(alpha=0.3)
+        losses += [loss for _, loss in points]
+        for axes in (whole, close):
+            axes.plot([step for step, _ in points], [loss for _, loss in points], label=label, **style)
+    for axes in (whole, close):
+        axes.axhline(uniform_loss, color="gray", linestyle=":", label=f"uniform guess, ln(vocabulary) = {uniform_loss:.2f}")
+        axes.axhline(unigram_loss, color="gray", linestyle="--", label=f"guess by word frequency = {unigram_loss:.2f}")
+        axes.set(xlabel="step", ylabel="MLM loss (nats a masked token)")
+        axes.grid(alpha=0.3)
+    low, high = min([*losses, unigram_loss]), max([*losses, unigram_loss])
+    close.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), title="the same, closer")
+    whole.set(title=f"{folder.name}: masked language modelling")
+    whole.legend()
     write_atomic(folder / "training_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))

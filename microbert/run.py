@@ -56,16 +56,16 @@ class Run:
 def open_run(config: Config) -> Iterator[Run]:
     """Holds `output_dir` for one run, and ends the process with DESIGN's exit code when something goes wrong inside.
 
-    A folder that this call made is taken away again when the input turns out to be bad.
+    Folders that this call made are removed again when the input turns out to be bad.
     """
     folder = Path(config.output_dir)
-    is_new = not folder.exists()
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     run = Run(config, folder)
     lock = filelock.FileLock(folder / LOCK)
     holds_lock = False
     signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_signal(run, name)) for name in ("SIGTERM", "SIGINT")}
     try:
-        _acquire(folder, lock, is_new)
+        _acquire(folder, lock, is_new=bool(new_folders))
         holds_lock = True
         if config.overwrite:
             _remove_earlier_run(folder)
@@ -74,12 +74,13 @@ def open_run(config: Config) -> Iterator[Run]:
         run.write_status("done", DONE, "")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        if holds_lock and is_new:
+        if holds_lock and new_folders:
             _remove_earlier_run(folder)
             lock.release()
             (folder / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+            with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
+                for path in new_folders:
+                    path.rmdir()
         elif holds_lock:
             run.write_status("failed", BAD_INPUT, str(error))
         raise SystemExit(BAD_INPUT) from None

@@ -65,7 +65,7 @@ def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokeni
 
     def line(**values: float) -> dict[str, float]:
         state.seconds = seconds_before + time.perf_counter() - start
-        n_sequences = state.step * config.batch_size
+        n_sequences = min(state.step * config.batch_size, len(tokens.train) * config.epochs)
         return {"step": state.step, "epoch": round(n_sequences / len(tokens.train), 4), "tokens": n_sequences * config.max_seq_len,
                 "seconds": round(state.seconds, 3), **values}
 

@@ -1,0 +1,16 @@
+import pytest
+from helpers import result, run, small_flags
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A folder with a small corpus and the uninterrupted run on it, the reference for every interrupted one."""
+    folder = tmp_path_factory.mktemp("reference")
+    done = run(small_flags(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(finished_run):
+    return result(finished_run / "run")

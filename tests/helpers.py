@@ -1,0 +1,71 @@
+"""Runs of the real script on a small corpus, as a user starts them."""
+
+import hashlib
+import json
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "mlm_pretrain_v1.py"
+TIME_LIMIT = 120  # seconds for one run: a hang is a failure
+TIMES = {"seconds", "train/samples_per_second", "train/tokens_per_second", "train/peak_memory_gb"}  # what a clock decides
+WORDS = "the a film actor story was is great bad slow and it of scene music end plot never always funny".split()
+
+
+def write_corpus(path: Path, n_documents: int = 300) -> Path:
+    rng = random.Random(7)
+    lines = (json.dumps({"text": f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))}) for number in range(n_documents))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def small_flags(folder: Path, **constants: object) -> list[str]:
+    """Flags for a run of seconds on the corpus in `folder`, which is written if missing."""
+    corpus = folder / "corpus.jsonl"
+    if not corpus.exists():
+        write_corpus(corpus)
+    values = {"dataset": corpus, "output_dir": folder / "run", "cache_dir": folder / "cache", "n_layers": 1, "max_seq_len": 32,
+              "vocab_size": 300, "batch_size": 8, "epochs": 2, "eval_every": 20, "save_every": 10, **constants}
+    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def command(flags: list[str]) -> list[str]:
+    return [sys.executable, str(SCRIPT), *flags]
+
+
+def start(flags: list[str], **options: object) -> subprocess.Popen:
+    return subprocess.Popen(command(flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def run(flags: list[str], **options: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(flags), capture_output=True, text=True, timeout=TIME_LIMIT, **options)
+
+
+def run_here(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The script in this process, which has its libraries loaded. Returns the exit code."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def result(folder: Path) -> dict[str, object]:
+    """Everything that must be bitwise the same between a run and the same run interrupted: weights, optimizer, metrics."""
+    checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    files = [folder / "model.safetensors", checkpoint / "model.safetensors", checkpoint / "optimizer.safetensors"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {"checkpoint": checkpoint.name, "hashes": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+            "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines]}
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every file below the folder and its hash."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}

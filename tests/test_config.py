@@ -1,0 +1,137 @@
+"""Mistakes in the block or in a flag are answered in under a second, in plain words, with nothing created."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, SCRIPT
+
+from microbert.config import InputError, read_config
+from microbert.config import _whole_number as whole_number
+
+
+def constants():
+    import runpy
+
+    return {name: value for name, value in runpy.run_path(str(SCRIPT)).items() if not name.startswith("__")}
+
+
+def configure(*flags, **changed):
+    return read_config(str(SCRIPT), constants() | changed, list(flags))
+
+
+def test_v1_has_the_reference_configuration():
+    config = configure()
+    assert (config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.vocab_size) == (2, 2, 4, 128, 10000)
+    assert (config.dataset, config.batch_size, config.epochs, config.learning_rate) == ("imdb", 32, 3, 5e-5)
+    assert config.packing is False and config.max_samples is None
+
+
+def test_a_flag_wins_over_the_constant_and_the_constant_over_nothing():
+    assert configure("--n-layers", "3").n_layers == 3
+    assert configure("--n-layers", "3", n_layers=7).n_layers == 3
+    assert configure(n_layers=7).n_layers == 7
+    assert configure("--lr", "1e-3").learning_rate == configure("--learning-rate=1e-3").learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("flags, packing", [(["--packing"], True), (["--no-packing"], False), (["--packing", "true"], True),
+                                            (["--packing", "false"], False), (["--packing=True"], True)])
+def test_booleans_take_every_usual_form(flags, packing):
+    assert configure(*flags, packing=not packing).packing is packing
+
+
+@pytest.mark.parametrize("text, number", [("500K", 500_000), ("10m", 10_000_000), ("5000", 5000), ("1.5k", 1500), (7, 7), ("1e6", 1_000_000)])
+def test_sample_counts_take_k_and_m(text, number):
+    assert whole_number("max_samples", text) == number
+    assert configure("--max-samples", str(text)).max_samples == number
+
+
+def test_none_is_understood_where_it_means_something():
+    assert configure("--max-samples", "None", max_samples=5).max_samples is None
+    with pytest.raises(SystemExit):
+        configure("--n-layers", "None")
+
+
+@pytest.mark.parametrize("text", ["1.5", "many", "K", "", "1e-3", "nan"])
+def test_what_is_no_whole_number_is_refused(text):
+    with pytest.raises(InputError):
+        whole_number("epochs", text)
+
+
+BAD = [
+    (["--n-layer", "4"], ["--n-layer", "did you mean --n-layers"]),
+    (["--n-embed", "5"], ["n_embed = 5", "divisible by n_heads = 2"]),
+    (["--vocab-size", "5"], ["vocab_size = 5", "too small"]),
+    (["--lr", "nan"], ["learning_rate", "finite"]),
+    (["--lr", "-1"], ["learning_rate", "above 0"]),
+    (["--lr", "0"], ["learning_rate", "above 0"]),
+    (["--max-seq-len", "2"], ["max_seq_len = 2", "at least 3"]),
+    (["--mlm-probability", "0"], ["mlm_probability"]),
+    (["--mlm-probability", "1.01"], ["mlm_probability"]),
+    (["--epochs", "1.5"], ["epochs", "whole number"]),
+    (["--batch-size", "0"], ["batch_size"]),
+    (["--grad-clip", "0"], ["grad_clip"]),
+    (["--packing", "maybe"], ["packing", "true or false"]),
+    (["--dataset", "no/such/file.txt"], ["no/such/file.txt"]),
+    (["--device", "tpu"], ["device"]),
+    (["--lr-scaling", "often"], ["lr_scaling"]),
+    (["--seed", "-1"], ["seed"]),
+    (["--output-dir", ""], ["output_dir"]),
+    (["--n-layers"], ["--n-layers"]),
+    (["stray"], ["stray"]),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_flags_exit_with_2_and_one_line_that_names_them(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure(*flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words)
+
+
+def test_a_misspelt_constant_is_refused_and_the_right_one_suggested(capsys):
+    block = constants()
+    block["n_layer"] = block.pop("n_layers")
+    with pytest.raises(SystemExit):
+        read_config(str(SCRIPT), block, [])
+    assert "unknown constant n_layer; did you mean n_layers?" in capsys.readouterr().err
+
+
+def test_a_constant_that_was_deleted_is_named(capsys):
+    block = constants()
+    del block["seed"]
+    with pytest.raises(SystemExit):
+        read_config(str(SCRIPT), block, [])
+    assert "seed is missing" in capsys.readouterr().err
+
+
+def test_help_shows_every_constant_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in configure().__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+    assert "transformer layers" in text
+
+
+@pytest.mark.parametrize("flags, code", [(["--help"], 0), (["--n-layer", "4"], 2), (["--lr", "nan"], 2)])
+def test_the_script_answers_in_under_a_second_and_creates_nothing(flags, code, tmp_path):
+    times = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, str(SCRIPT), *flags], cwd=tmp_path, capture_output=True, timeout=60)
+        times.append(time.perf_counter() - begin)
+        assert done.returncode == code
+    assert min(times) < 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_constant_in_the_script_itself_is_found(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT.read_text().replace("n_layers = 2", "n_layer = 2"))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "did you mean n_layers?" in done.stderr
