@@ -1,0 +1,125 @@
+"""This project and transformers' Trainer, side by side in one run, on the CPU.
+
+    pip install -r requirements-bench.txt
+    python benchmarks/compare_hf.py                    all shapes, five rounds of each
+    python benchmarks/compare_hf.py --shapes v1 --rounds 9
+
+Both sides train a BERT of the same shape on the same token rows of IMDB, 32 x 128 a step, with fused AdamW, gradient clipping
+and no dropout, from raw rows to updated weights: batching and masking are inside the time. They take turns, and each turn
+starts a new model and leaves out the first steps. What differs is the point: the Trainer's model computes logits at every
+position, this one at the masked positions alone. Prints samples/s of both (medians), and the median and range of the paired ratios.
+"""
+
+import argparse
+import dataclasses
+import os
+import runpy
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from microbert.batches import training_batch  # noqa: E402
+from microbert.config import Config, read_config  # noqa: E402
+from microbert.corpus import open_corpus, survey_corpus  # noqa: E402
+from microbert.export import hugging_face_config, save_model  # noqa: E402
+from microbert.masking import mask_batch  # noqa: E402
+from microbert.model import model_for_tokens  # noqa: E402
+from microbert.optim import build_optimizer  # noqa: E402
+from microbert.tokenizer import PAD_ID, get_tokenizer  # noqa: E402
+from microbert.tokens import Tokens, prepare_tokens  # noqa: E402
+from microbert.training import training_step  # noqa: E402
+
+SHAPES = {  # n_layers, n_heads, n_embed, vocab_size; timed steps of this project and of the Trainer
+    "v1": ((2, 2, 4, 10_000), 100, 10),
+    "v2": ((4, 4, 8, 10_000), 60, 10),
+    "v3": ((6, 8, 16, 10_000), 30, 8),
+    "4L/8H/128D": ((4, 8, 128, 25_000), 12, 5),
+}
+WARM_UP = 3  # steps left out of each turn
+LEARNING_RATE = 1e-4
+
+
+def ours(config: Config, tokens: Tokens, steps: int) -> float:
+    """Samples a second of this project's training step."""
+    model = model_for_tokens(config, tokens)
+    optimizer = build_optimizer(model, config)
+    for step in range(WARM_UP + steps):
+        if step == WARM_UP:
+            start = time.perf_counter()
+        batch = training_batch(tokens.train, step=step, epochs=100, global_batch_size=config.batch_size, seed=config.seed)
+        masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model.config.vocab_size)
+        training_step(model, optimizer, masked, config, step, LEARNING_RATE)
+    return steps * config.batch_size / (time.perf_counter() - start)
+
+
+class Clock(transformers.TrainerCallback):
+    """Notes when the warm-up and the last step ended."""
+
+    def on_step_end(self, arguments, state, control, **_):
+        if state.global_step == WARM_UP:
+            self.start = time.perf_counter()
+        self.end = time.perf_counter()
+
+
+def theirs(config: Config, tokens: Tokens, folder: Path, steps: int) -> float:
+    """Samples a second of transformers' Trainer, on the same shape and rows."""
+    model_config = transformers.BertConfig(**hugging_face_config(model_for_tokens(config, tokens).config))
+    model = transformers.BertForMaskedLM(model_config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    n_rows = min(len(tokens.train), (WARM_UP + steps) * config.batch_size)
+    input_ids = torch.from_numpy(training_batch(tokens.train, step=0, epochs=100, global_batch_size=n_rows, seed=config.seed).input_ids)
+    rows = [{"input_ids": row, "attention_mask": (row != PAD_ID).long()} for row in input_ids]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=config.batch_size, max_steps=WARM_UP + steps, learning_rate=LEARNING_RATE,
+        weight_decay=config.weight_decay, max_grad_norm=config.grad_clip, optim="adamw_torch_fused", use_cpu=True, report_to=[],
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=config.seed)
+    clock = Clock()
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock],
+                                   data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.mlm_probability))
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trainer.train()
+    return steps * config.batch_size / (clock.end - clock.start)
+
+
+def compare(name: str, rounds: int, folder: Path) -> str:
+    (n_layers, n_heads, n_embed, vocab_size), our_steps, their_steps = SHAPES[name]
+    constants = {key: value for key, value in runpy.run_path(str(ROOT / "mlm_pretrain_v1.py")).items() if not key.startswith("__")}
+    config = dataclasses.replace(read_config(str(ROOT / "mlm_pretrain_v1.py"), constants, []), n_layers=n_layers, n_heads=n_heads,
+                                 n_embed=n_embed, vocab_size=vocab_size, max_samples=8000, cache_dir=str(folder / "cache"))
+    corpus = open_corpus(config)
+    survey = survey_corpus(corpus, config, lambda: None)
+    tokenizer = get_tokenizer(corpus, survey, config, lambda: None)
+    tokens = prepare_tokens(corpus, survey, tokenizer, config, lambda: None)
+    save_model(model_for_tokens(config, tokens), tokenizer, folder)
+    pairs = [(ours(config, tokens, our_steps), theirs(config, tokens, folder, their_steps)) for _ in range(rounds)]
+    ratios = [a / b for a, b in pairs]
+    return (f"{name:12} {len(tokens.token_counts):>8,} {statistics.median(a for a, _ in pairs):>12.0f} "
+            f"{statistics.median(b for _, b in pairs):>12.0f} {statistics.median(ratios):>8.1f} x   {min(ratios):.1f} to {max(ratios):.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    lines = []
+    for name in arguments.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            lines.append(compare(name, arguments.rounds, Path(folder)))
+    print(f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"batch 32 x 128, {arguments.rounds} rounds")
+    print(f"{'shape':12} {'vocab':>8} {'ours':>12} {'Trainer':>12} {'ratio':>10}   range  (samples/s, medians)")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

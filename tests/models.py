@@ -1,0 +1,50 @@
+"""Tiny models, rows of tokens and batches for the tests."""
+
+import numpy as np
+import torch
+from hypothesis import settings
+
+from microbert.batches import Batch
+from microbert.model import Bert, ModelConfig
+from microbert.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
+from microbert.tokens import Sequences
+
+VOCAB_SIZE = 60
+few_examples = settings(max_examples=20, deadline=None)
+many_examples = settings(max_examples=100, deadline=None)  # no deadline: a busy machine is not a bug
+
+
+def token_rows(n, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, shortest=1):
+    """Rows of [CLS], ordinary tokens, [SEP] and padding, with from `shortest` to max_seq_len - 2 ordinary tokens. int64 [n, T]."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(N_SPECIAL, vocab_size, (n, max_seq_len))
+    rows[:, 0] = CLS_ID
+    for row, length in zip(rows, rng.integers(shortest, max_seq_len - 1, n)):
+        row[length + 1] = SEP_ID
+        row[length + 2 :] = PAD_ID
+    return rows
+
+
+def in_shards(rows, sizes):
+    """The rows as Sequences in shards of these sizes."""
+    starts = np.cumsum([0, *sizes])
+    return Sequences([rows[a:b].astype(np.uint16) for a, b in zip(starts, starts[1:])], starts[:-1])
+
+
+def as_batch(rows, sequence_ids=None, epoch=0, real=True):
+    n = len(rows)
+    ids = np.arange(n) if sequence_ids is None else np.asarray(sequence_ids)
+    return Batch(rows, ids, np.broadcast_to(np.asarray(epoch), n).copy(), np.broadcast_to(np.asarray(real, bool), n).copy())
+
+
+def noise_(model, std=0.3, seed=0):
+    """Normal noise in every parameter, biases and norms too, so that each of them matters to the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, std, generator=generator)
+    return model.eval()
+
+
+def noisy_bert(n_layers=2, n_heads=2, n_embed=8, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0):
+    return noise_(Bert(ModelConfig(vocab_size, n_layers, n_heads, n_embed, max_seq_len)), seed=seed)

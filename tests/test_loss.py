@@ -1,0 +1,101 @@
+"""The loss: cross-entropy over masked tokens, the same however it is cut into chunks and micro-batches."""
+
+import pytest
+import torch
+from models import VOCAB_SIZE, as_batch, noisy_bert, token_rows
+from test_config import configure
+from torch.nn import functional as F
+
+from microbert import loss as loss_module
+from microbert.loss import masked_loss, masked_scores
+from microbert.masking import IGNORED, mask_batch
+from microbert.training import micro_batches, training_step
+
+N, D, V = 23, 6, 50
+TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-6}, torch.float64: {"rtol": 1e-11, "atol": 1e-13}}
+
+
+def inputs(dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (scale * torch.randn(shape, generator=generator, dtype=dtype) for shape in ((N, D), (V, D), (V,)))
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::4] = IGNORED
+    return [tensor.requires_grad_() for tensor in (hidden, weight, bias)], labels
+
+
+def loss_and_gradients(function, leaves):
+    loss = function(*leaves)
+    return loss.detach(), torch.autograd.grad(2.5 * loss, leaves)
+
+
+def expected(leaves, labels, n_masked):
+    return loss_and_gradients(lambda h, w, b: F.cross_entropy(h @ w.T + b, labels, ignore_index=IGNORED, reduction="sum") / n_masked, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chunk_elements", [1, 5 * V, 23 * V, 10**6])
+def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, chunk_elements, dtype):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    leaves, labels = inputs(dtype)
+    torch.testing.assert_close(loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves), expected(leaves, labels, 17),
+                               **TOLERANCE[dtype])
+
+
+def test_the_gradients_are_those_of_finite_differences():
+    leaves, labels = inputs(torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: masked_loss(*x, labels, 17), leaves)
+
+
+def test_huge_logits_stay_finite():
+    leaves, labels = inputs(scale=100.0)
+    assert (leaves[0] @ leaves[1].T).abs().max() > 1e4
+    loss, gradients = loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves)
+    assert all(torch.isfinite(tensor).all() for tensor in (loss, *gradients))
+    torch.testing.assert_close((loss, gradients), expected(leaves, labels, 17), rtol=1e-4, atol=1e-3)
+
+
+def test_without_a_masked_token_loss_and_gradients_are_zero():
+    leaves, labels = inputs()
+    loss, gradients = loss_and_gradients(lambda *x: masked_loss(*x, torch.full_like(labels, IGNORED), 0), leaves)
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 5 * V, 10**6])
+def test_scores_are_the_summed_loss_and_the_number_of_right_guesses(monkeypatch, chunk_elements):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    (hidden, weight, bias), labels = inputs()
+    guesses = (hidden @ weight.T + bias).argmax(dim=1)
+    labels[1:8:2] = guesses[1:8:2]  # some right ones
+    used = labels != IGNORED
+    loss, correct = masked_scores(hidden, weight, bias, labels)
+    assert correct == int((guesses == labels)[used].sum()) >= 4
+    assert loss == pytest.approx(17 * masked_loss(hidden, weight, bias, labels, 17).item(), rel=1e-5)
+
+
+def test_scores_without_a_masked_token_are_zero():
+    leaves, labels = inputs()
+    assert masked_scores(*leaves, torch.full_like(labels, IGNORED)) == (0.0, 0)
+
+
+def gradients_of_a_step(micro_batch_size):
+    masked = mask_batch(as_batch(token_rows(32)), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
+    model = noisy_bert()
+    config = configure(micro_batch_size=micro_batch_size, grad_clip=None)
+    loss, norm = training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), masked, config, step=0, learning_rate=0.0)
+    return [torch.tensor(loss), torch.tensor(norm), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("size", [8, 16, 5, 1])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(size):
+    whole = gradients_of_a_step(None)
+    assert whole[1] > 0.01
+    torch.testing.assert_close(gradients_of_a_step(size), whole, rtol=1e-3, atol=1e-5)  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("size, n_parts", [(None, 1), (8, 4), (5, 7), (32, 1), (100, 1)])
+def test_micro_batches_hold_every_row_once_in_order(size, n_parts):
+    masked = mask_batch(as_batch(token_rows(32)), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
+    parts = list(micro_batches(masked, size))
+    assert len(parts) == n_parts
+    for name in ("input_ids", "positions", "labels"):
+        assert (getattr(masked, name) == [row for part in parts for row in getattr(part, name)]).all()
