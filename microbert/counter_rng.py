@@ -36,13 +36,13 @@ def permute(index: np.ndarray, n: int, *counters: int | np.ndarray) -> np.ndarra
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64(2**half - 1), np.uint64(half)
-    keys = np.broadcast_to(random_bits(*counters), np.shape(index))
+    round_keys = [np.broadcast_to(random_bits(*counters, number), np.shape(index)) for number in range(4)]
     value = np.asarray(index).astype(np.uint64)
     outside = np.ones(value.shape, bool)
     while outside.any():
         left, right = value[outside] >> shift, value[outside] & mask
-        for round_number in range(4):
-            left, right = right, left ^ (random_bits(keys[outside], round_number, right) & mask)
+        for keys in round_keys:
+            left, right = right, left ^ (_mix(right + keys[outside]) & mask)
         value[outside] = (left << shift) | right
         outside = value >= np.uint64(n)
     return value.astype(np.int64)

@@ -49,8 +49,8 @@ def test_the_order_changes_with_epoch_and_seed():
 def test_the_ranks_share_the_batch_of_one_process(n, rows_a_rank, world_size, epochs, seed):
     sequences, batch_size = in_shards(token_rows(n), [n]), rows_a_rank * world_size
     for step, whole in enumerate(whole_run(sequences, epochs, batch_size, seed)):
-        shares = [training_batch(sequences, step=step, epochs=epochs, global_batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
-                  for rank in range(world_size)]
+        shares = [training_batch(sequences, step=step, epochs=epochs, global_batch_size=batch_size, seed=seed, rank=rank,
+                                 world_size=world_size) for rank in range(world_size)]
         assert {len(share.input_ids) for share in shares} == {rows_a_rank}
         for name in ("input_ids", "sequence_ids", "epochs", "real"):
             assert np.array_equal(np.concatenate([getattr(share, name) for share in shares]), getattr(whole, name))

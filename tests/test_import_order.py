@@ -18,8 +18,7 @@ def own_imports(tree):
     """Modules of the package that the source imports, also inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "microbert"]
-            yield from (name.partition(".")[2] for name in names)
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("microbert."))
         elif isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "microbert"):
             module = node.module or "" if node.level else node.module.partition(".")[2]
             yield from [module.split(".")[0]] if module else [alias.name for alias in node.names]
@@ -29,7 +28,7 @@ def surroundings(tree):
     """Where the source takes something from the environment or the command line."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            yield from [f"{node.value.id}.{node.attr}"]
+            yield f"{node.value.id}.{node.attr}"
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 

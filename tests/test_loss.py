@@ -29,7 +29,10 @@ def loss_and_gradients(function, leaves):
 
 
 def expected(leaves, labels, n_masked):
-    return loss_and_gradients(lambda h, w, b: F.cross_entropy(h @ w.T + b, labels, ignore_index=IGNORED, reduction="sum") / n_masked, leaves)
+    def loss(hidden, weight, bias):
+        return F.cross_entropy(hidden @ weight.T + bias, labels, ignore_index=IGNORED, reduction="sum") / n_masked
+
+    return loss_and_gradients(loss, leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

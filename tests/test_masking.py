@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from models import VOCAB_SIZE, as_batch, few_examples, many_examples, token_rows
 
 from microbert.masking import IGNORED, mask_batch, n_slots
-from microbert.tokenizer import MASK_ID, N_SPECIAL
+from microbert.tokenizer import CLS_ID, MASK_ID, N_SPECIAL
 
 SIX_SIGMA = 6  # a fair draw goes beyond once in 500 million tries
 seeds = st.integers(0, 2**63 - 1)
@@ -50,20 +50,19 @@ def test_80_percent_become_mask_10_another_token_10_stay(seed):
     rows = token_rows(2000, 40, vocab_size, shortest=10)
     before, after = originals_and_results(rows, mask(as_batch(rows), seed, vocab_size=vocab_size))
     n = len(before)
-    shares = {0.8: after == MASK_ID, 0.1: (after == before), 0.1 - 1e-9: (after != before) & (after != MASK_ID)}
-    for share, chosen in shares.items():
-        by_chance = 0.1 / (vocab_size - N_SPECIAL)  # a drawn token that is the original one
+    by_chance = 0.1 / (vocab_size - N_SPECIAL)  # a drawn token that is the original one
+    for share, chosen in [(0.8, after == MASK_ID), (0.1, after == before), (0.1, (after != before) & (after != MASK_ID))]:
         assert abs(chosen.mean() - share) < SIX_SIGMA * np.sqrt(share * (1 - share) / n) + by_chance
 
 
 def test_replacements_are_drawn_from_all_ordinary_tokens_and_no_other():
-    vocab_size = 12
-    rows = np.full((3000, 20), vocab_size - 1)
-    rows[:, 0] = 2
+    vocab_size, original = 12, 8
+    rows = np.full((3000, 20), original)
+    rows[:, 0] = CLS_ID
     _, after = originals_and_results(rows, mask(as_batch(rows), vocab_size=vocab_size))
-    counts = np.bincount(after[(after != MASK_ID) & (after != vocab_size - 1)], minlength=vocab_size)
-    assert (counts[:N_SPECIAL] == 0).all()
-    drawn = counts[N_SPECIAL:-1]
+    counts = np.bincount(after[(after != MASK_ID) & (after != original)], minlength=vocab_size)
+    drawn = np.delete(counts, original)[N_SPECIAL:]
+    assert (counts[:N_SPECIAL] == 0).all() and len(counts) == vocab_size
     assert abs(drawn - drawn.mean()).max() < SIX_SIGMA * np.sqrt(drawn.mean()) < drawn.mean()
 
 

@@ -46,6 +46,7 @@ def test_the_optimizer_gets_the_peak_and_the_decay_of_the_constants():
 def test_the_learning_rate_peaks_at_1_and_is_never_below_0(total, ratio):
     values = shares(total, ratio)
     assert max(values) == 1.0 and min(values) > 0
+    assert learning_rate_share(total, total, ratio) == 0  # where the run is over
 
 
 @many_examples
