@@ -63,11 +63,11 @@ def main() -> None:
     from microbert.training import model_card_facts, train
 
     with open_run(config) as run:
+        device = choose_device(config.device)
+        checkpoint = find_checkpoint(run)
         if run.is_finished():
             print(f"{run.folder} is finished; --overwrite starts anew, another --output-dir keeps both")
             return
-        device = choose_device(config.device)
-        checkpoint = find_checkpoint(run)
 
         corpus = open_corpus(config)
         survey = survey_corpus(corpus, config, run.check_stop)

@@ -22,6 +22,13 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     sync_folder(path.parent)
 
 
+def remove_stale(folder: Path) -> None:
+    """Removes the temporary files that a kill left in `folder`. Only for whoever holds the folder's lock."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode("utf-8")))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 
 from .config import Config, InputError
-from .files import read_json, write_json
+from .files import read_json, remove_stale, write_json
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 STATUS, LOCK = "status.json", ".lock"
@@ -67,6 +67,7 @@ def open_run(config: Config) -> Iterator[Run]:
     try:
         _acquire(folder, lock, is_new=bool(new_folders))
         holds_lock = True
+        remove_stale(folder)
         if config.overwrite:
             _remove_earlier_run(folder)
         run.write_status("running", None, "")
@@ -119,7 +120,7 @@ def _note_signal(run: Run, name: str) -> None:
 def _acquire(folder: Path, lock: filelock.FileLock, is_new: bool) -> None:
     if not is_new and not folder.is_dir():
         raise InputError(f"output_dir = {str(folder)!r} is a file, not a folder")
-    if not is_new and not _is_run(folder) and any(path.name != LOCK for path in folder.iterdir()):
+    if not is_new and not _is_run(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"output_dir = {str(folder)!r} holds other files; choose a new folder, so that nothing of yours is replaced")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .config import Config, InputError
 from .corpus import Corpus, Survey, clean, split_hash
-from .files import fingerprint, read_json, write_atomic, write_json
+from .files import fingerprint, read_json, remove_stale, write_atomic, write_json
 from .tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID, UNK_ID
 
 FORMAT = 1  # raise it whenever the same input would give other shards
@@ -92,6 +92,7 @@ def prepare_tokens(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, config:
 def _write_shards(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, config: Config, folder: Path,
                   check_stop: Callable[[], None]) -> None:
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    remove_stale(folder)
     blocks = []
     rows = corpus.rows()
     with tqdm(total=survey.rows, unit=" documents", desc="tokens", leave=False, mininterval=0.5) as bar:

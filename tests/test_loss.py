@@ -44,11 +44,6 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, chunk_elemen
                                **TOLERANCE[dtype])
 
 
-def test_the_gradients_are_those_of_finite_differences():
-    leaves, labels = inputs(torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: masked_loss(*x, labels, 17), leaves)
-
-
 def test_huge_logits_stay_finite():
     leaves, labels = inputs(scale=100.0)
     assert (leaves[0] @ leaves[1].T).abs().max() > 1e4

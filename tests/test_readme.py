@@ -1,0 +1,32 @@
+"""What the README tells is there."""
+
+import re
+
+from helpers import ROOT
+
+from microbert.config import Config
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OTHER_FLAGS = {"--help", "--lr", "--no-lowercase"}
+
+
+def test_the_continuous_integration_runs_the_readmes_test_command():
+    command = re.search(r"^python3 -m venv .* -m pytest$", README, re.MULTILINE)
+    assert command and command[0] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_flag_that_it_names_is_a_constant():
+    known = {"--" + name.replace("_", "-") for name in Config.__dataclass_fields__} | OTHER_FLAGS
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def test_every_file_that_it_links_or_installs_from_is_there():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"-r (\S+\.txt)", README) + re.findall(r"benchmarks/\w+\.py", README)
+    assert len(links) >= 4
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_layout_lists_every_module():
+    for module in (ROOT / "microbert").glob("*.py"):
+        assert module.name == "__init__.py" or f"  {module.name} " in README, module.name
