@@ -1,17 +1,24 @@
-"""This project and transformers' Trainer, side by side in one run, on the CPU.
+"""This project and transformers' Trainer, side by side in one run. CPU only: both sides stay on it where there is a GPU.
 
     pip install -r requirements-bench.txt
-    python benchmarks/compare_hf.py                    all shapes, five rounds of each
+    python benchmarks/compare_hf.py                    all shapes, three rounds of each
     python benchmarks/compare_hf.py --shapes v1 --rounds 9
 
-Both sides train a BERT of the same shape on the same token rows of IMDB, 32 x 128 a step, with fused AdamW, gradient clipping
-and no dropout, from raw rows to updated weights: batching and masking are inside the time. They take turns, and each turn
-starts a new model and leaves out the first steps. What differs is the point: the Trainer's model computes logits at every
-position, this one at the masked positions alone. Prints samples/s of both (medians), and the median and range of the paired ratios.
+Both sides train a BERT of the same shape on the same token rows of IMDB (bundled: no network), 32 x 128 a step, padding masked,
+with fused AdamW, gradient clipping and no dropout, from raw rows to updated weights: batching and masking are inside the time.
+They take turns; each turn starts a new model from the same seed and leaves out the first steps. The Trainer takes more time a
+step and so is timed over fewer steps, on the first of the rows, in an order of its own.
+
+What differs is the point: BertForMaskedLM computes logits at every position, this project at the masked ones alone, in chunks.
+What also differs, at no cost: initial output bias, Adam's betas and eps, the Trainer's falling learning rate, the masks drawn.
+Prints samples/s of both (medians), and the median and range of the paired ratios. Other work on the machine falls on one side
+of a pair or the other: where the range is wide, run it again on a quiet machine.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import os
 import runpy
 import statistics
@@ -29,27 +36,32 @@ import transformers  # noqa: E402
 from microbert.batches import training_batch  # noqa: E402
 from microbert.config import Config, read_config  # noqa: E402
 from microbert.corpus import open_corpus, survey_corpus  # noqa: E402
-from microbert.export import hugging_face_config, save_model  # noqa: E402
+from microbert.export import hugging_face_config  # noqa: E402
 from microbert.masking import mask_batch  # noqa: E402
-from microbert.model import model_for_tokens  # noqa: E402
+from microbert.model import Bert, model_for_tokens  # noqa: E402
 from microbert.optim import build_optimizer  # noqa: E402
-from microbert.tokenizer import PAD_ID, get_tokenizer  # noqa: E402
+from microbert.tokenizer import PAD_ID, get_tokenizer, save_tokenizer  # noqa: E402
 from microbert.tokens import Tokens, prepare_tokens  # noqa: E402
 from microbert.training import training_step  # noqa: E402
 
 SHAPES = {  # n_layers, n_heads, n_embed, vocab_size; timed steps of this project and of the Trainer
-    "v1": ((2, 2, 4, 10_000), 100, 10),
-    "v2": ((4, 4, 8, 10_000), 60, 10),
-    "v3": ((6, 8, 16, 10_000), 30, 8),
-    "4L/8H/128D": ((4, 8, 128, 25_000), 12, 5),
+    "v1": ((2, 2, 4, 10_000), 60, 5),
+    "v2": ((4, 4, 8, 10_000), 40, 5),
+    "v3": ((6, 8, 16, 10_000), 20, 4),
+    "4L/8H/128D": ((4, 8, 128, 25_000), 10, 3),
 }
-WARM_UP = 3  # steps left out of each turn
+WARM_UP = 2  # steps left out of each turn
 LEARNING_RATE = 1e-4
+
+
+def new_model(config: Config, tokens: Tokens) -> Bert:
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells its size each time
+        return model_for_tokens(config, tokens)
 
 
 def ours(config: Config, tokens: Tokens, steps: int) -> float:
     """Samples a second of this project's training step."""
-    model = model_for_tokens(config, tokens)
+    model = new_model(config, tokens)
     optimizer = build_optimizer(model, config)
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
@@ -71,8 +83,8 @@ class Clock(transformers.TrainerCallback):
 
 def theirs(config: Config, tokens: Tokens, folder: Path, steps: int) -> float:
     """Samples a second of transformers' Trainer, on the same shape and rows."""
-    model_config = transformers.BertConfig(**hugging_face_config(model_for_tokens(config, tokens).config))
-    model = transformers.BertForMaskedLM(model_config)
+    transformers.set_seed(config.seed)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**hugging_face_config(new_model(config, tokens).config)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     n_rows = min(len(tokens.train), (WARM_UP + steps) * config.batch_size)
     input_ids = torch.from_numpy(training_batch(tokens.train, step=0, epochs=100, global_batch_size=n_rows, seed=config.seed).input_ids)
@@ -93,27 +105,30 @@ def compare(name: str, rounds: int, folder: Path) -> str:
     (n_layers, n_heads, n_embed, vocab_size), our_steps, their_steps = SHAPES[name]
     constants = {key: value for key, value in runpy.run_path(str(ROOT / "mlm_pretrain_v1.py")).items() if not key.startswith("__")}
     config = dataclasses.replace(read_config(str(ROOT / "mlm_pretrain_v1.py"), constants, []), n_layers=n_layers, n_heads=n_heads,
-                                 n_embed=n_embed, vocab_size=vocab_size, max_samples=8000, cache_dir=str(folder / "cache"))
+                                 n_embed=n_embed, vocab_size=vocab_size, max_samples=4000, device="cpu", cache_dir=str(folder / "cache"))
     corpus = open_corpus(config)
     survey = survey_corpus(corpus, config, lambda: None)
     tokenizer = get_tokenizer(corpus, survey, config, lambda: None)
     tokens = prepare_tokens(corpus, survey, tokenizer, config, lambda: None)
-    save_model(model_for_tokens(config, tokens), tokenizer, folder)
-    pairs = [(ours(config, tokens, our_steps), theirs(config, tokens, folder, their_steps)) for _ in range(rounds)]
+    save_tokenizer(tokenizer, folder, config.max_seq_len)
+    pairs = []
+    for number in range(rounds):
+        pairs.append((ours(config, tokens, our_steps), theirs(config, tokens, folder, their_steps)))
+        print(f"{name}, round {number + 1}: {pairs[-1][0]:.1f} and {pairs[-1][1]:.1f} samples/s", flush=True)
     ratios = [a / b for a, b in pairs]
-    return (f"{name:12} {len(tokens.token_counts):>8,} {statistics.median(a for a, _ in pairs):>12.0f} "
-            f"{statistics.median(b for _, b in pairs):>12.0f} {statistics.median(ratios):>8.1f} x   {min(ratios):.1f} to {max(ratios):.1f}")
+    return (f"{name:12} {len(tokens.token_counts):>8,} {statistics.median(a for a, _ in pairs):>12.1f} "
+            f"{statistics.median(b for _, b in pairs):>12.1f} {statistics.median(ratios):>8.1f} x   {min(ratios):.1f} to {max(ratios):.1f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     lines = []
-    for name in arguments.shapes:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # the shapes share what is prepared
+        for name in arguments.shapes:
             lines.append(compare(name, arguments.rounds, Path(folder)))
     print(f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"batch 32 x 128, {arguments.rounds} rounds")

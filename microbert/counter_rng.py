@@ -32,7 +32,7 @@ def permute(index: np.ndarray, n: int, *counters: int | np.ndarray) -> np.ndarra
     """The place of each index under a permutation of range(n) that (counters) choose, without ever holding the permutation.
 
     A four-round Feistel network over the next power of four, walked until the value falls below n (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains"). index: any shape, each in [0, n); counters are broadcast against it.
+    "Ciphers with arbitrary finite domains"). index: at least one axis, each in [0, n); counters are broadcast against it.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64(2**half - 1), np.uint64(half)
