@@ -23,7 +23,7 @@ def alternating_corpus(folder):
 
 def test_a_run_learns_what_there_is_to_learn(tmp_path, monkeypatch, capfd):
     alternating_corpus(tmp_path)
-    flags = small_flags(tmp_path, n_embed=16, n_layers=2, epochs=30, vocab_size=40, eval_every=500, save_every=1000)
+    flags = small_flags(tmp_path, n_embed=16, n_layers=2, epochs=60, vocab_size=40, eval_every=500, save_every=1000)
     assert run_here(flags, monkeypatch) == 0
     losses = evaluations(tmp_path / "run")
     assert losses[0] == pytest.approx(math.log(3), abs=0.1)  # three equally frequent words: unigram entropy
