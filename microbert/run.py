@@ -54,7 +54,7 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(config: Config) -> Iterator[Run]:
-    """Holds `output_dir` for one run, and ends the process with DESIGN's exit code when something goes wrong inside.
+    """Holds `output_dir` for one run, and ends the process with the README's exit codes when something goes wrong inside.
 
     Folders that this call made are removed again when the input turns out to be bad.
     """
