@@ -1,0 +1,241 @@
+"""Texts -> token ids, each distinct word encoded once: the ids of a plain `tokenizers` call at several times its speed.
+
+BERT's normalizer looks at one character at a time, its pre-tokenizer splits at white space and around punctuation, and WordPiece
+sees one word at a time. So a text's ids follow from two tables: what each character becomes, and which ids each word has. Both
+are filled by asking the library when a character or a word is first met; all the rest is numpy on whole chunks of text.
+The few texts for which this does not hold (special tokens written out, marks that NFD reorders) go through the library itself.
+Shapes: C characters of a chunk, W words, N ids, D texts.
+"""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from .tokenizer import SPECIAL_TOKENS
+
+CHUNK_CHARACTERS = 1_000_000  # worked on at a time, at some 50 bytes of memory each
+MOST_WORDS = 500_000  # kept in the table, at some 200 bytes each; a full table starts anew
+
+WORD, ALONE, SPACE, DROPPED, SEVERAL, UNSEEN = range(6)  # kinds of characters; ALONE is a word of its own, such as punctuation
+CODE_POINTS = 0x110000
+REORDERED = ("\u302e", "\U0001d165")  # spacing marks of combining classes 224 and 216: NFD moves any other class past one of them
+
+
+class Encoder:
+    """Encodes for one tokenizer of this suite, from any number of threads at once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._characters = _CharacterTable(tokenizer)
+        self._words = _WordTable(tokenizer)
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """All texts' ids one after another, int32 [N], and how many each text has, int64 [D]. No [CLS] or [SEP] is added."""
+        ids, lengths = [np.zeros(0, np.int32)], np.zeros(len(texts), np.int64)
+        for numbers, pieces in _chunks(texts):
+            if len(self._words) > MOST_WORDS:
+                self._words = _WordTable(self._tokenizer)
+            chunk_ids, chunk_lengths = self._encode_chunk(pieces)
+            ids.append(chunk_ids)
+            np.add.at(lengths, numbers, chunk_lengths)
+        return np.concatenate(ids), lengths
+
+    def _encode_chunk(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same for one chunk: ASCII texts together, the others together, and alone what only the library can do."""
+        ascii, wide, by_library = [], [], []
+        for number, text in enumerate(texts):
+            needs_library = "[" in text and any(token in text for token in SPECIAL_TOKENS)
+            (by_library if needs_library else ascii if text.isascii() else wide).append(number)
+        if wide:
+            self._characters.learn("".join(texts[number] for number in wide))
+            unsure = [number for number in wide if self._characters.is_unsure(texts[number])]
+            wide, by_library = [number for number in wide if number not in unsure], by_library + unsure
+        parts = [(numbers, *encode([texts[number] for number in numbers]))
+                 for numbers, encode in ((ascii, self._encode_by_words), (wide, self._encode_by_words), (by_library, self._encode_by_library))
+                 if numbers]
+        if len(parts) == 1:
+            return parts[0][1:]
+        numbers, ids, lengths = (np.concatenate(column) for column in zip(*parts))
+        order, starts = np.argsort(numbers), np.cumsum(lengths) - lengths
+        return ids[_ranges(starts[order], lengths[order])], lengths[order]
+
+    def _encode_by_library(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        lengths = np.array([len(encoding.ids) for encoding in encodings], np.int64)
+        return np.array([i for encoding in encodings for i in encoding.ids], np.int32), lengths
+
+    def _encode_by_words(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        text_ends = np.cumsum([len(text) + 1 for text in texts])
+        characters, kinds, text_ends = self._characters.translate(" ".join(texts) + " ", text_ends)  # [C], [C], [D]
+
+        starts_word = np.empty(len(kinds), bool)
+        starts_word[:1] = True
+        np.logical_or(kinds[:-1] != WORD, kinds[1:] == ALONE, out=starts_word[1:])
+        is_space = kinds == SPACE
+        starts_word &= ~is_space
+        positions = np.flatnonzero(starts_word)  # [W]
+        starts = positions - np.cumsum(is_space, dtype=np.int32)[positions]  # where the words start when the spaces are gone
+        words, distinct = _distinct_words(characters[~is_space], starts)
+
+        table = self._words
+        rows = table.rows(distinct, "ascii" if characters.itemsize == 1 else "utf-32-le")[words]  # [W]
+        lengths = table.lengths[rows]
+        ids = table.ids[_ranges(table.starts[rows], lengths)]
+        ids_before = np.concatenate([[0], np.cumsum(lengths)])
+        return ids, np.diff(ids_before[np.searchsorted(positions, text_ends)], prepend=0)
+
+
+class _CharacterTable:
+    """What BERT's normalizer and pre-tokenizer make of each character, by asking them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._normalize = tokenizer.normalizer.normalize_str
+        self._split = tokenizer.pre_tokenizer.pre_tokenize_str
+        self._lock = threading.Lock()
+        self._kinds = np.full(CODE_POINTS, UNSEEN, np.uint8)
+        self._characters = np.zeros(CODE_POINTS, np.uint32)  # what a character becomes, where that is one character
+        self._several: dict[int, tuple[list[int], list[int]]] = {}  # characters and kinds, where it is more than one
+        self._unsure: set[str] = set()  # those whose neighbours matter
+        ascii = "".join(map(chr, range(128)))
+        self.learn(ascii)
+        self._ascii_tables = [bytes(table[:128].astype(np.uint8)).ljust(256) for table in (self._characters, self._kinds)]
+        self._ascii_dropped = bytes(np.flatnonzero(self._kinds[:128] == DROPPED).tolist())
+
+    def learn(self, text: str) -> None:
+        """Asks about every character of the text that was not met before."""
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        new = np.unique(codes[self._kinds[codes] == UNSEEN])
+        if len(new):
+            with self._lock:
+                for code in new.tolist():
+                    self._kinds[code] = self._ask(chr(code))
+
+    def is_unsure(self, text: str) -> bool:
+        return any(character in text for character in self._unsure)
+
+    def _ask(self, character: str) -> int:
+        """Notes what the character becomes, and returns its kind."""
+        normal = self._normalize(character)
+        for before, after in ((REORDERED[0], ""), ("", REORDERED[1])):
+            if self._normalize(before + character + after) != self._normalize(before) + normal + self._normalize(after):
+                self._unsure.add(character)
+        match [word for word, _ in self._split(f"a{normal}a")]:
+            case ["aa"]:
+                return DROPPED
+            case ["a", "a"]:
+                return SPACE
+            case ["a", alone, "a"] if len(alone) == 1:
+                self._characters[ord(character)] = ord(alone)
+                return ALONE
+            case [word] if len(word) == 3:
+                self._characters[ord(character)] = ord(word[1])
+                return WORD
+            case _:
+                kinds = [(WORD, SPACE, ALONE)[len(self._split(f"a{part}a")) - 1] for part in normal]
+                self._several[ord(character)] = [ord(part) for part in normal], kinds
+                return SEVERAL
+
+    def translate(self, text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the text becomes: characters, uint8 (ASCII) or uint32 [C], their kinds, uint8 [C], and where `ends` have moved to."""
+        if text.isascii():
+            characters, kinds = (text.encode().translate(table, self._ascii_dropped) for table in self._ascii_tables)
+            if len(characters) == len(text):
+                return np.frombuffer(characters, np.uint8), np.frombuffer(kinds, np.uint8), ends
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        kinds, characters = self._kinds[codes], self._characters[codes]
+        if (kinds < DROPPED).all():
+            return characters, kinds, ends
+        counts, is_several = np.ones(len(codes), np.int64), kinds == SEVERAL
+        several = [self._several[code] for code in codes[is_several].tolist()]
+        counts[kinds == DROPPED] = 0
+        counts[is_several] = [len(parts) for parts, _ in several]
+        characters, kinds = np.repeat(characters, counts), np.repeat(kinds, counts)
+        is_several = kinds == SEVERAL
+        characters[is_several] = [part for parts, _ in several for part in parts]
+        kinds[is_several] = [kind for _, part_kinds in several for kind in part_kinds]
+        return characters, kinds, np.cumsum(counts)[ends - 1]
+
+
+class _WordTable:
+    """The ids of each word met so far, by asking WordPiece. Row r of the table is ids[starts[r] : starts[r] + lengths[r]]."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._wordpiece = Tokenizer(tokenizer.model)  # without normalizer and pre-tokenizer: what it gets is one word
+        self._lock = threading.Lock()
+        self._rows: dict[bytes, int] = {}
+        self._n_ids = 0
+        self.starts, self.lengths, self.ids = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int32)  # grown by doubling
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, words: list[bytes], encoding: str) -> np.ndarray:
+        """The rows of distinct words, int64 [W]. A word's bytes are the same in no two encodings, as "ascii" words hold no NUL."""
+        found = list(map(self._rows.get, words))
+        if None in found:
+            with self._lock:
+                self._add([word for word in words if word not in self._rows], encoding)
+            found = list(map(self._rows.get, words))
+        return np.array(found, np.int64)
+
+    def _add(self, words: list[bytes], encoding: str) -> None:
+        encodings = self._wordpiece.encode_batch_fast([word.decode(encoding) for word in words], add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        lengths = np.array([len(of_word) for of_word in ids], np.int64)
+        first, end, n_ids = len(self._rows), len(self._rows) + len(words), int(lengths.sum())
+        self.starts, self.lengths, self.ids = _grown(self.starts, end), _grown(self.lengths, end), _grown(self.ids, self._n_ids + n_ids)
+        self.starts[first:end] = self._n_ids + np.cumsum(lengths) - lengths
+        self.lengths[first:end] = lengths
+        self.ids[self._n_ids : self._n_ids + n_ids] = [i for of_word in ids for i in of_word]
+        self._n_ids += n_ids
+        self._rows.update(zip(words, range(first, end)))  # last: a word that is found has its ids
+
+
+def _grown(array: np.ndarray, size: int) -> np.ndarray:
+    return array if size <= len(array) else np.concatenate([array, np.zeros(max(size, 2 * len(array)) - len(array), array.dtype)])
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers of range(start, start + length), for all pairs, one after another."""
+    ends = np.cumsum(lengths)
+    numbers = np.repeat(starts - ends + lengths, lengths)
+    numbers += np.arange(len(numbers))
+    return numbers
+
+
+def _distinct_words(characters: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+    """characters: [C] of all words without spaces; starts: [W]. Returns for each word its number in the list of different words."""
+    offsets = np.append(starts, len(characters)).astype(np.int64) * characters.itemsize
+    words = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(starts), [None, pa.py_buffer(offsets), pa.py_buffer(characters)])
+    distinct = words.dictionary_encode()
+    return distinct.indices.to_numpy(), distinct.dictionary.to_pylist()
+
+
+def _chunks(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """The texts in lists of about CHUNK_CHARACTERS, with their numbers. A longer text comes in pieces, parted at a space."""
+    numbers, pieces, characters = [], [], 0
+    for number, text in enumerate(texts):
+        for piece in _pieces(text):
+            numbers.append(number)
+            pieces.append(piece)
+            characters += len(piece)
+            if characters >= CHUNK_CHARACTERS:
+                yield numbers, pieces
+                numbers, pieces, characters = [], [], 0
+    if pieces:
+        yield numbers, pieces
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > CHUNK_CHARACTERS:
+        end = text.rfind(" ", start, start + CHUNK_CHARACTERS)
+        end = end if end > start else text.find(" ", start + CHUNK_CHARACTERS)
+        if end < 0:
+            break
+        yield text[start:end]
+        start = end
+    yield text[start:]
