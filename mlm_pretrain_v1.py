@@ -18,9 +18,10 @@ vocab_size = 10000  # tokens in the vocabulary, at most
 dropout = 0.0  # on embeddings and sub-layer outputs; a run of a few epochs needs none
 
 # Data
-dataset = "imdb"  # "imdb" (bundled), or a path or glob of .txt, .jsonl, .csv, .parquet, compressed or not
+dataset = "imdb"  # "imdb" (bundled), "hf", a Hub id "org/name:config", or paths and globs of .txt, .jsonl, .csv, .parquet files
 text_column = None  # column to train on; None takes "text", or the only one that holds text
 max_samples = None  # documents to read, such as 5000 or "500K"; None takes all
+streaming = False  # True reads a Hub dataset as it comes, without downloading all of it
 packing = False  # False: one sequence a document, its first tokens; True: running text fills every sequence
 lowercase = True  # lower-case all text
 strip_accents = False  # True turns é into e
@@ -45,6 +46,8 @@ keep_checkpoints = 2  # newest checkpoints to keep
 output_dir = "runs/v1"  # everything that the run leaves
 cache_dir = "cache"  # prepared tokens, used again by the next run
 overwrite = False  # True removes an earlier run in output_dir and starts anew
+prepare_only = False  # True stops when the tokens are prepared
+dry_run = False  # True tells what would happen, and writes nothing
 
 
 def main() -> None:
@@ -52,14 +55,14 @@ def main() -> None:
 
     # only now what takes seconds to load, so that a mistake above is answered at once
     from microbert.checkpoint import find_checkpoint
-    from microbert.corpus import open_corpus, survey_corpus
+    from microbert.corpus import hold_cache, open_corpus
     from microbert.distributed import choose_device
     from microbert.export import export_run
     from microbert.fill_mask import EXAMPLES, print_fill_mask
     from microbert.model import model_for_tokens
+    from microbert.prepare import prepare_tokens
     from microbert.run import open_run
     from microbert.tokenizer import get_tokenizer
-    from microbert.tokens import prepare_tokens
     from microbert.training import model_card_facts, train
 
     with open_run(config) as run:
@@ -69,10 +72,13 @@ def main() -> None:
             print(f"{run.folder} is finished; --overwrite starts anew, another --output-dir keeps both")
             return
 
-        corpus = open_corpus(config)
-        survey = survey_corpus(corpus, config, run.check_stop)
-        tokenizer = get_tokenizer(corpus, survey, config, run.check_stop)
-        tokens = prepare_tokens(corpus, survey, tokenizer, config, run.check_stop)
+        corpus = open_corpus(config, run.check_stop)
+        with hold_cache(corpus, config, run.check_stop):
+            tokenizer = get_tokenizer(corpus, config, run.check_stop)
+            tokens = prepare_tokens(corpus, tokenizer, config, run.check_stop)
+        if config.prepare_only:
+            print("prepared; the same command without --prepare-only trains on it")
+            return
 
         model = model_for_tokens(config, tokens).to(device)
         state = train(run, checkpoint, model, tokens, tokenizer)

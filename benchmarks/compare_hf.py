@@ -35,13 +35,14 @@ import transformers  # noqa: E402
 
 from microbert.batches import training_batch  # noqa: E402
 from microbert.config import Config, read_config  # noqa: E402
-from microbert.corpus import open_corpus, survey_corpus  # noqa: E402
+from microbert.corpus import hold_cache, open_corpus  # noqa: E402
 from microbert.export import hugging_face_config  # noqa: E402
 from microbert.masking import mask_batch  # noqa: E402
 from microbert.model import Bert, model_for_tokens  # noqa: E402
 from microbert.optim import build_optimizer  # noqa: E402
 from microbert.tokenizer import PAD_ID, get_tokenizer, save_tokenizer  # noqa: E402
-from microbert.tokens import Tokens, prepare_tokens  # noqa: E402
+from microbert.prepare import prepare_tokens  # noqa: E402
+from microbert.tokens import Tokens  # noqa: E402
 from microbert.training import training_step  # noqa: E402
 
 SHAPES = {  # n_layers, n_heads, n_embed, vocab_size; timed steps of this project and of the Trainer
@@ -106,10 +107,10 @@ def compare(name: str, rounds: int, folder: Path) -> str:
     constants = {key: value for key, value in runpy.run_path(str(ROOT / "mlm_pretrain_v1.py")).items() if not key.startswith("__")}
     config = dataclasses.replace(read_config(str(ROOT / "mlm_pretrain_v1.py"), constants, []), n_layers=n_layers, n_heads=n_heads,
                                  n_embed=n_embed, vocab_size=vocab_size, max_samples=4000, device="cpu", cache_dir=str(folder / "cache"))
-    corpus = open_corpus(config)
-    survey = survey_corpus(corpus, config, lambda: None)
-    tokenizer = get_tokenizer(corpus, survey, config, lambda: None)
-    tokens = prepare_tokens(corpus, survey, tokenizer, config, lambda: None)
+    corpus = open_corpus(config, lambda: None)
+    with hold_cache(corpus, config, lambda: None):
+        tokenizer = get_tokenizer(corpus, config, lambda: None)
+        tokens = prepare_tokens(corpus, tokenizer, config, lambda: None)
     save_tokenizer(tokenizer, folder, config.max_seq_len)
     pairs = []
     for number in range(rounds):

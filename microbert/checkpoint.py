@@ -27,7 +27,8 @@ MANIFEST = "manifest.json"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "state.json"}
 TEMPORARY = ".checkpoint.tmp"
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
-FREE_TO_CHANGE = {"dataset", "device", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite", "micro_batch_size"}
+FREE_TO_CHANGE = {"dataset", "streaming", "device", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite",
+                  "micro_batch_size", "prepare_only", "dry_run"}
 
 
 @dataclasses.dataclass

@@ -38,6 +38,7 @@ class Config:
     dataset: str
     text_column: str | None
     max_samples: int | None
+    streaming: bool
     packing: bool
     lowercase: bool
     strip_accents: bool
@@ -60,6 +61,8 @@ class Config:
     output_dir: str
     cache_dir: str
     overwrite: bool
+    prepare_only: bool
+    dry_run: bool
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "n_embed", "batch_size", "epochs", "keep_checkpoints"):
@@ -83,17 +86,49 @@ class Config:
                  'must be "auto", "cpu", "cuda", "cuda:N" or "mps"', self)
         for name in ("dataset", "output_dir", "cache_dir"):
             _require(getattr(self, name).strip() != "", name, "must not be empty", self)
-        if self.dataset != "imdb" and not dataset_files(self.dataset):
-            raise InputError(f'dataset = "{self.dataset}" is neither "imdb" nor a file that exists: '
-                             "give a path or a glob of .txt, .jsonl, .csv or .parquet files")
+        if self.dataset not in ("imdb", "hf"):
+            if not dataset_files(self.dataset) and hub_id(self.dataset) is None:
+                raise InputError(f'dataset = "{self.dataset}" is no file that exists: give "imdb", "hf", a Hub id such as '
+                                 f'"org/name" or "org/name:config", or paths, folders and globs of {", ".join(FILE_KINDS)} files')
+
+
+FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # as `datasets` calls them
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+
+def file_kind(path: str) -> str | None:
+    """The name under which `datasets.load_dataset` knows a file's format, None for an unknown one."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return FILE_KINDS.get(suffixes[-1]) if suffixes else None
 
 
 def dataset_files(dataset: str) -> list[str]:
-    """The files that a path or glob names, sorted, so that every run reads them in the same order."""
-    path = Path(dataset)
-    if path.is_file():
-        return [str(path)]
-    return sorted(file for file in glob.glob(dataset, recursive=True) if Path(file).is_file())
+    """The files that paths, folders and globs name, parted by commas; each part's files sorted, so that every run reads them in one order.
+
+    A folder stands for all files of a known kind in and below it. Raises InputError when one part of several names no file.
+    """
+    if Path(dataset).is_file():  # its name may hold a comma
+        return [dataset]
+    files, parts = [], [part.strip() for part in dataset.split(",")]
+    for part in parts:
+        if Path(part).is_dir():
+            found = sorted(str(path) for path in Path(part).rglob("*") if path.is_file() and file_kind(path.name))
+        else:
+            found = [part] if Path(part).is_file() else sorted(file for file in glob.glob(part, recursive=True) if Path(file).is_file())
+        if not found and len(parts) > 1:
+            raise InputError(f'dataset: no file at "{part}"')
+        files += found
+    return list(dict.fromkeys(files))  # a file that two globs name is read once
+
+
+def hub_id(dataset: str) -> tuple[str, str | None] | None:
+    """("org/name", configuration or None) of a Hugging Face Hub id, None where `dataset` cannot be one."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", dataset)
+    if not match or file_kind(dataset) or dataset[0] == "." or match[1].endswith("."):
+        return None
+    return match[1], match[2]
 
 
 def peak_learning_rate(config: Config) -> float:
@@ -170,13 +205,18 @@ def _parse_flags(script: str, defaults: dict[str, object], argv: list[str]) -> d
             parser.add_argument(flag, dest=name, nargs="?", const="true", metavar="true|false", default=argparse.SUPPRESS, help=text)
             parser.add_argument("--no-" + flag[2:], dest=name, action="store_const", const="false",
                                 default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        elif name == "dataset":  # a glob that the shell has spelt out comes as many values
+            parser.add_argument(flag, dest=name, nargs="+", metavar="VALUE", default=argparse.SUPPRESS, help=text)
         else:
             parser.add_argument(*flags, dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = _suggestion(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
         raise InputError(f"unknown flag {unknown[0]}{hint} (--help lists every flag)")
-    return {name: _convert(name, value) for name, value in vars(parsed).items()}
+    values = vars(parsed)
+    if "dataset" in values:
+        values["dataset"] = ",".join(values["dataset"])
+    return {name: _convert(name, value) for name, value in values.items()}
 
 
 def _suggestion(name: str, known: typing.Iterable[str]) -> str:

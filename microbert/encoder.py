@@ -60,7 +60,7 @@ class Encoder:
             return parts[0][1:]
         numbers, ids, lengths = (np.concatenate(column) for column in zip(*parts))
         order, starts = np.argsort(numbers), np.cumsum(lengths) - lengths
-        return ids[_ranges(starts[order], lengths[order])], lengths[order]
+        return ids[ranges(starts[order], lengths[order])], lengths[order]
 
     def _encode_by_library(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -83,7 +83,7 @@ class Encoder:
         table = self._words
         rows = table.rows(distinct, "ascii" if characters.itemsize == 1 else "utf-32-le")[words]  # [W]
         lengths = table.lengths[rows]
-        ids = table.ids[_ranges(table.starts[rows], lengths)]
+        ids = table.ids[ranges(table.starts[rows], lengths)]
         ids_before = np.concatenate([[0], np.cumsum(lengths)])
         return ids, np.diff(ids_before[np.searchsorted(positions, text_ends)], prepend=0)
 
@@ -198,7 +198,7 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
     return array if size <= len(array) else np.concatenate([array, np.zeros(max(size, 2 * len(array)) - len(array), array.dtype)])
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The numbers of range(start, start + length), for all pairs, one after another."""
     ends = np.cumsum(lengths)
     numbers = np.repeat(starts - ends + lengths, lengths)

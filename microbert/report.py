@@ -44,10 +44,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def progress_bar(step: int, total_steps: int) -> tqdm:
-    """Shows steps, ETA and what `set_postfix_str` is given; in a log file, where each update stays, twice a minute."""
+def progress_bar(total: int, done: int, description: str, unit: str, leave: bool = True) -> tqdm:
+    """Shows progress, ETA and what `set_postfix_str` is given; in a log file, where each update stays, twice a minute."""
     interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True, mininterval=interval, smoothing=0.05)
+    return tqdm(total=total, initial=done, desc=description, unit=unit, unit_scale=total >= 1_000_000, dynamic_ncols=True, mininterval=interval,
+                smoothing=0.05, leave=leave)
 
 
 def draw_training_curve(folder: Path, lines: list[dict[str, float]], uniform_loss: float, unigram_loss: float) -> None:

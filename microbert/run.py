@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import os
 import shutil
 import signal
@@ -26,8 +27,12 @@ class Stopped(Exception):
     """A signal asked the run to stop, and everything is saved."""
 
 
-class Diverged(Exception):
-    """The numbers broke down (NaN or infinity); the message says where and what to try."""
+class Failed(Exception):
+    """The run cannot go on, for a reason that lies outside its input; the message says which, and what to try."""
+
+
+class Diverged(Failed):
+    """The numbers broke down (NaN or infinity)."""
 
 
 class Run:
@@ -89,12 +94,16 @@ def open_run(config: Config) -> Iterator[Run]:
         print(f"\n{stopped}", file=sys.stderr)
         run.write_status("stopped", STOPPED, str(stopped))
         raise SystemExit(STOPPED) from None
-    except Diverged as error:
+    except Failed as error:
         print(f"\nerror: {error}", file=sys.stderr)
         run.write_status("failed", FAILED, str(error))
         raise SystemExit(FAILED) from None
     except Exception as error:
-        traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"\nerror: the disk is full ({error.filename or folder}). What is saved stays: free some space, and the same command goes on",
+                  file=sys.stderr)
+        else:
+            traceback.print_exc()
         if holds_lock:
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
                 run.write_status("failed", FAILED, f"{type(error).__name__}: {error}")

@@ -1,6 +1,5 @@
 """Train, save and load a WordPiece tokenizer. The special ids are decided here and nowhere else."""
 
-import functools
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from .config import Config, InputError
-from .corpus import Corpus, Survey, documents, split_hash
+from .documents import HELD_OUT_SHARE, Corpus, clean, split_hash
 from .files import fingerprint, write_json, write_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -17,18 +16,22 @@ PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
 N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here on are ordinary tokens
 
 SAMPLE_CHARACTERS = 16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
-FORMAT = 1
+PIECE_CHARACTERS = 100_000  # of a text that the library gets at once: it takes some 50 bytes a character
+FORMAT = 2
 
 
-def get_tokenizer(corpus: Corpus, survey: Survey, config: Config, check_stop: Callable[[], None]) -> Tokenizer:
-    """The tokenizer of this corpus and these settings: from the cache when an earlier run trained it, else trained now."""
+def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -> Tokenizer:
+    """The tokenizer of this corpus and these settings: from the cache when an earlier run trained it, else trained now.
+
+    Raises InputError where there is no text to train on.
+    """
     key = fingerprint(FORMAT, config.vocab_size, config.lowercase, config.strip_accents, config.seed, SAMPLE_CHARACTERS)
     path = corpus.cache_folder(config) / f"tokenizer-{key}.json"
     if path.exists():
         return load_tokenizer(path)
-    print("tokenizer: training WordPiece on the training documents ...")
-    tokenizer = train_tokenizer(functools.partial(_training_sample, corpus, survey, config.seed, check_stop), vocab_size=config.vocab_size,
-                                lowercase=config.lowercase, strip_accents=config.strip_accents)
+    sample = _training_sample(corpus, config.seed, check_stop)
+    print(f"tokenizer: training WordPiece on {sum(map(len, sample)) / 1e6:,.1f}M characters ...")
+    tokenizer = train_tokenizer(lambda: iter(sample), vocab_size=config.vocab_size, lowercase=config.lowercase, strip_accents=config.strip_accents)
     write_text(path, tokenizer.to_str())
     return tokenizer
 
@@ -96,15 +99,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None
     })
 
 
-def _training_sample(corpus: Corpus, survey: Survey, seed: int, check_stop: Callable[[], None]) -> Iterator[str]:
-    """Training documents, thinned evenly to about SAMPLE_CHARACTERS, never a held-out one."""
-    share = min(1.0, SAMPLE_CHARACTERS / survey.characters)
-    below = survey.held_out_below + int((2**64 - survey.held_out_below) * share)
-    for n, text in enumerate(documents(corpus.rows())):
-        if n % 1000 == 0:
-            check_stop()
-        if survey.held_out_below <= split_hash(text, seed) < below:
-            yield text
+def _training_sample(corpus: Corpus, seed: int, check_stop: Callable[[], None]) -> list[str]:
+    """Documents of about SAMPLE_CHARACTERS, none of which can be held out (all of them, where that would leave nothing)."""
+    sample, may_be_held_out, n_rows = [], [], 0
+    for rows in corpus.head(SAMPLE_CHARACTERS):
+        check_stop()
+        n_rows += len(rows)
+        for text in filter(None, map(clean, rows)):
+            pieces = [text[start : start + PIECE_CHARACTERS] for start in range(0, min(len(text), SAMPLE_CHARACTERS), PIECE_CHARACTERS)]
+            (sample if split_hash(text, seed) >= HELD_OUT_SHARE * 2**64 else may_be_held_out).extend(pieces)
+    if not sample and not may_be_held_out:
+        raise InputError(f"{corpus.description}: no text found ({n_rows:,} rows, all empty)")
+    return sample or may_be_held_out
 
 
 def _continues_a_word(character: str) -> bool:

@@ -89,7 +89,7 @@ def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokeni
             bar.close()
             run.check_stop()
 
-    with progress_bar(state.step, steps) as bar:
+    with progress_bar(steps, state.step, "training", " steps") as bar:
         evaluate_if_due()
         stop_if_asked()
         while state.step < steps:

@@ -5,9 +5,9 @@
         subprocess.run([sys.executable, "-c", "..."], env=hub.env(tmp_path))
         assert hub.bytes_of("org/name", "data/train-00000-of-00001.parquet") > 0
 
-It serves dataset repositories from memory: the API for a repository, its files and its folders, and HEAD and ranged GET of the files. It keeps
-a log of what was asked, and fails on request. What the client wants from other hosts (the dataset viewer's) comes here too, through the proxy
-variables of `env`, and is answered with 404: a test touches no network.
+It serves dataset repositories from memory: the API for a repository, its files and its folders, and HEAD and ranged GET of the files. It
+keeps a log of what was asked, and fails on request. What the client wants of other hosts (the dataset viewer's) comes here too, through the
+proxy variables of `env`, and is answered with 404: a test touches no network.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 KINDS = ("500", "429", "401", "timeout", "cut", "short")
-KEPT_HEADERS = ("range", "authorization", "user-agent", "if-none-match", "accept-encoding")
+KEPT_HEADERS = ("range", "authorization", "user-agent", "if-none-match")
 CHUNK = 1 << 16
 DATE = "2026-01-01T00:00:00.000Z"
 
@@ -50,14 +50,6 @@ class Failure:
     kind: str
     times: int
     after_bytes: int
-
-
-@dataclass
-class Repository:
-    """The files of each commit, and where the branches point."""
-
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
 
 
 def blob_id(content: bytes) -> str:
@@ -85,7 +77,8 @@ class HubServer:
 
     def __init__(self) -> None:
         self.log: list[Request] = []
-        self.repositories: dict[str, Repository] = {}
+        self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}  # the files by repository and commit
+        self.branches: dict[tuple[str, str], str] = {}  # the commit by repository and name
         self.failures: list[Failure] = []
         self.lock = threading.Lock()
         self.closed = threading.Event()
@@ -117,11 +110,11 @@ class HubServer:
     def add(self, repo_id: str, files: dict[str, bytes], revision: str | None = None) -> str:
         """Makes `files` the whole content of a new commit on the branch `revision` (main if not given). Returns the commit."""
         with self.lock:
-            repository = self.repositories.setdefault(repo_id, Repository())
-            parts = [repo_id, str(len(repository.commits)), *(f"{path} {blob_id(content)}" for path, content in sorted(files.items()))]
+            commits = self.repositories.setdefault(repo_id, {})
+            parts = [repo_id, str(len(commits)), *(f"{path} {blob_id(content)}" for path, content in sorted(files.items()))]
             commit = hashlib.sha1("\n".join(parts).encode()).hexdigest()
-            repository.commits[commit] = dict(files)
-            repository.branches[revision or "main"] = commit
+            commits[commit] = dict(files)
+            self.branches[repo_id, revision or "main"] = commit
         return commit
 
     def fail(self, pattern: str, kind: str, times: int = 1, after_bytes: int = 0) -> None:
@@ -142,10 +135,10 @@ class HubServer:
             return sum(request.bytes_sent for request in self.log if request.method == "GET" and path.fullmatch(request.path))
 
     def env(self, home: Path) -> dict[str, str]:
-        """The environment of a process that takes this server for the Hub and keeps its caches below `home`."""
+        """The whole environment of a process that takes this server for the Hub, has no token and keeps its caches below `home`."""
         ours = {name: value for name, value in os.environ.items()
                 if not re.match(r"(HF|HUGGING|HUGGINGFACE|TRANSFORMERS|XDG_CACHE)_|(https?|all|no)_proxy$", name, re.IGNORECASE)}
-        proxy = {"HTTP_PROXY": self.url, "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1,invalid"}  # *.invalid: for names that do not resolve
+        proxy = {"HTTP_PROXY": self.url, "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1,invalid"}  # a name in .invalid never resolves
         return ours | proxy | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
                                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 
@@ -213,10 +206,10 @@ class HubHandler(BaseHTTPRequestHandler):
         org, name, action, revision, *rest = [*parts[2 if api else 1:], "", "", "", ""]
         file = "/".join(part for part in rest if part)
         with self.hub.lock:
-            repository = self.hub.repositories.get(f"{org}/{name}")
-            commit = repository.branches.get(revision or "main", revision) if repository else ""
-            files = repository.commits.get(commit) if repository else None
-        if repository is None:
+            commits = self.hub.repositories.get(f"{org}/{name}", {})
+            commit = self.hub.branches.get((f"{org}/{name}", revision or "main"), revision)
+            files = commits.get(commit)
+        if not commits:
             return self.error(404, "RepoNotFound", "Repository not found")
         if files is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -225,7 +218,7 @@ class HubHandler(BaseHTTPRequestHandler):
         if api and action in ("", "revision"):
             return self.send_json(self.info(f"{org}/{name}", commit, files), commit)
         if api and action == "paths-info":
-            asked = parse_qs(body.decode()).get("paths", []) if not body.startswith(b"{") else json.loads(body)["paths"]
+            asked = parse_qs(body.decode()).get("paths", [])
             return self.send_json([entry for path, entry in entries(files).items() if path in asked], commit)
         if api and action == "tree":
             return self.send_tree(files, file, commit)
@@ -255,7 +248,7 @@ class HubHandler(BaseHTTPRequestHandler):
         if file not in files:
             return self.error(404, "EntryNotFound", "Entry not found", commit)
         content = files[file]
-        headers = {"ETag": f'"{blob_id(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        headers = {"ETag": f'"{blob_id(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if not wanted or not (wanted[1] or wanted[2]):
             return self.answer(200, content, headers)
@@ -277,7 +270,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer(status, json.dumps({"error": message}).encode(), headers)
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        """Sends it all, or what a "cut" or a "short" answer leaves of it. Bytes count from when they are on their way, so no reader is ahead."""
+        """Sends it all, or what a "cut" or a "short" leaves of it. A chunk counts just before it goes: no client is ahead of the log."""
         self.request_log.status = status
         broken = self.failure is not None and self.failure.kind in ("cut", "short")
         self.send_response(status)

@@ -5,13 +5,16 @@ import csv
 import gzip
 import json
 import lzma
+import os
 
 import pytest
 from helpers import run_here, small_flags
 
-from microbert.corpus import documents, open_corpus, split_hash, survey_corpus
-from microbert.config import InputError
 from test_config import configure
+
+from microbert.config import InputError
+from microbert.corpus import open_corpus
+from microbert.documents import Position, clean, split_hash
 
 TEXTS = ["the first document", "größer, \"quoted\", naïve", "中文 and emoji 🙂", "the last one"]
 
@@ -42,9 +45,17 @@ def write(path, compress=None):
     return path
 
 
+def never_stop():
+    pass
+
+
+def open_dataset(dataset, tmp_path, **constants):
+    return open_corpus(configure("--dataset", str(dataset), "--cache-dir", str(tmp_path / "cache"), **constants), never_stop)
+
+
 def read(dataset, tmp_path, **constants):
-    config = configure("--dataset", str(dataset), "--cache-dir", str(tmp_path / "cache"), **constants)
-    return list(documents(open_corpus(config).rows()))
+    corpus = open_dataset(dataset, tmp_path, **constants)
+    return [text for rows, _ in corpus.read() for text in map(clean, rows) if text]
 
 
 @pytest.mark.parametrize("compress", [None, gzip, bz2, lzma])
@@ -63,6 +74,64 @@ def test_a_glob_reads_its_files_in_order_of_name(tmp_path):
     assert read(tmp_path / "*.txt", tmp_path) == ["from a", "from b"]
 
 
+def test_several_paths_folders_and_globs_are_read_one_after_another(tmp_path):
+    (tmp_path / "folder" / "deeper").mkdir(parents=True)
+    for name in ("b.txt", "a.jsonl", "folder/c.txt", "folder/deeper/d.csv", "folder/notes.md"):
+        (tmp_path / name).write_text({".jsonl": '{"text": "from a"}\n', ".csv": "text\nfrom d\n"}.get(name[name.rindex("."):], f"from {name[-5]}\n"))
+    assert read(f"{tmp_path}/b.txt, {tmp_path}/*.jsonl,{tmp_path}/folder", tmp_path) == ["from b", "from a", "from c", "from d"]
+    assert read(f"{tmp_path}/*.txt,{tmp_path}/b.txt", tmp_path) == ["from b"]
+    with pytest.raises(SystemExit):
+        open_dataset(f"{tmp_path}/b.txt,{tmp_path}/*.nothing", tmp_path)
+
+
+def test_a_shell_may_spell_the_glob_out(tmp_path):
+    (tmp_path / "b.txt").write_text("from b\n")
+    (tmp_path / "a.txt").write_text("from a\n")
+    assert configure("--dataset", f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", "--epochs", "2").dataset == f"{tmp_path}/a.txt,{tmp_path}/b.txt"
+
+
+def test_names_with_wildcards_and_commas_in_them_are_names(tmp_path):
+    for name in ("a[1].txt", "b,c.txt"):
+        (tmp_path / name).write_text("one\n")
+        assert read(tmp_path / name, tmp_path) == ["one"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_reading_goes_on_from_any_position(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr("microbert.local_files.READ_ROWS", 2)
+    for name in "ab":
+        write((tmp_path / name).with_suffix(suffix))
+    corpus = open_dataset(tmp_path / f"*{suffix}", tmp_path, max_samples=7)
+    whole = list(corpus.read())
+    assert [row for rows, _ in whole for row in rows] == [*TEXTS, *TEXTS[:3]]
+    for number, (_, position) in enumerate(whole, 1):
+        assert list(corpus.read(position)) == whole[number:]
+    assert whole[-1][1] == Position(part=1, row=3, rows=7)
+
+
+def test_the_head_takes_its_share_of_every_file(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"from {name}\n" * 2000)
+    corpus = open_dataset(tmp_path / "*.txt", tmp_path)
+    assert {row for rows in corpus.head(900) for row in rows} == {"from a", "from b", "from c"}
+    first_only = open_dataset(tmp_path / "*.txt", tmp_path, max_samples=100)
+    assert {row for rows in first_only.head(900) for row in rows} == {"from a"}
+
+
+def test_one_empty_file_among_others_is_passed_over_and_told(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").write_text("text\n")
+    assert read(tmp_path / "*.txt", tmp_path) == ["text"]
+    assert "1 of them empty" in open_dataset(tmp_path / "*.txt", tmp_path).description
+
+
+def test_a_later_file_without_the_column_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n\nx,1\n")
+    (tmp_path / "b.csv").write_text("body,n\ny,2\n")
+    with pytest.raises(InputError, match=r'b\.csv has no column "text"; it has: body, n'):
+        read(tmp_path / "*.csv", tmp_path)
+
+
 def test_max_samples_takes_the_first_rows(tmp_path):
     assert read(write(tmp_path / "data.txt"), tmp_path, max_samples=2) == TEXTS[:2]
 
@@ -79,6 +148,8 @@ def test_the_text_column_may_have_any_name(tmp_path):
 
 
 HOSTILE = {
+    "nulls.jsonl": (b'{"text": null}\n{"text": null}\n', ["--text-column", "text"], "no text found"),
+    "unknown.txt": (b"[UNK]\n[UNK] [UNK]\n", [], "knows no token"),
     "empty.txt": (b"", [], "is empty"),
     "spaces.txt": (b"  \n\n\t\n", [], "no text found"),
     "latin.txt": (b"fine\nbroken \xff\xfe line\n", [], "line 2 is not UTF-8"),
@@ -117,9 +188,6 @@ def test_the_bundled_reviews_are_all_there(tmp_path):
     texts = read("imdb", tmp_path)
     assert len(texts) == 25_000
     assert not any("<br />" in text for text in texts)
-    config = configure("--cache-dir", str(tmp_path / "cache"))
-    survey = survey_corpus(open_corpus(config), config, lambda: None)
-    assert survey.documents == 25_000 and 2_250 <= survey.held_out <= 2_750
     assert read("imdb", tmp_path, max_samples=100) == texts[:100]
 
 
@@ -130,24 +198,31 @@ def test_the_split_is_a_function_of_seed_and_text_alone():
     assert share == pytest.approx(0.1, abs=0.01)
 
 
-def test_a_tiny_corpus_holds_out_at_least_one_document(tmp_path):
-    for n in (2, 3, 5):
-        (tmp_path / f"{n}.txt").write_text("\n".join(f"document {i}" for i in range(n)))
-        config = configure("--dataset", str(tmp_path / f"{n}.txt"), "--cache-dir", str(tmp_path / "cache"))
-        survey = survey_corpus(open_corpus(config), config, lambda: None)
-        assert 1 <= survey.held_out < n
-
-
 def test_a_changed_file_gets_another_key(tmp_path):
     path = tmp_path / "data.txt"
     path.write_text("a b\nc d\n")
-    config = configure("--dataset", str(path))
-    before = open_corpus(config).key
+    before = open_dataset(path, tmp_path).key
     path.write_text("a b\nc e\n")
-    assert open_corpus(config).key != before
+    assert open_dataset(path, tmp_path).key != before
+
+
+def test_a_hash_is_kept_for_as_long_as_the_file_is_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "data.txt"
+    path.write_text("a b\nc d\n")
+    monkeypatch.setattr("microbert.local_files.SETTLED_SECONDS", -1)
+    corpus = open_dataset(path, tmp_path)
+    (tmp_path / "cache").mkdir()
+    corpus.remember()
+    with monkeypatch.context() as patch:
+        patch.setattr("microbert.local_files.sha256", lambda path: pytest.fail("read through again"))
+        assert open_dataset(path, tmp_path).key == corpus.key
+    status = path.stat()
+    path.write_text("a b\nc e\n")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert open_dataset(path, tmp_path).key != corpus.key
 
 
 def test_a_damaged_bundle_is_refused(monkeypatch):
     monkeypatch.setattr("microbert.corpus.IMDB_SHA256", "0" * 64)
     with pytest.raises(InputError, match="damaged"):
-        open_corpus(configure())
+        open_corpus(configure(), never_stop)

@@ -8,7 +8,8 @@ import pytest
 from helpers import ROOT
 
 PACKAGE = ROOT / "microbert"
-ORDER = ["config", "files", "counter_rng", "distributed", "run", "report", "corpus", "tokenizer", "encoder", "tokens", "batches", "masking", "model",
+ORDER = ["config", "files", "counter_rng", "distributed", "run", "report", "documents", "local_files", "hub", "corpus", "tokenizer",
+         "encoder", "tokens", "prepare", "batches", "masking", "model",
          "loss", "optim", "export", "checkpoint", "training", "fill_mask"]
 READS_SURROUNDINGS = {"config", "distributed"}
 HEAVY = {"torch", "numpy", "transformers", "datasets", "tokenizers"}

@@ -1,6 +1,7 @@
 """Tokenizer and token shards: right, the same every time, and going on after a stop."""
 
 import json
+import random
 import subprocess
 import sys
 
@@ -11,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_config import configure
 
-from microbert import tokens as tokens_module
+from microbert import prepare as prepare_module
 from microbert.config import InputError
-from microbert.corpus import documents, open_corpus, split_hash, survey_corpus
+from microbert.corpus import hold_cache, open_corpus
+from microbert.documents import Corpus, Estimate, Part, clean, split_hash
+from microbert.prepare import packed_sequences, prepare_tokens, truncated_sequences
 from microbert.run import Stopped
 from microbert.tokenizer import CLS_ID, MASK_ID, N_SPECIAL, PAD_ID, SEP_ID, SPECIAL_TOKENS, get_tokenizer, load_tokenizer, save_tokenizer
 from microbert.tokenizer import train_tokenizer
-from microbert.tokens import packed_sequences, prepare_tokens, truncated_sequences
 
 
 def never_stop():
@@ -29,10 +31,10 @@ def prepare(folder, cache="cache", check_stop=never_stop, **constants):
         write_corpus(folder / "corpus.jsonl")
     constants = {"max_seq_len": 16, "vocab_size": 200, **constants}
     config = configure("--dataset", str(folder / "corpus.jsonl"), "--cache-dir", str(folder / cache), **constants)
-    corpus = open_corpus(config)
-    survey = survey_corpus(corpus, config, never_stop)
-    tokenizer = get_tokenizer(corpus, survey, config, never_stop)
-    return config, corpus, survey, tokenizer, prepare_tokens(corpus, survey, tokenizer, config, check_stop)
+    corpus = open_corpus(config, never_stop)
+    with hold_cache(corpus, config, never_stop):
+        tokenizer = get_tokenizer(corpus, config, never_stop)
+        return config, corpus, tokenizer, prepare_tokens(corpus, tokenizer, config, check_stop)
 
 
 def all_rows(sequences):
@@ -42,10 +44,10 @@ def all_rows(sequences):
 def test_the_tokenizer_is_a_function_of_the_text_alone():
     program = """
 import hashlib
-from microbert.corpus import open_corpus, documents
+from microbert.corpus import open_corpus
 from microbert.tokenizer import train_tokenizer
 from test_config import configure
-texts = list(documents(open_corpus(configure(max_samples=500)).rows()))
+texts = [row for rows, _ in open_corpus(configure(max_samples=500), lambda: None).read() for row in rows]
 tokenizer = train_tokenizer(lambda: iter(texts), vocab_size=2000, lowercase=True, strip_accents=False)
 print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())
 """
@@ -96,12 +98,16 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
-encoded_documents = st.lists(st.lists(st.integers(N_SPECIAL, 99), min_size=1, max_size=30).map(lambda ids: np.array(ids)), max_size=12)
+encoded_documents = st.lists(st.lists(st.integers(N_SPECIAL, 99), min_size=1, max_size=30).map(lambda ids: np.array(ids, np.uint16)), max_size=12)
+
+
+def laid_out(layout, encoded, max_seq_len):
+    return layout(np.concatenate([np.zeros(0, np.uint16), *encoded]), np.array([len(ids) for ids in encoded], np.int64), max_seq_len)
 
 
 @given(encoded_documents, st.integers(3, 12))
 def test_truncated_rows_hold_the_first_tokens_of_each_document(encoded, max_seq_len):
-    rows = truncated_sequences(encoded, max_seq_len)
+    rows = laid_out(truncated_sequences, encoded, max_seq_len)
     assert rows.shape == (len(encoded), max_seq_len)
     for row, ids in zip(rows, encoded):
         kept = list(ids[: max_seq_len - 2])
@@ -110,7 +116,7 @@ def test_truncated_rows_hold_the_first_tokens_of_each_document(encoded, max_seq_
 
 @given(encoded_documents, st.integers(3, 12))
 def test_packed_rows_hold_all_text_in_order_and_only_the_last_is_padded(encoded, max_seq_len):
-    rows = packed_sequences(encoded, max_seq_len)
+    rows = laid_out(packed_sequences, encoded, max_seq_len)
     assert (rows[:, 0] == CLS_ID).all() and not (rows[:-1] == PAD_ID).any()
     text = [int(i) for row in rows for i in row[1 : np.flatnonzero(row == SEP_ID)[-1]]]
     expected = [int(i) for ids in encoded for i in (*ids, SEP_ID)][:-1]
@@ -119,16 +125,40 @@ def test_packed_rows_hold_all_text_in_order_and_only_the_last_is_padded(encoded,
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_two_splits_hold_their_own_documents_and_nothing_else(packing, tmp_path):
-    config, corpus, survey, tokenizer, tokens = prepare(tmp_path, packing=packing)
-    vocabulary = {}
-    for text in documents(corpus.rows()):
-        split = "held_out" if split_hash(text, config.seed) < survey.held_out_below else "train"
-        vocabulary.setdefault(split, []).append(np.array(tokenizer.encode(text, add_special_tokens=False).ids))
+    config, corpus, tokenizer, tokens = prepare(tmp_path, packing=packing)
+    encoded = {"train": [], "held_out": []}
+    for text in (clean(row) for rows, _ in corpus.read() for row in rows):
+        split = "held_out" if split_hash(text, config.seed) < 2**64 // 10 else "train"
+        encoded[split].append(np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint16))
     layout = packed_sequences if packing else truncated_sequences
-    assert np.array_equal(all_rows(tokens.train), layout(vocabulary["train"], 16))
-    assert np.array_equal(all_rows(tokens.held_out), layout(vocabulary["held_out"], 16))
+    assert np.array_equal(all_rows(tokens.train), laid_out(layout, encoded["train"], 16))
+    assert np.array_equal(all_rows(tokens.held_out), laid_out(layout, encoded["held_out"], 16))
+    assert (tokens.report.train, tokens.report.held_out) == (len(encoded["train"]), len(encoded["held_out"]))
     counts = np.bincount(all_rows(tokens.train).reshape(-1), minlength=tokenizer.get_vocab_size())
     assert np.array_equal(tokens.token_counts[N_SPECIAL:], counts[N_SPECIAL:]) and not tokens.token_counts[:N_SPECIAL].any()
+
+
+def test_about_ten_thousand_documents_are_held_out_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "HELD_OUT_AT_MOST", 20)
+    report = prepare(write_corpus(tmp_path / "corpus.jsonl", 2000).parent)[-1].report
+    assert 8 <= report.held_out <= 35 and report.train == 2000 - report.held_out
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_a_tiny_corpus_holds_out_at_least_one_document(n, tmp_path):
+    (tmp_path / "corpus.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(n)))
+    report = prepare(tmp_path)[-1].report
+    assert 1 <= report.held_out < n and report.train + report.held_out == n
+
+
+def test_what_is_skipped_and_what_is_doubled_is_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_module, "HASHES_AT_A_TIME", 30)
+    monkeypatch.setattr(prepare_module, "BLOCK_ROWS", 200)
+    rows = [f"document number {n % 100}" for n in range(150)] + ["", None, " \ufeff ", "\x00"] + ["[UNK] [UNK]"] + ["\u2060" * 3]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    report = prepare(tmp_path)[-1].report
+    assert (report.rows, report.empty, report.documents, report.without_tokens, report.duplicates) == (156, 4, 152, 2, 50)
+    assert "156 read" in (printed := capsys.readouterr().out) and "4 empty, 2 without one known token" in printed and "50 duplicates" in printed
 
 
 def test_duplicates_fall_on_one_side(tmp_path):
@@ -139,26 +169,24 @@ def test_duplicates_fall_on_one_side(tmp_path):
     assert train and held_out and not train & held_out
 
 
-def test_a_preparation_stopped_between_any_two_blocks_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens_module, "BLOCK_ROWS", 30)
+def test_a_preparation_stopped_anywhere_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "BLOCK_ROWS", 30)
+    monkeypatch.setattr("microbert.local_files.READ_ROWS", 10)
     prepare(tmp_path, cache="whole")
     whole = listing(tmp_path / "whole")
-    stops = 0
-    calls = 0
+    stops, rng = 0, random.Random(3)
 
-    def stop_every_second_time():
-        nonlocal calls
-        calls += 1
-        if calls % 2 == 0:
+    def stop_now_and_then():
+        if rng.random() < 0.12:
             raise Stopped("test")
 
     while True:
         try:
-            prepare(tmp_path, cache="stopped", check_stop=stop_every_second_time)
+            prepare(tmp_path, cache="stopped", check_stop=stop_now_and_then)
             break
         except Stopped:
             stops += 1
-    assert stops >= 5
+    assert stops >= 3
     assert listing(tmp_path / "stopped") == whole
 
 
