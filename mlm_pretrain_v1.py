@@ -57,6 +57,7 @@ def main() -> None:
     from microbert.checkpoint import find_checkpoint
     from microbert.corpus import hold_cache, open_corpus
     from microbert.distributed import choose_device
+    from microbert.dry_run import tell_plan
     from microbert.export import export_run
     from microbert.fill_mask import EXAMPLES, print_fill_mask
     from microbert.model import model_for_tokens
@@ -64,6 +65,10 @@ def main() -> None:
     from microbert.run import open_run
     from microbert.tokenizer import get_tokenizer
     from microbert.training import model_card_facts, train
+
+    if config.dry_run:
+        tell_plan(config)
+        return
 
     with open_run(config) as run:
         device = choose_device(config.device)

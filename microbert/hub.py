@@ -26,6 +26,7 @@ PROBE_SECONDS = 5.0
 PROBES = 5
 TRIES = 8  # in a row without a single row read, each of which waits twice as long as the one before it
 LONGEST_WAIT = 60.0
+SMALL_FILE = 8_000_000  # bytes
 TABLE_PARTS = 100  # of a downloaded dataset, so that the tokenizer's sample is spread over it
 KINDS = ("parquet", "json", "csv", "text")
 BYTES_A_DOCUMENT = 1000  # where nothing is known
@@ -92,7 +93,7 @@ def _ask(repo_id: str, name: str | None, config: Config, check_stop: Callable[[]
                 raise InputError(f'dataset = "{config.dataset}": the Hub refuses it ({_first_line(error)})') from None
             if not is_network_trouble(error):
                 raise
-            if "Connect" in type(error).__name__:  # nobody there: no use in waiting
+            if "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:  # nobody there: no use in waiting
                 raise _unreachable(repo_id, config, error) from None
             if attempt == PROBES:
                 raise Failed(f"the Hugging Face Hub has trouble ({_first_line(error)}); try the same command again later") from None
@@ -154,7 +155,8 @@ class _Reader:
         import datasets
 
         self._builder()
-        rows = self._persist(lambda: self._load(lambda **revision: datasets.load_dataset(self.repo_id, self.name, split="train", **revision)))
+        rows = self._persist(lambda: self._load(lambda **revision: datasets.load_dataset(
+            self.repo_id, self.name, split="train", verification_mode="no_checks", **revision)))  # cards often lag behind their files
         rows = rows.with_format("arrow")
         column = choose_text_column(rows[:1], self.text_column, self.where)
         rows = rows.select_columns([column])
@@ -172,12 +174,12 @@ class _Reader:
     def streamed_parts(self) -> list[Part]:
         """The files of the train split, none of them touched before its turn."""
         builder = self._builder()
-        kind = type(builder).__name__.lower()
-        if kind not in KINDS:
-            raise InputError(f"{self.where} holds {kind} files; streaming reads {', '.join(KINDS)}")
+        kind = next((base.__name__.lower() for base in type(builder).__mro__ if base.__name__.lower() in KINDS), None)
+        if kind is None:
+            raise InputError(f"{self.where} holds files of another kind than {', '.join(KINDS)}; try it without --streaming")
         files = (builder.config.data_files or {}).get("train")
         if not files:
-            raise InputError(f"{self.where} has no train split; it has: {', '.join(builder.config.data_files or {}) or 'no files'}")
+            raise InputError(f"{self.where} has no train split; it has: {', '.join(map(str, builder.config.data_files or {})) or 'no files'}")
         paths = [file.removeprefix("hf://").split("@")[1].split("/", 1)[1] for file in files]
         return [Part(1, lambda row, path=path: self._read(path, kind, row)) for path in paths]
 
@@ -195,13 +197,15 @@ class _Reader:
         """Calls `load(revision=...)`, without a revision where the machine is offline, and makes its errors those of this suite."""
         import datasets
         from datasets.data_files import EmptyDatasetError
-        from datasets.exceptions import DatasetNotFoundError
+        from datasets.exceptions import DatasetBuildError, DatasetNotFoundError
 
         datasets.disable_progress_bars()
         try:
             loaded = load() if datasets.config.HF_HUB_OFFLINE else load(revision=self.revision)
-        except (ValueError, DatasetNotFoundError, EmptyDatasetError) as error:
-            raise InputError(f"{self.where}: {_first_line(error)}") from None
+        except (ValueError, DatasetNotFoundError, EmptyDatasetError, DatasetBuildError) as error:
+            if isinstance(error, DatasetBuildError) and is_network_trouble(error):
+                raise
+            raise InputError(f"{self.where}: {_first_line(error.__cause__ or error)}") from None
         return loaded
 
     def _persist(self, call: Callable[[], object]) -> object:
@@ -239,8 +243,10 @@ class _Reader:
         import huggingface_hub
         import pyarrow.parquet
 
-        name = f"{self.repo_id}/{path}"
-        with huggingface_hub.HfFileSystem().open(f"datasets/{self.repo_id}@{self.revision}/{path}", "rb", cache_type="none") as file:
+        name, hub = f"{self.repo_id}/{path}", huggingface_hub.HfFileSystem()
+        url = f"datasets/{self.repo_id}@{self.revision}/{path}"
+        # a small file in one transfer; of a large one what is asked for, and not a byte ahead
+        with hub.open(url, "rb", cache_type="all" if hub.info(url)["size"] <= SMALL_FILE else "none") as file:
             try:
                 table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
                 self.text_column = choose_text_column(table.schema_arrow.empty_table(), self.text_column, name)

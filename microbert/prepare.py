@@ -38,8 +38,7 @@ def prepare_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config, check_s
     `check_stop` is called between blocks and may raise; what is written stays, and the next call goes on behind it.
     Raises InputError where there is too little text to train on one part and hold out another.
     """
-    key = tokens_key(corpus, tokenizer, config)
-    folder = corpus.cache_folder(config) / f"tokens-{key}"
+    key, folder = _place(corpus, tokenizer, config)
     if not (folder / MANIFEST).exists():
         folder.mkdir(exist_ok=True)
         remove_stale(folder)
@@ -57,8 +56,16 @@ def prepare_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config, check_s
     return tokens
 
 
-def tokens_key(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> str:
-    return fingerprint(FORMAT, corpus.key, config.seed, tokenizer.to_str(), config.max_seq_len, config.packing)
+def find_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> Tokens | None:
+    """The tokens that an earlier run has prepared from this corpus with these settings."""
+    key, folder = _place(corpus, tokenizer, config)
+    return open_tokens(folder, key, tokenizer) if (folder / MANIFEST).exists() else None
+
+
+def _place(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> tuple[str, Path]:
+    """The tokens' key, in which everything is that decides them, and their folder."""
+    key = fingerprint(FORMAT, corpus.key, config.seed, tokenizer.to_str(), config.max_seq_len, config.packing)
+    return key, corpus.cache_folder(config) / f"tokens-{key}"
 
 
 def n_threads() -> int:

@@ -25,15 +25,24 @@ def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None]
 
     Raises InputError where there is no text to train on.
     """
-    key = fingerprint(FORMAT, config.vocab_size, config.lowercase, config.strip_accents, config.seed, SAMPLE_CHARACTERS)
-    path = corpus.cache_folder(config) / f"tokenizer-{key}.json"
-    if path.exists():
-        return load_tokenizer(path)
+    if tokenizer := find_tokenizer(corpus, config):
+        return tokenizer
     sample = _training_sample(corpus, config.seed, check_stop)
     print(f"tokenizer: training WordPiece on {sum(map(len, sample)) / 1e6:,.1f}M characters ...")
     tokenizer = train_tokenizer(lambda: iter(sample), vocab_size=config.vocab_size, lowercase=config.lowercase, strip_accents=config.strip_accents)
-    write_text(path, tokenizer.to_str())
+    write_text(_path(corpus, config), tokenizer.to_str())
     return tokenizer
+
+
+def find_tokenizer(corpus: Corpus, config: Config) -> Tokenizer | None:
+    """The tokenizer that an earlier run on this corpus with these settings has left in the cache."""
+    path = _path(corpus, config)
+    return load_tokenizer(path) if path.exists() else None
+
+
+def _path(corpus: Corpus, config: Config) -> Path:
+    key = fingerprint(FORMAT, config.vocab_size, config.lowercase, config.strip_accents, config.seed, SAMPLE_CHARACTERS)
+    return corpus.cache_folder(config) / f"tokenizer-{key}.json"
 
 
 def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, lowercase: bool, strip_accents: bool) -> Tokenizer:

@@ -27,7 +27,7 @@ def write_corpus(path: Path, n_documents: int = 300) -> Path:
 def small_flags(folder: Path, **constants: object) -> list[str]:
     """Flags for a run of seconds on the corpus in `folder`, which is written if missing."""
     corpus = folder / "corpus.jsonl"
-    if not corpus.exists():
+    if "dataset" not in constants and not corpus.exists():
         write_corpus(corpus)
     values = {"dataset": corpus, "output_dir": folder / "run", "cache_dir": folder / "cache", "n_layers": 1, "max_seq_len": 32,
               "vocab_size": 300, "batch_size": 8, "epochs": 2, "eval_every": 20, "save_every": 10, **constants}

@@ -169,7 +169,6 @@ def test_a_file_that_cannot_be_used_is_one_plain_line_and_nothing_is_created(nam
     content, flags, words = HOSTILE[name]
     (tmp_path / name).write_bytes(content)
     small = small_flags(tmp_path, dataset=tmp_path / name, output_dir=tmp_path / "new" / "run")
-    (tmp_path / "corpus.jsonl").unlink()
     assert run_here([*small, *flags], monkeypatch) == 2
     error = capfd.readouterr().err
     assert words in error and name in error and "Traceback" not in error and error.count("\n") <= 2

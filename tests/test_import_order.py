@@ -10,7 +10,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "microbert"
 ORDER = ["config", "files", "counter_rng", "distributed", "run", "report", "documents", "local_files", "hub", "corpus", "tokenizer",
          "encoder", "tokens", "prepare", "batches", "masking", "model",
-         "loss", "optim", "export", "checkpoint", "training", "fill_mask"]
+         "loss", "optim", "memory", "export", "checkpoint", "training", "dry_run", "fill_mask"]
 READS_SURROUNDINGS = {"config", "distributed"}
 HEAVY = {"torch", "numpy", "transformers", "datasets", "tokenizers"}
 
