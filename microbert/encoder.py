@@ -12,11 +12,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from .tokenizer import SPECIAL_TOKENS
 
-CHUNK_CHARACTERS = 1_000_000  # worked on at a time, at some 50 bytes of memory each
+CHUNK_CHARACTERS = 4_000_000  # worked on at a time, at some 50 bytes of memory each
 MOST_WORDS = 500_000  # kept in the table, at some 200 bytes each; a full table starts anew
 
 WORD, ALONE, SPACE, DROPPED, SEVERAL, UNSEEN = range(6)  # kinds of characters; ALONE is a word of its own, such as punctuation
@@ -165,33 +166,34 @@ class _WordTable:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._wordpiece = Tokenizer(tokenizer.model)  # without normalizer and pre-tokenizer: what it gets is one word
         self._lock = threading.Lock()
-        self._rows: dict[bytes, int] = {}
+        self._words = pa.array([], pa.large_binary())
         self._n_ids = 0
         self.starts, self.lengths, self.ids = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int32)  # grown by doubling
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._words)
 
-    def rows(self, words: list[bytes], encoding: str) -> np.ndarray:
+    def rows(self, words: pa.Array, encoding: str) -> np.ndarray:
         """The rows of distinct words, int64 [W]. A word's bytes are the same in no two encodings, as "ascii" words hold no NUL."""
-        found = list(map(self._rows.get, words))
-        if None in found:
+        found = pc.index_in(words, value_set=self._words)  # without Python's lock, unlike a dict: threads look words up at the same time
+        if found.null_count:
             with self._lock:
-                self._add([word for word in words if word not in self._rows], encoding)
-            found = list(map(self._rows.get, words))
-        return np.array(found, np.int64)
+                found = pc.index_in(words, value_set=self._words)
+                self._add(words.filter(found.is_null()), encoding)
+            found = pc.index_in(words, value_set=self._words)
+        return found.to_numpy()
 
-    def _add(self, words: list[bytes], encoding: str) -> None:
-        encodings = self._wordpiece.encode_batch_fast([word.decode(encoding) for word in words], add_special_tokens=False)
+    def _add(self, words: pa.Array, encoding: str) -> None:
+        encodings = self._wordpiece.encode_batch_fast([word.decode(encoding) for word in words.to_pylist()], add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         lengths = np.array([len(of_word) for of_word in ids], np.int64)
-        first, end, n_ids = len(self._rows), len(self._rows) + len(words), int(lengths.sum())
+        first, end, n_ids = len(self), len(self) + len(words), int(lengths.sum())
         self.starts, self.lengths, self.ids = _grown(self.starts, end), _grown(self.lengths, end), _grown(self.ids, self._n_ids + n_ids)
         self.starts[first:end] = self._n_ids + np.cumsum(lengths) - lengths
         self.lengths[first:end] = lengths
         self.ids[self._n_ids : self._n_ids + n_ids] = [i for of_word in ids for i in of_word]
         self._n_ids += n_ids
-        self._rows.update(zip(words, range(first, end)))  # last: a word that is found has its ids
+        self._words = pa.concat_arrays([self._words, words])  # last: a word that is found has its ids
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:
@@ -206,12 +208,12 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def _distinct_words(characters: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-    """characters: [C] of all words without spaces; starts: [W]. Returns for each word its number in the list of different words."""
+def _distinct_words(characters: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, pa.Array]:
+    """characters: [C] of all words without spaces; starts: [W]. Returns for each word its number among the different words, and these."""
     offsets = np.append(starts, len(characters)).astype(np.int64) * characters.itemsize
     words = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(starts), [None, pa.py_buffer(offsets), pa.py_buffer(characters)])
     distinct = words.dictionary_encode()
-    return distinct.indices.to_numpy(), distinct.dictionary.to_pylist()
+    return distinct.indices.to_numpy(), distinct.dictionary
 
 
 def _chunks(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
