@@ -7,12 +7,11 @@ The few texts for which this does not hold (special tokens written out, marks th
 Shapes: C characters of a chunk, W words, N ids, D texts.
 """
 
-import threading
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from .tokenizer import SPECIAL_TOKENS
@@ -26,7 +25,7 @@ REORDERED = ("\u302e", "\U0001d165")  # spacing marks of combining classes 224 a
 
 
 class Encoder:
-    """Encodes for one tokenizer of this suite, from any number of threads at once."""
+    """Encodes for one tokenizer of this suite, in one thread: its tables grow with what it meets."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -52,15 +51,14 @@ class Encoder:
             (by_library if needs_library else ascii if text.isascii() else wide).append(number)
         if wide:
             self._characters.learn("".join(texts[number] for number in wide))
-            unsure = [number for number in wide if self._characters.is_unsure(texts[number])]
-            wide, by_library = [number for number in wide if number not in unsure], by_library + unsure
-        parts = [(numbers, *encode([texts[number] for number in numbers]))
-                 for numbers, encode in ((ascii, self._encode_by_words), (wide, self._encode_by_words), (by_library, self._encode_by_library))
-                 if numbers]
-        if len(parts) == 1:
-            return parts[0][1:]
-        numbers, ids, lengths = (np.concatenate(column) for column in zip(*parts))
-        order, starts = np.argsort(numbers), np.cumsum(lengths) - lengths
+            is_unsure = {number: self._characters.is_unsure(texts[number]) for number in wide}
+            by_library += [number for number in wide if is_unsure[number]]
+            wide = [number for number in wide if not is_unsure[number]]
+        numbers = [ascii + wide, by_library]
+        by_words = self._encode_by_words([[texts[number] for number in group] for group in (ascii, wide) if group])
+        parts = [by_words, self._encode_by_library([texts[number] for number in by_library])]
+        ids, lengths = (np.concatenate(arrays) for arrays in zip(*parts))
+        order, starts = np.argsort(np.concatenate(numbers).astype(np.int64)), np.cumsum(lengths) - lengths
         return ids[ranges(starts[order], lengths[order])], lengths[order]
 
     def _encode_by_library(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,10 +66,23 @@ class Encoder:
         lengths = np.array([len(encoding.ids) for encoding in encodings], np.int64)
         return np.array([i for encoding in encodings for i in encoding.ids], np.int32), lengths
 
-    def _encode_by_words(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_by_words(self, groups: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+        """The texts of all groups, looked up together, so that a word in several of them is looked up once."""
+        parts = [self._split_words(texts) for texts in groups]
+        words, distinct = _distinct_words([letters for letters, _, _ in parts], [starts for _, starts, _ in parts])
+        table = self._words
+        rows = table.rows(distinct)[words]  # [W]
+        lengths = table.lengths[rows]
+        ids = table.ids[ranges(table.starts[rows], lengths)]
+        ids_before = np.zeros(len(words) + 1, np.int64)
+        np.cumsum(lengths, out=ids_before[1:])
+        word_counts = [np.zeros(0, np.int64), *(counts for _, _, counts in parts)]
+        return ids, np.diff(ids_before[np.cumsum(np.concatenate(word_counts))], prepend=0)
+
+    def _split_words(self, texts: list[str]) -> tuple[bytes, np.ndarray, np.ndarray]:
+        """The letters of all words in UTF-8, without anything between them, where each word starts [W], and how many each text has [D]."""
         text_ends = np.cumsum([len(text) + 1 for text in texts])
         characters, kinds, text_ends = self._characters.translate(" ".join(texts) + " ", text_ends)  # [C], [C], [D]
-
         starts_word = np.empty(len(kinds), bool)
         starts_word[:1] = True
         np.logical_or(kinds[:-1] != WORD, kinds[1:] == ALONE, out=starts_word[1:])
@@ -79,14 +90,15 @@ class Encoder:
         starts_word &= ~is_space
         positions = np.flatnonzero(starts_word)  # [W]
         starts = positions - np.cumsum(is_space, dtype=np.int32)[positions]  # where the words start when the spaces are gone
-        words, distinct = _distinct_words(characters[~is_space], starts)
-
-        table = self._words
-        rows = table.rows(distinct, "ascii" if characters.itemsize == 1 else "utf-32-le")[words]  # [W]
-        lengths = table.lengths[rows]
-        ids = table.ids[ranges(table.starts[rows], lengths)]
-        ids_before = np.concatenate([[0], np.cumsum(lengths)])
-        return ids, np.diff(ids_before[np.searchsorted(positions, text_ends)], prepend=0)
+        word_counts = np.diff(np.searchsorted(positions, text_ends), prepend=0)
+        letters = characters[~is_space]
+        if letters.itemsize == 1:
+            return letters.tobytes(), starts, word_counts
+        n_bytes = np.ones(len(letters) + 1, np.int64)
+        for first_of_more in (0x80, 0x800, 0x10000):
+            n_bytes[1:] += letters >= first_of_more
+        n_bytes[0] = 0
+        return letters.tobytes().decode("utf-32-le").encode(), np.cumsum(n_bytes)[starts], word_counts
 
 
 class _CharacterTable:
@@ -95,7 +107,6 @@ class _CharacterTable:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._normalize = tokenizer.normalizer.normalize_str
         self._split = tokenizer.pre_tokenizer.pre_tokenize_str
-        self._lock = threading.Lock()
         self._kinds = np.full(CODE_POINTS, UNSEEN, np.uint8)
         self._characters = np.zeros(CODE_POINTS, np.uint32)  # what a character becomes, where that is one character
         self._several: dict[int, tuple[list[int], list[int]]] = {}  # characters and kinds, where it is more than one
@@ -109,10 +120,8 @@ class _CharacterTable:
         """Asks about every character of the text that was not met before."""
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         new = np.unique(codes[self._kinds[codes] == UNSEEN])
-        if len(new):
-            with self._lock:
-                for code in new.tolist():
-                    self._kinds[code] = self._ask(chr(code))
+        for code in new.tolist():
+            self._kinds[code] = self._ask(chr(code))
 
     def is_unsure(self, text: str) -> bool:
         return any(character in text for character in self._unsure)
@@ -147,14 +156,16 @@ class _CharacterTable:
                 return np.frombuffer(characters, np.uint8), np.frombuffer(kinds, np.uint8), ends
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         kinds, characters = self._kinds[codes], self._characters[codes]
-        if (kinds < DROPPED).all():
-            return characters, kinds, ends
-        counts, is_several = np.ones(len(codes), np.int64), kinds == SEVERAL
-        several = [self._several[code] for code in codes[is_several].tolist()]
-        counts[kinds == DROPPED] = 0
-        counts[is_several] = [len(parts) for parts, _ in several]
-        characters, kinds = np.repeat(characters, counts), np.repeat(kinds, counts)
+        is_kept = kinds != DROPPED
+        if not is_kept.all():
+            codes, kinds, characters, ends = codes[is_kept], kinds[is_kept], characters[is_kept], np.cumsum(is_kept)[ends - 1]
         is_several = kinds == SEVERAL
+        if not is_several.any():
+            return characters, kinds, ends
+        several = [self._several[code] for code in codes[is_several].tolist()]
+        counts = np.ones(len(codes), np.int64)
+        counts[is_several] = [len(parts) for parts, _ in several]
+        characters, kinds, is_several = (np.repeat(array, counts) for array in (characters, kinds, is_several))
         characters[is_several] = [part for parts, _ in several for part in parts]
         kinds[is_several] = [kind for _, part_kinds in several for kind in part_kinds]
         return characters, kinds, np.cumsum(counts)[ends - 1]
@@ -165,26 +176,24 @@ class _WordTable:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._wordpiece = Tokenizer(tokenizer.model)  # without normalizer and pre-tokenizer: what it gets is one word
-        self._lock = threading.Lock()
-        self._words = pa.array([], pa.large_binary())
+        self._rows: dict[bytes, int] = {}
         self._n_ids = 0
         self.starts, self.lengths, self.ids = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int32)  # grown by doubling
 
     def __len__(self) -> int:
-        return len(self._words)
+        return len(self._rows)
 
-    def rows(self, words: pa.Array, encoding: str) -> np.ndarray:
-        """The rows of distinct words, int64 [W]. A word's bytes are the same in no two encodings, as "ascii" words hold no NUL."""
-        found = pc.index_in(words, value_set=self._words)  # without Python's lock, unlike a dict: threads look words up at the same time
-        if found.null_count:
-            with self._lock:
-                found = pc.index_in(words, value_set=self._words)
-                self._add(words.filter(found.is_null()), encoding)
-            found = pc.index_in(words, value_set=self._words)
-        return found.to_numpy()
+    def rows(self, words: list[bytes]) -> np.ndarray:
+        """The rows of distinct words, int64 [W]."""
+        rows = np.fromiter(map(self._rows.get, words, itertools.repeat(-1)), np.int64, len(words))
+        new = np.flatnonzero(rows < 0)
+        if len(new):
+            rows[new] = np.arange(len(self), len(self) + len(new))
+            self._add([words[number] for number in new.tolist()])
+        return rows
 
-    def _add(self, words: pa.Array, encoding: str) -> None:
-        encodings = self._wordpiece.encode_batch_fast([word.decode(encoding) for word in words.to_pylist()], add_special_tokens=False)
+    def _add(self, words: list[bytes]) -> None:
+        encodings = self._wordpiece.encode_batch_fast([word.decode() for word in words], add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         lengths = np.array([len(of_word) for of_word in ids], np.int64)
         first, end, n_ids = len(self), len(self) + len(words), int(lengths.sum())
@@ -193,7 +202,7 @@ class _WordTable:
         self.lengths[first:end] = lengths
         self.ids[self._n_ids : self._n_ids + n_ids] = [i for of_word in ids for i in of_word]
         self._n_ids += n_ids
-        self._words = pa.concat_arrays([self._words, words])  # last: a word that is found has its ids
+        self._rows.update(zip(words, range(first, end)))
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:
@@ -202,18 +211,23 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The numbers of range(start, start + length), for all pairs, one after another."""
-    ends = np.cumsum(lengths)
-    numbers = np.repeat(starts - ends + lengths, lengths)
-    numbers += np.arange(len(numbers))
-    return numbers
+    if not lengths.all():
+        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    steps = np.ones(int(lengths.sum()), np.int64)  # between each number and the next
+    if len(steps):
+        steps[0] = starts[0]
+        steps[np.cumsum(lengths[:-1])] = starts[1:] - starts[:-1] - lengths[:-1] + 1
+    return np.cumsum(steps)
 
 
-def _distinct_words(characters: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, pa.Array]:
-    """characters: [C] of all words without spaces; starts: [W]. Returns for each word its number among the different words, and these."""
-    offsets = np.append(starts, len(characters)).astype(np.int64) * characters.itemsize
-    words = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(starts), [None, pa.py_buffer(offsets), pa.py_buffer(characters)])
+def _distinct_words(letters: list[bytes], starts: list[np.ndarray]) -> tuple[np.ndarray, list[bytes]]:
+    """Groups of words, as letters without spaces and where each word starts. Returns for each word its number among the different words, and these."""
+    group_ends = np.cumsum([len(of_group) for of_group in letters], dtype=np.int64)
+    offsets = [of_group + end - len(text) for text, of_group, end in zip(letters, starts, group_ends)]
+    offsets = np.concatenate([*offsets, group_ends[-1:] if letters else [0]]).astype(np.int64)
+    words = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(letters))])
     distinct = words.dictionary_encode()
-    return distinct.indices.to_numpy(), distinct.dictionary
+    return distinct.indices.to_numpy(), distinct.dictionary.to_pylist()
 
 
 def _chunks(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:

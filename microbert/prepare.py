@@ -9,7 +9,7 @@ Shapes: D documents of a block, I ids of a block, N sequences, T = max_seq_len.
 import collections
 import concurrent.futures
 import dataclasses
-import os
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,17 +19,20 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .config import Config, InputError
-from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Corpus, Position, clean, split_hash
+from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, READ_CHARACTERS, READ_ROWS, Corpus, Estimate, Position, clean, split_hash
 from .encoder import Encoder, ranges
 from .files import fingerprint, read_json, remove_stale, write_atomic, write_json
 from .report import progress_bar
-from .tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
+from .tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID, load_tokenizer, tokenizer_path
 from .tokens import FORMAT, MANIFEST, SPLITS, TOKEN_COUNTS, Report, Tokens, open_tokens, shard_name
+from .workers import n_workers, open_pool
 
 BLOCK_ROWS = 100_000
-BLOCK_CHARACTERS = 8_000_000
+BLOCK_CHARACTERS = 7_500_000
 TOKENS_A_MEGABYTE = 240_000  # of English text with a vocabulary of 10,000, for the size estimate
 HASHES_AT_A_TIME = 4_000_000  # sorted in memory to count duplicates
+
+_encoder: Encoder  # in the processes of the pool
 
 
 def prepare_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config, check_stop: Callable[[], None]) -> Tokens:
@@ -44,12 +47,12 @@ def prepare_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config, check_s
         remove_stale(folder)
         _announce(corpus, config, folder)
         begin = time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor(n_threads()) as pool:
-            blocks = _encode_blocks(corpus, Encoder(tokenizer), config, folder, pool, check_stop)
+        with open_pool(corpus.estimate.megabytes, _set_encoder, tokenizer_path(corpus, config)) as pool:
+            blocks = _encode_blocks(corpus, config, folder, pool, check_stop)
             below = _held_out_below(blocks, corpus)
             _lay_out_blocks(blocks, below, tokenizer, config, folder, pool, check_stop)
-        corpus.remember()
         print(f"prepared in {time.perf_counter() - begin:.1f} s")
+    corpus.remember()
     _remove_blocks(folder)  # also those of a run that was killed just before it would have done so
     tokens = open_tokens(folder, key, tokenizer)
     _print_report(tokens, config)
@@ -64,25 +67,28 @@ def find_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> Tokens 
 
 def _place(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> tuple[str, Path]:
     """The tokens' key, in which everything is that decides them, and their folder."""
-    key = fingerprint(FORMAT, corpus.key, config.seed, tokenizer.to_str(), config.max_seq_len, config.packing)
+    layout = BLOCK_ROWS, BLOCK_CHARACTERS, READ_ROWS, READ_CHARACTERS, HELD_OUT_SHARE, HELD_OUT_AT_MOST
+    key = fingerprint(FORMAT, layout, corpus.key, config.seed, tokenizer.to_str(), config.max_seq_len, config.packing)
     return key, corpus.cache_folder(config) / f"tokens-{key}"
 
 
-def n_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def estimated_tokens(estimate: Estimate, config: Config) -> float:
+    """Tokens of the corpus as they will lie on disk, padding included."""
+    return estimate.megabytes * TOKENS_A_MEGABYTE if config.packing else estimate.documents * config.max_seq_len
 
 
-def estimated_megabytes(documents: float, megabytes: float, config: Config) -> float:
-    """The size of the token shards of a corpus of so many documents and megabytes of text."""
-    bytes_a_token = 2 if config.vocab_size <= 2**16 else 4
-    n_tokens = megabytes * TOKENS_A_MEGABYTE if config.packing else documents * config.max_seq_len
-    return n_tokens * bytes_a_token / 1e6
+def estimated_megabytes(estimate: Estimate, config: Config) -> float:
+    """The size of the token shards; while they are written, as much again is needed."""
+    return estimated_tokens(estimate, config) * np.dtype(_dtype(config)).itemsize / 1e6
+
+
+def _dtype(config: Config) -> type:
+    return np.uint16 if config.vocab_size <= 2**16 else np.uint32
 
 
 def _announce(corpus: Corpus, config: Config, folder: Path) -> None:
     estimate = corpus.estimate
-    size = estimated_megabytes(estimate.documents, estimate.megabytes, config)
+    size = estimated_megabytes(estimate, config)
     free = shutil.disk_usage(folder).free / 1e6
     print(f"preparing {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB of text: "
           f"about {size:,.0f} MB of tokens in {folder}, and twice that meanwhile ({free / 1e3:,.0f} GB free)")
@@ -99,13 +105,13 @@ class _Block:
     documents: int
     without_tokens: int
     characters: int
+    bytes: int
     smallest: int
     largest: int
     end: Position
 
 
-def _encode_blocks(corpus: Corpus, encoder: Encoder, config: Config, folder: Path, pool: concurrent.futures.ThreadPoolExecutor,
-                   check_stop: Callable[[], None]) -> list[_Block]:
+def _encode_blocks(corpus: Corpus, config: Config, folder: Path, pool: concurrent.futures.Executor, check_stop: Callable[[], None]) -> list[_Block]:
     """Writes block-NNNNN.npz (hashes uint64 [D], lengths int64 [D], ids [I]) and .json for each block; those that are there stay."""
     blocks = _finished_blocks(folder)
     position = blocks[-1].end if blocks else Position()
@@ -118,21 +124,17 @@ def _encode_blocks(corpus: Corpus, encoder: Encoder, config: Config, folder: Pat
             nonlocal megabytes
             block = waiting.popleft().result()
             blocks.append(block)
-            megabytes += block.characters / 1e6
+            megabytes += block.bytes / 1e6
+            bar.set_postfix_str(f"{megabytes / (time.perf_counter() - begin):.1f} MB/s", refresh=False)
             bar.update(block.rows)
-            bar.set_postfix_str(f"{megabytes / (time.perf_counter() - begin):.1f} MB/s")
 
-        try:
-            for rows, end in _blocks(corpus, position, check_stop):
-                waiting.append(pool.submit(_write_block, rows, end, len(blocks) + len(waiting), encoder, config, folder))
-                while len(waiting) > n_threads():  # so that no more than these are in memory
-                    finish_oldest()
-            while waiting:
-                check_stop()
+        for rows, end in _blocks(corpus, position, check_stop):
+            waiting.append(pool.submit(_write_block, rows, end, len(blocks) + len(waiting), config, folder))
+            while len(waiting) > n_workers():  # so that no more than these are in memory
                 finish_oldest()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            check_stop()
+            finish_oldest()
     return blocks
 
 
@@ -162,21 +164,27 @@ def _blocks(corpus: Corpus, start: Position, check_stop: Callable[[], None]) -> 
         yield block, end
 
 
-def _write_block(rows: list[str | None], end: Position, number: int, encoder: Encoder, config: Config, folder: Path) -> _Block:
+def _set_encoder(tokenizer: Path) -> None:
+    """To be called before `_write_block`, in the same process. A path, because starting a process waits for ever if that dies with much to read."""
+    global _encoder
+    _encoder = Encoder(load_tokenizer(tokenizer))
+
+
+def _write_block(rows: list[str | None], end: Position, number: int, config: Config, folder: Path) -> _Block:
     texts = [text for text in map(clean, rows) if text]
     hashes = np.array([split_hash(text, config.seed) for text in texts], np.uint64)
-    ids, lengths = encoder.encode(texts)
+    ids, lengths = _encoder.encode(texts)
     has_token = np.zeros(len(texts) + 1, np.int64)
     has_token[1:] = np.cumsum(lengths)
     known = np.concatenate([[0], np.cumsum(ids >= N_SPECIAL)])[has_token]
     keep = np.diff(known) > 0  # [D]
     starts = (has_token[:-1])[keep]
     kept_lengths = lengths[keep] if config.packing else np.minimum(lengths[keep], config.max_seq_len - 2)
-    kept_ids = ids[ranges(starts, kept_lengths)].astype(np.uint16 if config.vocab_size <= 2**16 else np.uint32)
+    kept_ids = ids[ranges(starts, kept_lengths)].astype(_dtype(config))
     arrays = {"hashes": hashes[keep], "lengths": kept_lengths, "ids": kept_ids}
     write_atomic(folder / f"block-{number:05d}.npz", lambda file: np.savez(file, **arrays))
     block = _Block(len(rows), len(rows) - len(texts), len(texts), int((~keep).sum()), sum(map(len, texts)),
-                   int(hashes[keep].min(initial=2**64 - 1)), int(hashes[keep].max(initial=0)), end)
+                   sum(len(text.encode()) for text in texts), int(hashes[keep].min(initial=2**64 - 1)), int(hashes[keep].max(initial=0)), end)
     write_json(folder / f"block-{number:05d}.json", dataclasses.asdict(block))
     return block
 
@@ -193,11 +201,11 @@ def _held_out_below(blocks: list[_Block], corpus: Corpus) -> int:
     return min(max(int(2**64 * share), smallest + 1), largest)
 
 
-def _lay_out_blocks(blocks: list[_Block], below: int, tokenizer: Tokenizer, config: Config, folder: Path, pool: concurrent.futures.ThreadPoolExecutor,
+def _lay_out_blocks(blocks: list[_Block], below: int, tokenizer: Tokenizer, config: Config, folder: Path, pool: concurrent.futures.Executor,
                     check_stop: Callable[[], None]) -> None:
     """Writes the shards, the token counts and, last, the manifest."""
     counts, sequences, n_held_out = np.zeros(tokenizer.get_vocab_size(), np.int64), {split: [] for split in SPLITS}, 0
-    laid_out = pool.map(lambda number: _lay_out_block(number, below, config, folder, len(counts)), range(len(blocks)))
+    laid_out = pool.map(functools.partial(_lay_out_block, below=below, config=config, folder=folder, vocab_size=len(counts)), range(len(blocks)))
     for of_train, of_held_out, held_out, of_block in laid_out:
         check_stop()
         sequences["train"].append(of_train)

@@ -30,17 +30,18 @@ def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None]
     sample = _training_sample(corpus, config.seed, check_stop)
     print(f"tokenizer: training WordPiece on {sum(map(len, sample)) / 1e6:,.1f}M characters ...")
     tokenizer = train_tokenizer(lambda: iter(sample), vocab_size=config.vocab_size, lowercase=config.lowercase, strip_accents=config.strip_accents)
-    write_text(_path(corpus, config), tokenizer.to_str())
+    write_text(tokenizer_path(corpus, config), tokenizer.to_str())
     return tokenizer
 
 
 def find_tokenizer(corpus: Corpus, config: Config) -> Tokenizer | None:
     """The tokenizer that an earlier run on this corpus with these settings has left in the cache."""
-    path = _path(corpus, config)
+    path = tokenizer_path(corpus, config)
     return load_tokenizer(path) if path.exists() else None
 
 
-def _path(corpus: Corpus, config: Config) -> Path:
+def tokenizer_path(corpus: Corpus, config: Config) -> Path:
+    """Where `get_tokenizer` keeps it."""
     key = fingerprint(FORMAT, config.vocab_size, config.lowercase, config.strip_accents, config.seed, SAMPLE_CHARACTERS)
     return corpus.cache_folder(config) / f"tokenizer-{key}.json"
 

@@ -15,7 +15,7 @@ from test_config import configure
 from microbert import prepare as prepare_module
 from microbert.config import InputError
 from microbert.corpus import hold_cache, open_corpus
-from microbert.documents import Corpus, Estimate, Part, clean, split_hash
+from microbert.documents import clean, split_hash
 from microbert.prepare import packed_sequences, prepare_tokens, truncated_sequences
 from microbert.run import Stopped
 from microbert.tokenizer import CLS_ID, MASK_ID, N_SPECIAL, PAD_ID, SEP_ID, SPECIAL_TOKENS, get_tokenizer, load_tokenizer, save_tokenizer
@@ -171,7 +171,7 @@ def test_duplicates_fall_on_one_side(tmp_path):
 
 def test_a_preparation_stopped_anywhere_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "BLOCK_ROWS", 30)
-    monkeypatch.setattr("microbert.local_files.READ_ROWS", 10)
+    monkeypatch.setattr("microbert.file_formats.READ_ROWS", 10)
     prepare(tmp_path, cache="whole")
     whole = listing(tmp_path / "whole")
     stops, rng = 0, random.Random(3)
@@ -194,6 +194,13 @@ def test_what_decides_the_tokens_is_in_their_key(tmp_path):
     keys = [prepare(tmp_path, **constants)[-1].key for constants in ({}, {"packing": True}, {"max_seq_len": 8}, {"vocab_size": 100},
                                                                        {"seed": 1}, {"max_samples": 100}, {"lowercase": False}, {})]
     assert len(set(keys)) == len(keys) - 1 and keys[0] == keys[-1]
+
+
+@pytest.mark.parametrize("constant", ["BLOCK_ROWS", "BLOCK_CHARACTERS", "HELD_OUT_AT_MOST"])
+def test_a_version_that_lays_blocks_out_otherwise_does_not_mix_with_this_one(constant, tmp_path, monkeypatch):
+    before = prepare(tmp_path)[-1].key
+    monkeypatch.setattr(prepare_module, constant, 100)
+    assert prepare(tmp_path)[-1].key != before
 
 
 def test_a_damaged_cache_is_an_error_that_names_the_folder(tmp_path):
