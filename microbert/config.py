@@ -10,11 +10,13 @@ import difflib
 import glob
 import io
 import math
+import os
 import re
 import sys
 import tokenize
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
@@ -87,40 +89,57 @@ class Config:
         for name in ("dataset", "output_dir", "cache_dir"):
             _require(getattr(self, name).strip() != "", name, "must not be empty", self)
         if self.dataset not in ("imdb", "hf"):
-            if not dataset_files(self.dataset) and hub_id(self.dataset) is None:
+            if not dataset_files(self) and hub_id(self.dataset) is None:
                 raise InputError(f'dataset = "{self.dataset}" is no file that exists: give "imdb", "hf", a Hub id such as '
                                  f'"org/name" or "org/name:config", or paths, folders and globs of {", ".join(FILE_KINDS)} files')
 
 
-FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # as `datasets` calls them
+FILE_KINDS = {".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+DATASET_CARD = "dataset_infos.json"  # which the Hub lays beside the data
 
 
 def file_kind(path: str) -> str | None:
-    """The name under which `datasets.load_dataset` knows a file's format, None for an unknown one."""
+    """The format of a file by its name, compressed or not; None for an unknown one."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return FILE_KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def dataset_files(dataset: str) -> list[str]:
+def dataset_files(config: Config) -> list[str]:
     """The files that paths, folders and globs name, parted by commas; each part's files sorted, so that every run reads them in one order.
 
-    A folder stands for all files of a known kind in and below it. Raises InputError when one part of several names no file.
+    A folder stands for all files of a known kind in and below it, hidden ones and this suite's own left out. Empty for what is no path.
+    Raises InputError when one part of several names no file.
     """
-    if Path(dataset).is_file():  # its name may hold a comma
-        return [dataset]
-    files, parts = [], [part.strip() for part in dataset.split(",")]
+    if _is_file(config.dataset):  # its name may hold a comma
+        return [config.dataset]
+    files, parts = [], [os.path.expanduser(part.strip()) for part in config.dataset.split(",") if part.strip()]
     for part in parts:
-        if Path(part).is_dir():
-            found = sorted(str(path) for path in Path(part).rglob("*") if path.is_file() and file_kind(path.name))
+        if _is_file(part):
+            found = [part]
+        elif os.path.isdir(part):
+            found = sorted(_files_below(Path(part), {Path(config.cache_dir).resolve(), Path(config.output_dir).resolve()}))
         else:
-            found = [part] if Path(part).is_file() else sorted(file for file in glob.glob(part, recursive=True) if Path(file).is_file())
+            found = sorted(file for file in glob.glob(part, recursive=True) if _is_file(file))
         if not found and len(parts) > 1:
             raise InputError(f'dataset: no file at "{part}"')
         files += found
     return list(dict.fromkeys(files))  # a file that two globs name is read once
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # many names in one are too long for one
+        return False
+
+
+def _files_below(folder: Path, leave_out: set[Path]) -> Iterator[str]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(parent, name).resolve() not in leave_out]
+        yield from (str(Path(parent, name)) for name in names if not name.startswith(".") and file_kind(name) and name != DATASET_CARD)
 
 
 def hub_id(dataset: str) -> tuple[str, str | None] | None:

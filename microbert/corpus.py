@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import importlib.metadata
 import random
 import shutil
@@ -24,11 +25,13 @@ def open_corpus(config: Config, check_stop: Callable[[], None]) -> Corpus:
     """Raises InputError where the dataset cannot be read or has no text column. check_stop: may raise while this waits for the Hub."""
     if config.dataset == "imdb":
         corpus = _open_imdb(config.max_samples)
-    elif dataset_files(config.dataset):
+    elif dataset_files(config):
         corpus = open_files(config)
     else:
         corpus = open_hub(config, check_stop)
-    print(f"dataset: {corpus.description}; --dataset takes a Hub id, or paths and globs of your own files")
+    estimate = corpus.estimate
+    print(f"dataset: {corpus.description}, {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, {estimate.megabytes:,.0f} MB of text; "
+          "--dataset takes a Hub id, or paths and globs of your own files")
     return corpus
 
 
@@ -36,21 +39,18 @@ def open_corpus(config: Config, check_stop: Callable[[], None]) -> Corpus:
 def hold_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -> Iterator[None]:
     """Keeps the corpus's cache folder for this process: a second run on the same corpus waits here, then uses what the first prepared.
 
-    What bad input has left in a new folder is removed again.
+    What bad input has left in a new folder is removed again. A cache that cannot be written is used as it is, by any number of runs.
     """
     folder, cache_dir = corpus.cache_folder(config), Path(config.cache_dir)
-    new_cache, new_folder = not cache_dir.exists(), not folder.exists()
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    new_cache = not cache_dir.exists()
     lock = filelock.FileLock(cache_dir / f".{corpus.key}.lock")
-    is_waiting = False
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=0.2)
-        except filelock.Timeout:
-            if not is_waiting:
-                print(f"waiting for another run that prepares {folder} ...")
-            is_waiting = True
-            check_stop()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _acquire(lock, folder, check_stop)
+    except OSError as error:
+        if not folder.is_dir() or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise InputError(f"cache_dir = {config.cache_dir!r} cannot be written: {error.strerror}") from None
+    new_folder = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)
         yield
@@ -64,6 +64,18 @@ def hold_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -
         raise
     finally:
         lock.release()
+
+
+def _acquire(lock: filelock.FileLock, folder: Path, check_stop: Callable[[], None]) -> None:
+    is_waiting = False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=0.2)
+        except filelock.Timeout:
+            if not is_waiting:
+                print(f"waiting for another run that prepares {folder} ...")
+            is_waiting = True
+            check_stop()
 
 
 def _open_imdb(max_samples: int | None) -> Corpus:
@@ -87,5 +99,5 @@ def _open_imdb(max_samples: int | None) -> Corpus:
             yield texts[start : start + READ_ROWS]
 
     n_documents = min(IMDB_DOCUMENTS, max_samples or IMDB_DOCUMENTS)
-    return Corpus(f"imdb ({n_documents:,} film reviews, bundled)", f"imdb-{fingerprint(IMDB_SHA256, max_samples)}", lambda: [Part(1, read)],
+    return Corpus("imdb (film reviews, bundled)", f"imdb-{fingerprint(IMDB_SHA256, max_samples)}", lambda: [Part(1, read)],
                   Estimate(n_documents, IMDB_MEGABYTES * n_documents / IMDB_DOCUMENTS, is_exact=True), max_samples)

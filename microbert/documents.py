@@ -5,16 +5,16 @@ A part is a file, or a piece of a table. So a reader that stopped goes on where 
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow as pa
-
-from .config import Config, InputError
+from .config import Config
 
 HELD_OUT_SHARE = 0.1
 HELD_OUT_AT_MOST = 10_000  # or about so many
-READ_ROWS = 200  # handed over at a time: few enough that rows of a megabyte fit
+READ_ROWS = 200  # handed over at a time, or
+READ_CHARACTERS = 1_000_000  # so many, where rows are long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +87,13 @@ class Corpus:
         """The first rows that hold so many characters; from each part its share, where that costs nothing and all parts are wanted."""
         wants_all = self.max_samples is None or self.estimate.documents < self.max_samples
         if wants_all and not self.is_remote and len(self.parts) > 1:
-            size = sum(part.size for part in self.parts)
+            size, left = sum(part.size for part in self.parts), float(characters)
             for part in self.parts:
-                yield from _first(part.read(0), characters * part.size / size)
+                for rows in _first(part.read(0), characters * part.size / size):
+                    left -= sum(len(row) for row in rows if row)
+                    yield rows
+                if left <= 0:  # long rows may have taken more than their part's share
+                    return
             return
         if not self.is_remote:
             yield from _first((rows for rows, _ in self._read_parts(Position())), characters)
@@ -116,44 +120,25 @@ class Corpus:
 
 
 def _first(batches: Iterator[list[str | None]], characters: float) -> Iterator[list[str | None]]:
+    """The first rows that hold so many characters."""
     for rows in batches:
-        yield rows
+        lengths = itertools.accumulate(len(row) if row else 0 for row in rows)
+        n_rows = 1 + sum(length < characters for length in lengths)
+        yield rows[:n_rows]
         characters -= sum(len(row) for row in rows if row)
         if characters <= 0:
             return
 
 
 def clean(row: str | None) -> str:
-    """A row's text without a byte-order mark and surrounding white space, "" where it holds none."""
-    return "" if row is None else row.strip().strip("\ufeff\0").strip()
+    """A row's text without a byte-order mark and surrounding white space, "" where it holds none. Halves of surrogate pairs become "?"."""
+    if row is None:
+        return ""
+    text = row.strip().strip("\ufeff\0").strip()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def split_hash(text: str, seed: int) -> int:
     """64 bits from (seed, text), so that duplicates fall on one side of the split, in any order, on any machine."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little"))
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")
-
-
-def choose_text_column(table: pa.Table, wanted: str | None, where: str) -> str:
-    """The column to train on: the wanted one, else "text", else the only one that holds text. Raises InputError with the columns' names."""
-    names = table.column_names
-    if wanted is not None and wanted not in names:
-        raise InputError(f'{where} has no column "{wanted}" (text_column); it has: {", ".join(names)}')
-    texts = [field.name for field in table.schema if _is_text(field.type)]
-    if wanted is None and "text" not in names and len(texts) != 1:
-        raise InputError(f"{where}: set text_column to the column to train on; it has: {', '.join(names)}")
-    return wanted or ("text" if "text" in names else texts[0])
-
-
-def text_rows(table: pa.Table, column: str, where: str) -> list[str | None]:
-    """The values of the text column. Raises InputError where it is missing or holds anything but text."""
-    if column not in table.column_names:
-        raise InputError(f'{where} has no column "{column}"; it has: {", ".join(table.column_names)}')
-    values = table.column(column)
-    if not _is_text(values.type) and not pa.types.is_null(values.type):
-        raise InputError(f'{where}: text_column "{column}" holds {values.type}, not text')
-    return values.to_pylist()
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -1,47 +1,37 @@
 """Local files of every kind, the bundled reviews, the split, and hostile files."""
 
-import bz2
+import concurrent.futures
 import csv
 import gzip
 import json
-import lzma
 import os
+import time
 
+import filelock
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from helpers import run_here, small_flags
 
 from test_config import configure
 
-from microbert.config import InputError
-from microbert.corpus import open_corpus
+from microbert.config import InputError, dataset_files
+from microbert.corpus import hold_cache, open_corpus
 from microbert.documents import Position, clean, split_hash
 
 TEXTS = ["the first document", "größer, \"quoted\", naïve", "中文 and emoji 🙂", "the last one"]
 
 
-def write(path, compress=None):
+def write(path):
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS}), path)
-        return path
-    if path.suffix == ".csv":
-        import io
-
-        buffer = io.StringIO()
-        writer = csv.writer(buffer)
-        writer.writerows([("id", "text"), *enumerate(TEXTS)])
-        content = buffer.getvalue()
+        pa.parquet.write_table(pa.table({"id": range(len(TEXTS)), "text": TEXTS}), path)
+    elif path.suffix == ".csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("id", "text"), *enumerate(TEXTS)])
     elif path.suffix == ".jsonl":
-        content = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS))
+        path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)))
     else:
-        content = "\n".join(TEXTS) + "\n"
-    data = content.encode("utf-8")
-    if compress:
-        path = path.with_name(path.name + {gzip: ".gz", bz2: ".bz2", lzma: ".xz"}[compress])
-        data = compress.compress(data)
-    path.write_bytes(data)
+        path.write_text("\n".join(TEXTS) + "\n")
     return path
 
 
@@ -56,16 +46,6 @@ def open_dataset(dataset, tmp_path, **constants):
 def read(dataset, tmp_path, **constants):
     corpus = open_dataset(dataset, tmp_path, **constants)
     return [text for rows, _ in corpus.read() for text in map(clean, rows) if text]
-
-
-@pytest.mark.parametrize("compress", [None, gzip, bz2, lzma])
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
-def test_text_files_are_read_compressed_or_not(suffix, compress, tmp_path):
-    assert read(write(tmp_path / f"data{suffix}", compress), tmp_path) == TEXTS
-
-
-def test_parquet_is_read(tmp_path):
-    assert read(write(tmp_path / "data.parquet"), tmp_path) == TEXTS
 
 
 def test_a_glob_reads_its_files_in_order_of_name(tmp_path):
@@ -98,7 +78,7 @@ def test_names_with_wildcards_and_commas_in_them_are_names(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
 def test_reading_goes_on_from_any_position(suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr("microbert.local_files.READ_ROWS", 2)
+    monkeypatch.setattr("microbert.file_formats.READ_ROWS", 2)
     for name in "ab":
         write((tmp_path / name).with_suffix(suffix))
     corpus = open_dataset(tmp_path / f"*{suffix}", tmp_path, max_samples=7)
@@ -118,11 +98,47 @@ def test_the_head_takes_its_share_of_every_file(tmp_path):
     assert {row for rows in first_only.head(900) for row in rows} == {"from a"}
 
 
-def test_one_empty_file_among_others_is_passed_over_and_told(tmp_path):
-    (tmp_path / "a.txt").write_text("")
-    (tmp_path / "b.txt").write_text("text\n")
-    assert read(tmp_path / "*.txt", tmp_path) == ["text"]
-    assert "1 of them empty" in open_dataset(tmp_path / "*.txt", tmp_path).description
+def test_long_rows_do_not_swell_the_head(tmp_path):
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(("x" * 999 + "\n") * 300)
+    rows = [row for rows in open_dataset(tmp_path / "*.txt", tmp_path).head(50_000) for row in rows]
+    assert 50_000 <= sum(map(len, rows)) <= 50_000 + 20 * 1000
+
+
+def test_files_without_rows_among_others_are_passed_over(tmp_path):
+    for name, content in {"a.txt": b"", "b.jsonl.gz": gzip.compress(b""), "c.csv": b"text,id\n", "d.txt": b"text\n", "e.csv": b"text\n"}.items():
+        (tmp_path / name).write_bytes(content)
+    pa.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "f.parquet")
+    assert read(tmp_path, tmp_path) == ["text"]
+    assert "1 of them empty" in open_dataset(tmp_path, tmp_path).description
+
+
+def test_a_folder_leaves_out_hidden_files_and_what_this_suite_has_written(tmp_path):
+    for name in ("data/a.txt", "data/.hidden/b.txt", "data/.c.txt", "data/cache/d.json", "data/out/metrics.jsonl", "data/dataset_infos.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("from a\n")
+    config = configure("--dataset", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "data" / "cache"), "--output-dir", str(tmp_path / "data" / "out"))
+    assert dataset_files(config) == [str(tmp_path / "data" / "a.txt")]
+
+
+def test_empty_names_stand_for_nothing_and_a_tilde_for_the_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("a.txt", "b.txt", "home/c.txt"):
+        (tmp_path / name).write_text("x\n")
+    assert dataset_files(configure("--dataset", "a.txt,")) == ["a.txt"]
+    assert dataset_files(configure("--dataset", "a.txt", "")) == ["a.txt"]
+    assert dataset_files(configure("--dataset", "~/*.txt")) == [str(tmp_path / "home" / "c.txt")]
+    with pytest.raises(SystemExit):
+        configure("--dataset", ",")
+
+
+def test_hundreds_of_names_may_be_given(tmp_path):
+    paths = [tmp_path / f"a file with a rather long name, number {number}.txt".replace(",", ";") for number in range(200)]
+    for path in paths:
+        path.write_text("x\n")
+    assert len(dataset_files(configure("--dataset", *map(str, paths)))) == 200
 
 
 def test_a_later_file_without_the_column_is_named(tmp_path):
@@ -139,6 +155,13 @@ def test_max_samples_takes_the_first_rows(tmp_path):
 def test_byte_order_mark_line_ends_and_empty_rows_do_not_reach_the_documents(tmp_path):
     (tmp_path / "data.txt").write_bytes("\ufeffone\r\n\r\n  \t\r\ntwo\r\n".encode())
     assert read(tmp_path / "data.txt", tmp_path) == ["one", "two"]
+
+
+def test_a_text_file_among_others_needs_no_column(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "b.jsonl").write_text('{"id": "1", "body": "two"}\n')
+    for names in (f"{tmp_path}/a.txt,{tmp_path}/b.jsonl", f"{tmp_path}/b.jsonl,{tmp_path}/a.txt"):
+        assert sorted(read(names, tmp_path, text_column="body")) == ["one", "two"]
 
 
 def test_the_text_column_may_have_any_name(tmp_path):
@@ -161,6 +184,7 @@ HOSTILE = {
     "same.txt": (b"one document\none document\n", [], "two different documents"),
     "what.xyz": (b"text\n", [], "unknown kind of file"),
     "fake.parquet": (b"not parquet at all", [], "cannot be read as parquet"),
+    "half.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], [], "cannot be read"),
 }
 
 
@@ -225,3 +249,49 @@ def test_a_damaged_bundle_is_refused(monkeypatch):
     monkeypatch.setattr("microbert.corpus.IMDB_SHA256", "0" * 64)
     with pytest.raises(InputError, match="damaged"):
         open_corpus(configure(), never_stop)
+
+
+@pytest.mark.parametrize("path", ["a_file", "a_file/below", "locked"])
+def test_a_cache_that_cannot_be_written_is_a_plain_line(path, tmp_path, monkeypatch, capfd):
+    (tmp_path / "a_file").write_text("x")
+    if path == "locked":  # as for a user who is not root
+        monkeypatch.setattr(filelock.FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    config = configure("--dataset", "imdb", "--cache-dir", str(tmp_path / path))
+    with pytest.raises(InputError, match="cache_dir"):
+        with hold_cache(open_corpus(config, never_stop), config, never_stop):
+            pass
+
+
+def test_a_prepared_cache_that_cannot_be_written_is_used_as_it_is(tmp_path, monkeypatch, capfd):
+    flags = small_flags(tmp_path, epochs=1)
+    assert run_here([*flags, "--prepare-only", "--output-dir", str(tmp_path / "first")], monkeypatch) == 0
+    acquire = filelock.FileLock.acquire
+
+    def read_only(lock, *arguments, **options):
+        if "/cache/" in lock.lock_file:
+            raise OSError(30, "Read-only file system", lock.lock_file)
+        return acquire(lock, *arguments, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", read_only)
+    assert run_here(flags, monkeypatch) == 0
+
+
+def test_bad_input_leaves_what_another_run_has_prepared(tmp_path):
+    """The second waits for the first, finds its own settings impossible, and must not take the first one's work away."""
+    config = configure("--dataset", "imdb", "--cache-dir", str(tmp_path))
+    corpus = open_corpus(config, never_stop)
+    folder = corpus.cache_folder(config)
+
+    def second():
+        with pytest.raises(InputError, match="too little"):
+            with hold_cache(corpus, config, never_stop):
+                raise InputError("too little text")
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with filelock.FileLock(tmp_path / f".{corpus.key}.lock"):
+            waiting = pool.submit(second)
+            time.sleep(0.5)
+            folder.mkdir()
+            (folder / "work").write_text("of the first")
+        waiting.result(20)
+    assert (folder / "work").exists()

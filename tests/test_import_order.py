@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 PACKAGE = ROOT / "microbert"
-ORDER = ["config", "files", "counter_rng", "distributed", "run", "report", "documents", "local_files", "hub", "corpus", "tokenizer",
+ORDER = ["config", "files", "counter_rng", "distributed", "run", "workers", "report", "documents", "file_formats", "local_files", "hub_reader", "hub", "corpus", "tokenizer",
          "encoder", "tokens", "prepare", "batches", "masking", "model",
          "loss", "optim", "memory", "export", "checkpoint", "training", "dry_run", "fill_mask"]
 READS_SURROUNDINGS = {"config", "distributed"}
