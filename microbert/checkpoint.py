@@ -52,27 +52,35 @@ class State:
 def find_checkpoint(run: Run) -> Path | None:
     """The newest checkpoint that is whole, or None at the first start; called before any long work.
 
-    Warns about each damaged one on the way. Raises InputError when all are damaged, or the run's constants have changed.
+    Removes what stands in its way. Warns and raises as `look_for_checkpoint` does.
     """
     shutil.rmtree(run.folder / TEMPORARY, ignore_errors=True)  # what a kill inside a save left behind
+    path, damaged = look_for_checkpoint(run.folder, run.config)
+    for bad in damaged:
+        shutil.rmtree(bad)  # so that it is never taken for the newest again
+    return path
+
+
+def look_for_checkpoint(folder: Path, config: Config) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that is whole, and the damaged ones that are newer. Changes nothing.
+
+    Warns about each damaged one on the way. Raises InputError when all are damaged, or the run's constants have changed.
+    """
     damaged = []
-    for path in checkpoint_folders(run.folder):
+    for path in checkpoint_folders(folder):
         try:
             verify(path)
             stored = read_json(path / "state.json")
             if stored["format"] != FORMAT:
                 raise ValueError(f"format {stored['format']}, not {FORMAT}")
-            _compare_configs(path, stored["config"], run.config)
-            if damaged:
-                for bad in damaged:
-                    shutil.rmtree(bad)  # so that it is never taken for the newest again
-            return path
+            _compare_configs(path, stored["config"], config)
+            return path, damaged
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
             damaged.append(path)
     if damaged:
-        raise InputError(f"no checkpoint in {run.folder} is whole; --overwrite starts anew, and nothing is removed until then")
-    return None
+        raise InputError(f"no checkpoint in {folder} is whole; --overwrite starts anew, and nothing is removed until then")
+    return None, []
 
 
 def verify(path: Path) -> None:
@@ -108,17 +116,23 @@ def save_checkpoint(run: Run, state: State, model: Bert, optimizer: torch.optim.
         shutil.rmtree(old)
 
 
+def read_state(path: Path, tokens_key: str | None) -> State:
+    """Where the run of a verified checkpoint stands. Raises InputError when it was trained on other tokens than those of the key, if one is given."""
+    stored = read_json(path / "state.json")
+    state = State(**stored["state"])
+    if tokens_key is not None and state.tokens_key != tokens_key:
+        raise InputError(f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} as it was then: "
+                         "bring that back, or start anew with --overwrite or another --output-dir")
+    return state
+
+
 def load_checkpoint(path: Path, model: Bert, optimizer: torch.optim.Optimizer, tokens_key: str) -> State:
     """Sets model and optimizer as they were saved, and returns the run's state. The checkpoint must have been verified.
 
     Raises InputError when it was trained on other tokens, or does not fit the model.
     """
     try:
-        stored = read_json(path / "state.json")
-        state = State(**stored["state"])
-        if state.tokens_key != tokens_key:
-            raise InputError(f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} as it was then: "
-                             "bring that back, or start anew with --overwrite or another --output-dir")
+        state = read_state(path, tokens_key)
         from_hugging_face(model, load_file(path / "model.safetensors"))
         tensors = load_file(path / "optimizer.safetensors")
         for name, parameter in model.named_parameters():

@@ -10,21 +10,24 @@ import numpy as np
 import torch
 
 from .batches import Batch, steps_in_run
+from .checkpoint import look_for_checkpoint, read_state
 from .config import Config, InputError, explain_learning_rate, peak_learning_rate
 from .corpus import open_corpus
 from .distributed import choose_device, describe_device
-from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Corpus
+from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
+from .files import read_json
 from .masking import mask_batch
 from .memory import count_parameters, planned_peak_gb
 from .model import ModelConfig, build_model
 from .optim import build_optimizer
-from .prepare import estimated_megabytes, find_tokens
-from .run import BAD_INPUT, FAILED, Failed
+from .prepare import estimated_megabytes, estimated_tokens, find_tokens
+from .report import read_metrics
+from .run import BAD_INPUT, FAILED, Failed, Run, check_folder, hub_folder
 from .tokenizer import N_SPECIAL, find_tokenizer
 from .training import training_step
 
 TIMED_STEPS, TIMED_SECONDS = 10, 5.0
-PREPARED_MEGABYTES_A_SECOND = 10.0  # at least, on two cores
+PREPARED_MEGABYTES_A_SECOND = 25.0  # on two cores
 TOKENIZER_SECONDS = 10.0  # to train it
 
 
@@ -41,7 +44,16 @@ def tell_plan(config: Config) -> None:
 
 
 def _plan(config: Config) -> dict[str, object]:
+    folder = Path(config.output_dir)
+    check_folder(folder)
     device = choose_device(config.device)
+    checkpoint = None
+    if config.overwrite and folder.exists():
+        print(f"--overwrite: an earlier run in {folder} would be removed first")
+    else:
+        checkpoint, _ = look_for_checkpoint(folder, config)
+        if Run(config, folder).is_finished():
+            return _finished_plan(config, folder, device)
     corpus = open_corpus(config, lambda: None)
     tokenizer = find_tokenizer(corpus, config)
     tokens = find_tokens(corpus, tokenizer, config) if tokenizer else None
@@ -50,9 +62,9 @@ def _plan(config: Config) -> dict[str, object]:
         n_sequences, disk, preparation = len(tokens.train), 0.0, 0.0
         print(f"tokens: prepared already, {n_sequences:,} sequences to train on and {len(tokens.held_out):,} held out, in {tokens.folder}")
     else:
-        n_sequences = _expected_sequences(corpus, config)
         estimate = corpus.estimate
-        disk, preparation = estimated_megabytes(estimate.documents, estimate.megabytes, config), TOKENIZER_SECONDS + estimate.megabytes / PREPARED_MEGABYTES_A_SECOND
+        n_sequences = _expected_sequences(estimate, config)
+        disk, preparation = estimated_megabytes(estimate, config), TOKENIZER_SECONDS + estimate.megabytes / PREPARED_MEGABYTES_A_SECOND
         print(f"tokens: to be prepared from {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB "
               f"of text; about {n_sequences:,} sequences to train on")
     model = ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout)
@@ -60,29 +72,63 @@ def _plan(config: Config) -> dict[str, object]:
     print(f"model: {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, vocabulary {vocab_size:,}{'' if tokenizer else ' at most'}, "
           f"{n_parameters:,} parameters")
     steps = steps_in_run(n_sequences, config.epochs, config.batch_size)
+    steps_done = read_state(checkpoint, tokens.key if tokens else None).step if checkpoint else 0
+    remaining = max(0, steps - steps_done)  # below 0 only where the steps are an estimate
+    if config.prepare_only:
+        print("--prepare-only: the run would stop when the tokens are prepared; what follows is the same command without it")
     print(f"training: {'' if tokens else 'about '}{steps:,} steps of {config.batch_size} sequences on {describe_device(device)}, {config.epochs} epochs")
+    if checkpoint:
+        print(f"going on after step {steps_done}: {'' if tokens else 'about '}{remaining:,} steps remain, from {checkpoint}")
     print(explain_learning_rate(config))
     memory = planned_peak_gb(config, vocab_size, device)
     print(f"memory: about {memory:.2f} GB of {'the GPU' if device.type == 'cuda' else 'the machine'}")
     saved = 4 * n_parameters * (1 + 3 * (config.keep_checkpoints + 1)) / 1e6  # the model, and weights with Adam's moments in each checkpoint
-    free = shutil.disk_usage(_existing(Path(config.output_dir))).free / 1e6
-    print(f"disk: about {disk:,.0f} MB more in {config.cache_dir}, {saved:,.0f} MB in {config.output_dir} ({free / 1e3:,.0f} GB free)")
-    seconds = _seconds_a_step(model, config, device)
-    print(f"time: about {_in_words(seconds * steps)} of training ({seconds * 1000:.0f} ms a step, measured now on random tokens)"
+    _tell_disk(config, disk, saved)
+    seconds = _seconds_a_step(model, config, device) * remaining
+    print(f"time: about {_in_words(seconds)} of training ({remaining:,} steps, one measured now on random tokens)"
           + (f", after {_in_words(preparation)} of preparation" if preparation else ""))
+    return _facts(config, vocab_size, device, steps, steps_done, n_parameters) | {
+        "sequences": n_sequences, "tokens_known": tokens is not None, "planned_seconds": round(seconds, 1)}
+
+
+def _finished_plan(config: Config, folder: Path, device: torch.device) -> dict[str, object]:
+    """Of a run of which nothing is left to do. Like the run itself, this does not touch the corpus."""
+    print(f"{folder} is finished: nothing would be done; --overwrite starts anew, another --output-dir keeps both")
+    try:
+        vocab_size = read_json(folder / "config.json")["vocab_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / 'config.json'} is damaged ({error}): --overwrite starts anew") from error
+    steps = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
+    n_parameters = count_parameters(ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len))
+    return _facts(config, vocab_size, device, steps, steps, n_parameters) | {"planned_seconds": 0.0}
+
+
+def _facts(config: Config, vocab_size: int, device: torch.device, steps: int, steps_done: int, n_parameters: int) -> dict[str, object]:
+    """steps: of the whole run. steps_done: of them, before this start."""
     return {"dataset": config.dataset, "n_layers": config.n_layers, "n_heads": config.n_heads, "n_embed": config.n_embed,
             "max_seq_len": config.max_seq_len, "vocab_size": vocab_size, "batch_size": config.batch_size,
-            "micro_batch_size": min(config.micro_batch_size or config.batch_size, config.batch_size), "planned_peak_gb": round(memory, 3),
-            "steps": steps, "peak_learning_rate": peak_learning_rate(config), "parameters": n_parameters, "sequences": n_sequences,
-            "tokens_known": tokens is not None, "planned_seconds": round(seconds * steps, 1), "device": str(device)}
+            "micro_batch_size": min(config.micro_batch_size or config.batch_size, config.batch_size),
+            "planned_peak_gb": round(planned_peak_gb(config, vocab_size, device), 3), "steps": steps, "steps_done": steps_done,
+            "peak_learning_rate": peak_learning_rate(config), "parameters": n_parameters, "device": str(device)}
 
 
-def _expected_sequences(corpus: Corpus, config: Config) -> int:
-    estimate = corpus.estimate
+def _tell_disk(config: Config, tokens: float, saved: float) -> None:
+    """tokens, saved: what cache_dir and output_dir will hold more, in MB. Warns where a disk has less than both need together."""
+    cache, output = _existing(Path(config.cache_dir)), _existing(Path(config.output_dir))
+    free = {folder: shutil.disk_usage(folder).free / 1e6 for folder in (cache, output)}
+    meanwhile = f"about {tokens:,.0f} MB more in {config.cache_dir}, and twice that meanwhile" if tokens else f"nothing more in {config.cache_dir}"
+    print(f"disk: {meanwhile} ({free[cache] / 1e3:,.0f} GB free); {saved:,.0f} MB in {config.output_dir} ({free[output] / 1e3:,.0f} GB free)")
+    if tokens and not config.streaming and (hub := hub_folder(config)):
+        print(f"disk: datasets downloads the dataset to {hub} ({shutil.disk_usage(_existing(hub)).free / 1e9:,.0f} GB free), where it is not there yet")
+    one_disk = cache.stat().st_dev == output.stat().st_dev
+    if 2 * tokens + saved * one_disk > free[cache] or saved + 2 * tokens * one_disk > free[output]:
+        print("warning: the disk may be too small for that; a smaller max_samples takes less, another cache_dir or output_dir may have more")
+
+
+def _expected_sequences(estimate: Estimate, config: Config) -> int:
     train_share = 1 - min(HELD_OUT_SHARE, HELD_OUT_AT_MOST / estimate.documents)
-    bytes_a_token = 2 if config.vocab_size <= 2**16 else 4
-    n_tokens = estimated_megabytes(estimate.documents, estimate.megabytes, config) * 1e6 / bytes_a_token
-    return max(1, round(train_share * n_tokens / (config.max_seq_len - 2 if config.packing else config.max_seq_len)))
+    tokens_a_sequence = config.max_seq_len - 2 if config.packing else config.max_seq_len
+    return max(1, round(train_share * estimated_tokens(estimate, config) / tokens_a_sequence))
 
 
 def _seconds_a_step(model_config: ModelConfig, config: Config, device: torch.device) -> float:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import filelock
 
-from .config import Config, InputError
+from .config import Config, InputError, dataset_files
 from .files import read_json, remove_stale, write_json
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 STATUS, LOCK = "status.json", ".lock"
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last where `ulimit -f` says how large a file may be; Python ignores its signal
 RUN_FILES = (*MODEL_FILES, "metrics.jsonl", "training_curve.png", STATUS)
 
 
@@ -70,14 +71,15 @@ def open_run(config: Config) -> Iterator[Run]:
     holds_lock = False
     signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_signal(run, name)) for name in ("SIGTERM", "SIGINT")}
     try:
-        _acquire(folder, lock, is_new=bool(new_folders))
-        holds_lock = True
-        remove_stale(folder)
-        if config.overwrite:
-            _remove_earlier_run(folder)
-        run.write_status("running", None, "")
-        yield run
-        run.write_status("done", DONE, "")
+        with _full_disk_told(config):
+            _acquire(folder, lock)
+            holds_lock = True
+            remove_stale(folder)
+            if config.overwrite:
+                _remove_earlier_run(folder)
+            run.write_status("running", None, "")
+            yield run
+            run.write_status("done", DONE, "")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         if holds_lock and new_folders:
@@ -96,16 +98,14 @@ def open_run(config: Config) -> Iterator[Run]:
         raise SystemExit(STOPPED) from None
     except Failed as error:
         print(f"\nerror: {error}", file=sys.stderr)
-        run.write_status("failed", FAILED, str(error))
-        raise SystemExit(FAILED) from None
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"\nerror: the disk is full ({error.filename or folder}). What is saved stays: free some space, and the same command goes on",
-                  file=sys.stderr)
-        else:
-            traceback.print_exc()
         if holds_lock:
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+                run.write_status("failed", FAILED, str(error))
+        raise SystemExit(FAILED) from None
+    except Exception as error:
+        traceback.print_exc()
+        if holds_lock:
+            with contextlib.suppress(OSError):
                 run.write_status("failed", FAILED, f"{type(error).__name__}: {error}")
         raise SystemExit(FAILED) from None
     finally:
@@ -120,17 +120,60 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises InputError where the folder is none that a run may write to."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir = {str(folder)!r} is a file, not a folder")
+    if folder.exists() and not _is_run(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"output_dir = {str(folder)!r} holds other files; choose a new folder, so that nothing of yours is replaced")
+
+
+def hub_folder(config: Config) -> Path | None:
+    """HF_HOME, where the dataset is one that comes from the Hub."""
+    if config.dataset == "imdb" or (config.dataset != "hf" and dataset_files(config)):
+        return None
+    from huggingface_hub.constants import HF_HOME  # only here, because it takes a while to load
+
+    return Path(HF_HOME)
+
+
+def full_disk_behind(error: BaseException) -> OSError | None:
+    """The error itself or one that it came from. Libraries raise their own for it, and some put `from None` behind them."""
+    waiting, seen = [error], set()
+    while waiting:
+        error = waiting.pop()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return error
+        seen.add(id(error))
+        waiting += [before for before in (error.__context__, error.__cause__) if before is not None and id(before) not in seen]
+    return None
+
+
+@contextlib.contextmanager
+def _full_disk_told(config: Config) -> Iterator[None]:
+    """Raises Failed, with the places to look at, for any error behind which a full disk stands."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        full = full_disk_behind(error)
+        if full is None:
+            raise
+        places = [full.filename] if full.filename else [config.output_dir, config.cache_dir, hub_folder(config)]
+        why = "a file is larger than ulimit -f allows" if full.errno == errno.EFBIG else "the disk is full"
+        raise Failed(f"{why} ({' or '.join(str(place) for place in places if place)}). What is saved stays: free some space, and the same command "
+                     "goes on") from error
+
+
 def _note_signal(run: Run, name: str) -> None:
     if run.stop_signal is None:
         run.stop_signal = name
         print(f"\n{name}: stopping at the next safe point ...", file=sys.stderr)
 
 
-def _acquire(folder: Path, lock: filelock.FileLock, is_new: bool) -> None:
-    if not is_new and not folder.is_dir():
-        raise InputError(f"output_dir = {str(folder)!r} is a file, not a folder")
-    if not is_new and not _is_run(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(f"output_dir = {str(folder)!r} holds other files; choose a new folder, so that nothing of yours is replaced")
+def _acquire(folder: Path, lock: filelock.FileLock) -> None:
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

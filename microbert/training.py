@@ -111,7 +111,7 @@ def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokeni
                     "train/samples_per_second": round(samples_per_second, 1),
                     "train/tokens_per_second": round(samples_per_second * config.max_seq_len),
                     "train/peak_memory_gb": round(peak_memory_gb(device), 3)}))
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, {samples_per_second * config.max_seq_len / 1000:.0f}k tokens/s")
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, {samples_per_second * config.max_seq_len / 1000:.0f}k tokens/s", refresh=False)
                 logged_step, step_seconds, state.loss_sum, state.loss_steps = state.step, 0.0, 0.0, 0
             evaluate_if_due()
             if state.step % save_every == 0 or state.step == steps:

@@ -1,6 +1,8 @@
 """Killed, stopped, damaged: the same command comes to bitwise the run that was never disturbed."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -9,8 +11,12 @@ import time
 
 import pytest
 from helpers import TIME_LIMIT, listing, result, run, run_here, small_flags, start
+from test_config import configure
 
-N_KILLS = 20
+from microbert.config import InputError
+from microbert.run import open_run
+
+N_SERIES, KILLS_A_SERIES = 4, 5
 
 
 def wait_for_checkpoint(process, folder):
@@ -27,31 +33,47 @@ def corpus_from(finished_run, tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_times_change_nothing(tmp_path):
-    """From an empty cache, on real reviews, so that preparation takes long enough to be hit too."""
+    """In series from an empty cache, on real reviews: the first kill of each falls before the first checkpoint, the others anywhere."""
 
     def flags(name):
-        return small_flags(tmp_path, dataset="imdb", max_samples=3000, vocab_size=2000, epochs=4, save_every=25, eval_every=500,
+        return small_flags(tmp_path, dataset="imdb", max_samples=1200, vocab_size=1000, epochs=2, save_every=20, eval_every=200,
                            output_dir=tmp_path / name, cache_dir=tmp_path / f"{name}_cache")
 
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other on a busy machine make times useless
     begin = time.monotonic()
-    assert run(flags("whole")).returncode == 0
-    longest = 0.6 * (time.monotonic() - begin)  # of one launch before its kill, so that some reach training on any machine
+    process = start(flags("whole"), env=env)
+    wait_for_checkpoint(process, whole)
+    until_checkpoint = time.monotonic() - begin
+    _, errors = process.communicate(timeout=TIME_LIMIT)
+    assert process.returncode == 0, errors
+    longest = 0.6 * (time.monotonic() - begin)  # of a later launch: it goes on where the last one was, so kills reach the end all the same
+
     rng = random.Random(2)
     where = []
-    while len(where) < N_KILLS:
-        process = start(flags("killed"))
-        try:
-            process.communicate(timeout=rng.uniform(0.1 * longest, longest))
-            shutil.rmtree(tmp_path / "killed")  # it reached the end: begin again
-            continue
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        where.append("training" if list((tmp_path / "killed").glob("checkpoint-*")) else "before the first checkpoint")
+    for _ in range(N_SERIES):
+        shutil.rmtree(killed, ignore_errors=True)
+        shutil.rmtree(tmp_path / "killed_cache", ignore_errors=True)
+        kills = 0
+        while kills < KILLS_A_SERIES:
+            process = start(flags("killed"), env=env)
+            try:
+                process.communicate(timeout=rng.uniform(0, longest if kills else until_checkpoint))
+                assert process.returncode == 0
+                assert result(killed) == result(whole)
+                shutil.rmtree(killed)  # it reached the end before its kill: that one is still to come
+                if not kills:
+                    shutil.rmtree(tmp_path / "killed_cache")
+                longest, until_checkpoint = 0.7 * longest, 0.7 * until_checkpoint  # the machine is faster than when they were measured
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+                where.append("training" if list(killed.glob("checkpoint-*")) else "before the first checkpoint")
+        assert run(flags("killed"), env=env).returncode == 0
+        assert result(killed) == result(whole)
+        assert not list(killed.glob(".checkpoint*"))
     assert set(where) == {"training", "before the first checkpoint"}
-    assert run(flags("killed")).returncode == 0
-    assert result(tmp_path / "killed") == result(tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob(".checkpoint*"))
 
 
 def test_resuming_from_every_checkpoint_gives_the_same_run(tmp_path, monkeypatch):
@@ -208,3 +230,72 @@ def test_numbers_that_break_down_stop_the_run_before_the_step_is_applied(learnin
     errors = capfd.readouterr().err
     assert "not applied" in errors and "Traceback" not in errors
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 1
+
+
+@pytest.mark.parametrize("largest_file", [2_000, 30_000])  # bytes: less than the tokenizer takes; less than the training curve
+def test_a_file_that_cannot_grow_is_told_and_the_same_command_goes_on(largest_file, finished_run, reference, tmp_path):
+    import resource
+
+    corpus_from(finished_run, tmp_path)
+    flags = small_flags(tmp_path)
+    full = run(flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
+    assert full.returncode == 1
+    assert "ulimit -f" in full.stderr and "the same command goes on" in full.stderr and "Traceback" not in full.stderr
+    assert str(tmp_path / "run") in full.stderr and str(tmp_path / "cache") in full.stderr
+    assert bool(list((tmp_path / "run").glob("checkpoint-*"))) == (largest_file > 2_000)
+    assert run(flags).returncode == 0
+    assert result(tmp_path / "run") == reference
+
+
+def caused(full):
+    raise RuntimeError("could not write") from full
+
+
+def hidden(full):
+    try:
+        caused(full)
+    except RuntimeError:
+        raise InputError("the dataset cannot be read") from None
+
+
+def as_it_is(full):
+    raise full
+
+
+@pytest.mark.parametrize("number, filename", [(errno.ENOSPC, None), (errno.EDQUOT, None), (errno.ENOSPC, "/mnt/shard.npy")])
+@pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
+def test_a_full_disk_is_told_with_the_places_to_look_at(raise_it, number, filename, finished_run, tmp_path, monkeypatch, capfd):
+    import microbert.prepare
+
+    corpus_from(finished_run, tmp_path)
+
+    def prepare_tokens(*arguments):
+        raise_it(OSError(number, "full", filename) if filename else OSError(number, "full"))
+
+    monkeypatch.setattr(microbert.prepare, "prepare_tokens", prepare_tokens)
+    assert run_here(small_flags(tmp_path), monkeypatch) == 1
+    errors = capfd.readouterr().err
+    places = [filename] if filename else [str(tmp_path / "run"), str(tmp_path / "cache")]
+    assert f"the disk is full ({' or '.join(places)})" in errors and "Traceback" not in errors
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+
+
+def test_for_a_dataset_of_the_hub_its_downloads_are_a_place_too(tmp_path, capfd):
+    from huggingface_hub.constants import HF_HOME
+
+    config = configure(dataset="org/name", output_dir=str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as stop, open_run(config):
+        raise OSError(errno.ENOSPC, "full")
+    assert stop.value.code == 1
+    assert f"or {HF_HOME})" in capfd.readouterr().err
+
+
+def test_another_error_stays_a_bug_with_its_traceback(finished_run, tmp_path, monkeypatch, capfd):
+    import microbert.prepare
+
+    corpus_from(finished_run, tmp_path)
+    monkeypatch.setattr(microbert.prepare, "prepare_tokens", lambda *_: as_it_is(OSError(errno.EIO, "broken")))
+    assert run_here(small_flags(tmp_path), monkeypatch) == 1
+    errors = capfd.readouterr().err
+    assert "Traceback" in errors and "disk is full" not in errors

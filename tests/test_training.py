@@ -1,12 +1,22 @@
 """What a run learns, and what it warns of."""
 
+import gzip
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
-from helpers import run_here, small_flags
+import transformers
+from helpers import ROOT, TIME_LIMIT, result, run_here, small_flags, write_corpus
 
-from microbert.tokens import prepare_tokens
+import microbert.prepare
+import microbert.training
+from microbert.tokenizer import PAD_ID
 
 
 def evaluations(folder):
@@ -40,30 +50,56 @@ def test_a_rate_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, monkeypatc
 
 
 def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tmp_path, monkeypatch, capfd):
-    import os
-    import signal
+    write_corpus(tmp_path / "corpus.jsonl", n_documents=1200)
+    monkeypatch.setattr(microbert.prepare, "BLOCK_ROWS", 200)
+    written = []
 
-    import microbert.tokens
+    def write_block(*arguments):
+        block = real(*arguments)
+        written.append(block.rows)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return block
 
-    def preparing(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return prepare_tokens(*arguments)
-
-    monkeypatch.setattr(microbert.tokens, "prepare_tokens", preparing)
+    real = microbert.prepare._write_block
+    monkeypatch.setattr(microbert.prepare, "_write_block", write_block)
     assert run_here(small_flags(tmp_path), monkeypatch) == 75
-    assert "Traceback" not in capfd.readouterr().err
-    monkeypatch.undo()
+    stopped = capfd.readouterr()
+    assert "SIGTERM" in stopped.err and "Traceback" not in stopped.err
+    assert "preparing" in stopped.out and "training:" not in stopped.out
+    n_before, (tokens,) = len(written), tmp_path.glob("cache/*/tokens-*")
+    assert 2 <= n_before < 6 and len(list(tokens.glob("block-*.json"))) == n_before and not (tokens / "manifest.json").exists()
+
     assert run_here(small_flags(tmp_path), monkeypatch) == 0
+    assert f"going on behind {200 * n_before:,} rows" in capfd.readouterr().out
+    assert written == [200] * 6  # no block twice
+    assert run_here(small_flags(tmp_path, output_dir=tmp_path / "whole", cache_dir=tmp_path / "other_cache"), monkeypatch) == 0
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transformers_loads(tmp_path):
+    lines = write_corpus(tmp_path / "plain.txt", n_documents=400).read_bytes().splitlines(keepends=True)
+    (tmp_path / "plain.txt").unlink()
+    for number in range(4):
+        (tmp_path / f"part-{number}.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[number * 100 : (number + 1) * 100])))
+    flags = small_flags(tmp_path, dataset=tmp_path / "part-*.jsonl.gz", n_layers=2, packing=True)
+    done = subprocess.run([sys.executable, str(ROOT / "mlm_pretrain_v2.py"), *flags], capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert "documents: 400 read" in done.stdout
+    (shard,) = tmp_path.glob("cache/*/tokens-*/train-*.npy")
+    assert (np.load(shard)[:-1] != PAD_ID).all()  # only the last sequence has room left
+    losses = evaluations(tmp_path / "run")
+    assert losses[-1] < losses[0]
+
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert (model.config.num_hidden_layers, model.config.num_attention_heads, model.config.hidden_size) == (2, 4, 8)
+    batch = tokenizer("the film was [MASK] and slow", return_tensors="pt")
+    logits = model(**batch).logits
+    assert logits.shape == (1, batch["input_ids"].shape[1], len(tokenizer)) and logits.isfinite().all()
 
 
 def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeypatch, reference, finished_run):
-    import os
-    import shutil
-    import signal
-
-    import microbert.training
-    from helpers import result
-
     shutil.copy(finished_run / "corpus.jsonl", tmp_path)
     real = microbert.training.masked_scores
     calls = 0
