@@ -82,6 +82,7 @@ class HubServer:
         self.failures: list[Failure] = []
         self.lock = threading.Lock()
         self.closed = threading.Event()
+        self.hanging = threading.Event()  # set when those that hang are let go
         self.connections: set[socket.socket] = set()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -98,6 +99,7 @@ class HubServer:
         if self.closed.is_set():
             return
         self.closed.set()
+        self.hanging.set()
         self.server.shutdown()
         self.server.server_close()
         with self.lock:
@@ -120,13 +122,21 @@ class HubServer:
     def fail(self, pattern: str, kind: str, times: int = 1, after_bytes: int = 0) -> None:
         """Spoils the next `times` requests whose path, or method and path as in "GET /api/x", `pattern` is found in.
 
-        The kinds: "500", "429" and "401" (a gated repository) are answers, "timeout" is none until `close`. "cut" sends the headers and
-        `after_bytes` bytes of the body and resets the connection, "short" sends as much and ends it in good order.
+        The kinds: "500", "429" and "401" (a gated repository; with the pattern "/resolve/" one whose files alone are shut) are answers,
+        "timeout" is none until `close` or `answer_again`. "cut" sends the headers and `after_bytes` bytes of the body and resets the
+        connection, "short" sends as much and ends it in good order.
         """
         if kind not in KINDS:
             raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind}")
         with self.lock:
             self.failures.append(Failure(re.compile(pattern), kind, times, after_bytes))
+
+    def answer_again(self) -> None:
+        """Forgets all failures. What hangs is let go without an answer."""
+        with self.lock:
+            self.failures.clear()
+            hanging, self.hanging = self.hanging, threading.Event()
+        hanging.set()
 
     def bytes_of(self, repo_id: str, file: str) -> int:
         """Body bytes sent for all GETs of one file, whatever the revision."""
@@ -187,7 +197,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.failure = self.hub.record(self.request_log)
         kind = self.failure.kind if self.failure else ""
         if kind == "timeout":
-            self.hub.closed.wait()
+            self.hub.hanging.wait()
             self.close_connection = True
         elif kind == "401":
             self.error(401, "GatedRepo", "Access to this dataset is restricted. You must be authenticated to access it.")
