@@ -16,6 +16,7 @@ from .corpus import open_corpus
 from .distributed import choose_device, describe_device
 from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from .files import read_json
+from .hub import choose_dataset
 from .masking import mask_batch
 from .memory import count_parameters, planned_peak_gb
 from .model import ModelConfig, build_model
@@ -118,7 +119,7 @@ def _tell_disk(config: Config, tokens: float, saved: float) -> None:
     free = {folder: shutil.disk_usage(folder).free / 1e6 for folder in (cache, output)}
     meanwhile = f"about {tokens:,.0f} MB more in {config.cache_dir}, and twice that meanwhile" if tokens else f"nothing more in {config.cache_dir}"
     print(f"disk: {meanwhile} ({free[cache] / 1e3:,.0f} GB free); {saved:,.0f} MB in {config.output_dir} ({free[output] / 1e3:,.0f} GB free)")
-    if tokens and not config.streaming and (hub := hub_folder(config)):
+    if tokens and (hub := hub_folder(config)) and not choose_dataset(config)[2]:
         print(f"disk: datasets downloads the dataset to {hub} ({shutil.disk_usage(_existing(hub)).free / 1e9:,.0f} GB free), where it is not there yet")
     one_disk = cache.stat().st_dev == output.stat().st_dev
     if 2 * tokens + saved * one_disk > free[cache] or saved + 2 * tokens * one_disk > free[output]:

@@ -22,12 +22,11 @@ from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet
-import zstandard
 
 from .config import InputError, file_kind
 from .documents import READ_CHARACTERS, READ_ROWS
 
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # what a damaged compressed file raises
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what a damaged compressed file raises
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -150,8 +149,7 @@ def _open(path: str) -> BinaryIO:
 
 
 def _open_zst(path: str) -> BinaryIO:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # as `zstd --long=31` writes it
-    return io.BufferedReader(decompressor.stream_reader(open(path, "rb"), read_across_frames=True, closefd=True))
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(path), "zstd"))
 
 
 def _text_lines(file: BinaryIO, path: str, column: str) -> Iterator[str]:

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import zstandard
 from helpers import ROOT
 
 from microbert.config import InputError
@@ -19,8 +18,17 @@ from microbert.documents import clean
 from microbert.file_formats import find_text_column, read_rows
 
 TEXTS = ["the first document", 'größer, "quoted", naïve', "中文 and emoji 🙂", "NA", "12345", "2024-01-01", "the last one"]
+
+
+def zst(data):
+    buffer = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(buffer, "zstd") as stream:
+        stream.write(data)
+    return buffer.getvalue().to_pybytes()
+
+
 COMPRESSED = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
-              ".zst": lambda data: zstandard.compress(data[:40]) + zstandard.compress(data[40:])}  # two frames, as parallel writers leave them
+              ".zst": lambda data: zst(data[:40]) + zst(data[40:])}  # two frames, as parallel writers leave them
 
 
 def csv_line(*values, delimiter=","):
@@ -118,6 +126,9 @@ DAMAGED = {
     "deep.jsonl": ("[" * 100_000, "is not JSON"),
     "latin.txt.gz": (gzip.compress(b"fine\nbroken \xff line\n"), "line 2 is not UTF-8"),
     "short.jsonl.gz": (gzip.compress(CONTENTS[".jsonl"].encode() * 9)[:-20], "cannot be read"),
+    "short.jsonl.zst": (zst(CONTENTS[".jsonl"].encode() * 9)[:-20], "cannot be read"),
+    "short.jsonl.xz": (lzma.compress(CONTENTS[".jsonl"].encode() * 9)[:-20], "cannot be read"),
+    "short.jsonl.bz2": (bz2.compress(CONTENTS[".jsonl"].encode() * 9)[:-20], "cannot be read"),
     "none.jsonl.xz": (b"no xz at all", "cannot be read"),
     "none.jsonl.zst": (b"no zst at all", "cannot be read"),
     "none.txt.bz2": (b"no bz2 at all", "cannot be read"),
