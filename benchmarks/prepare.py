@@ -89,6 +89,7 @@ def theirs(folder: Path, n_processes: int) -> float:
     import transformers
 
     datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()  # it warns of texts longer than the model takes
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = datasets.load_dataset("json", data_files=str(folder / "corpus.jsonl"), split="train", cache_dir=str(folder / "arrow"))
     datasets.disable_caching()  # so that each turn does the work again

@@ -17,7 +17,7 @@ N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here on are ordinary tokens
 
 SAMPLE_CHARACTERS = 16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
 PIECE_CHARACTERS = 100_000  # of a text that the library gets at once: it takes some 50 bytes a character
-FORMAT = 2
+FORMAT = 3  # raise it whenever the same corpus would give another tokenizer
 
 
 def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -> Tokenizer:
