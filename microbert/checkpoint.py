@@ -1,4 +1,4 @@
-"""Atomic save, verify, resume, rotate: safetensors and JSON, never pickle.
+"""Atomic save, verify, resume, rotate: safetensors and JSON alone, so that loading a file never runs what is in it.
 
 checkpoint-<step>/ is a Hugging Face model folder with three files more: optimizer.safetensors, state.json (what the run was
 and where it stands) and manifest.json (the size and SHA-256 of every other file, written last).

@@ -1,4 +1,4 @@
-"""A file's rows as text -- txt, jsonl, csv, parquet, compressed or not -- from any row on, with about one row in memory.
+"""A file's rows as text -- txt, jsonl, csv, parquet, compressed or not -- from any row on, a few rows at a time.
 
 Each format goes through the library that is made for it, and only the text column is looked at. `datasets.load_dataset` reads them too, but
 guesses the types of all columns from the first rows and stops at a later row of another type, takes words such as NA for nothing, reads every
@@ -14,7 +14,6 @@ import itertools
 import json
 import lzma
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,7 +61,10 @@ def find_text_column(path: str, wanted: str | None) -> str | None:
 
 
 def choose_text_column(names: list[str], texts: list[str], wanted: str | None, where: str) -> str:
-    """The wanted column, else "text", else the only one that holds text. names: all columns; texts: those that hold text."""
+    """The wanted column, else "text", else the only one that holds text. names: all columns; texts: those that hold text.
+
+    Raises InputError with all columns' names.
+    """
     if wanted is not None and wanted not in names:
         raise InputError(f'{where} has no column "{wanted}" (text_column); it has: {", ".join(names)}')
     if wanted is None and "text" not in texts and len(texts) != 1:
@@ -77,6 +79,7 @@ def parquet_text_column(file: BinaryIO, wanted: str | None, where: str) -> str:
 
 
 def table_text_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
+    """The column to train on. where: the table's name in errors. Raises as `choose_text_column` does."""
     return choose_text_column(schema.names, [field.name for field in schema if _is_text(field.type)], wanted, where)
 
 
@@ -153,6 +156,7 @@ def _open_zst(path: str) -> BinaryIO:
 
 
 def _text_lines(file: BinaryIO, path: str, column: str) -> Iterator[str]:
+    """Lines without their ends; a text file has one column, whatever its name."""
     return (line.rstrip("\r\n") for line in _lines(file, path))
 
 
@@ -185,7 +189,8 @@ def _json_objects(file: BinaryIO, path: str) -> Iterator[dict[str, object]]:
 
 
 def _json_texts(file: BinaryIO, path: str, column: str) -> Iterator[str | None]:
-    names: dict[str, None] | None = {}  # until the column is seen
+    """A row may lack the column, but not all of the first ones, or all there are."""
+    names: dict[str, None] | None = {}  # of the columns so far, until the wanted one is seen
     for number, fields in enumerate(_json_objects(file, path), 1):
         text = fields.get(column)
         if text is not None and not isinstance(text, str):
@@ -200,8 +205,8 @@ def _json_texts(file: BinaryIO, path: str, column: str) -> Iterator[str | None]:
 
 
 def _csv_objects(file: BinaryIO, path: str) -> Iterator[dict[str, str | None]]:
-    csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 or sys.platform != "win32" else 2**31 - 1)
-    rows = csv.reader(_lines(file, path), delimiter="\t" if re.search(r"\.tsv(\.\w+)?$", path, re.IGNORECASE) else ",", strict=False)
+    csv.field_size_limit(2**31 - 1)  # bytes; the most that every platform takes
+    rows = csv.reader(_lines(file, path), delimiter="\t" if re.search(r"\.tsv(\.\w+)?$", path, re.IGNORECASE) else ",")
     try:
         names = next(rows, [])
         for values in rows:
@@ -220,6 +225,7 @@ def _csv_texts(file: BinaryIO, path: str, column: str) -> Iterator[str | None]:
         yield fields[column]
 
 
+# (file, path for errors, column) -> the column's rows
 READERS: dict[str, Callable[[BinaryIO, str, str], Iterator[str | None]]] = {"text": _text_lines, "json": _json_texts, "csv": _csv_texts}
 
 

@@ -22,6 +22,7 @@ def n_cores() -> int:
 
 
 def n_workers() -> int:
+    """How many processes `open_pool` starts where there is much to do."""
     return min(n_cores(), MOST_PROCESSES)
 
 
