@@ -29,7 +29,8 @@ mlm_probability = 0.15  # share of the tokens that are masked in training
 
 # Training
 epochs = 3  # passes over the training documents
-batch_size = 32  # sequences a step
+batch_size = 32  # sequences a step, of each process where torchrun starts several
+global_batch_size = None  # sequences a step of all processes together; None takes batch_size of each
 micro_batch_size = None  # sequences computed at a time, to save memory; None takes the whole batch
 learning_rate = 5e-5  # of a 768-wide BERT at 4096 tokens a step; scaled to this run
 lr_scaling = "auto"  # "none" uses learning_rate as it stands
@@ -40,6 +41,7 @@ grad_clip = 1.0  # largest norm of the gradient; None leaves it
 # Run
 seed = 42  # another seed: other weights, order, masks and held-out documents
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is
+group_timeout = 600  # seconds that a process waits for the others before it gives up
 eval_every = None  # steps between evaluations; None: ten in a run
 save_every = None  # steps between checkpoints; None: ten in a run
 keep_checkpoints = 2  # newest checkpoints to keep
@@ -71,26 +73,27 @@ def main() -> None:
         return
 
     with open_run(config) as run:
-        device = choose_device(config.device)
+        device = choose_device(config.device, run.world)
         checkpoint = find_checkpoint(run)
         if run.is_finished():
             print(f"{run.folder} is finished; --overwrite starts anew, another --output-dir keeps both")
             return
 
-        corpus = open_corpus(config, run.check_stop)
-        with hold_cache(corpus, config, run.check_stop):
-            tokenizer = get_tokenizer(corpus, config, run.check_stop)
-            tokens = prepare_tokens(corpus, tokenizer, config, run.check_stop)
+        with run.world.first_of_machine_goes_first("tokens", run.check_stop):
+            corpus = open_corpus(config, run.check_stop)
+            with hold_cache(corpus, config, run.check_stop):
+                tokenizer = get_tokenizer(corpus, config, run.check_stop)
+                tokens = prepare_tokens(corpus, tokenizer, config, run.check_stop)
         if config.prepare_only:
             print("prepared; the same command without --prepare-only trains on it")
             return
 
         model = model_for_tokens(config, tokens).to(device)
         state = train(run, checkpoint, model, tokens, tokenizer)
-        export_run(run, model, tokenizer, tokens, model_card_facts(config, tokens, state))
-
-        for text in EXAMPLES:
-            print_fill_mask(model, tokenizer, text)
+        if run.world.is_first:
+            export_run(run, model, tokenizer, tokens, model_card_facts(run.config, tokens, state))
+            for text in EXAMPLES:
+                print_fill_mask(model, tokenizer, text)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import transformers  # noqa: E402
 from microbert.batches import training_batch  # noqa: E402
 from microbert.config import Config, read_config  # noqa: E402
 from microbert.corpus import hold_cache, open_corpus  # noqa: E402
+from microbert.distributed import World  # noqa: E402
 from microbert.export import hugging_face_config  # noqa: E402
 from microbert.masking import mask_batch  # noqa: E402
 from microbert.model import Bert, model_for_tokens  # noqa: E402
@@ -69,7 +70,7 @@ def ours(config: Config, tokens: Tokens, steps: int) -> float:
             start = time.perf_counter()
         batch = training_batch(tokens.train, step=step, epochs=100, global_batch_size=config.batch_size, seed=config.seed)
         masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model.config.vocab_size)
-        training_step(model, optimizer, masked, config, step, LEARNING_RATE)
+        training_step(model, optimizer, masked, config, step, LEARNING_RATE, World({}))
     return steps * config.batch_size / (time.perf_counter() - start)
 
 

@@ -50,8 +50,8 @@ def training_batch(sequences: Sequences, *, step: int, epochs: int, global_batch
     return Batch(sequences.read(ids), ids, epoch, real)
 
 
-def evaluation_batches(sequences: Sequences, batch_size: int) -> Iterator[Batch]:
-    """All sequences in the order in which they lie on disk; the last batch may be smaller."""
-    for start in range(0, len(sequences), batch_size):
+def evaluation_batches(sequences: Sequences, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """The rank's share of all sequences, in the order in which they lie on disk: every world_size-th batch. The last may be smaller."""
+    for start in range(rank * batch_size, len(sequences), world_size * batch_size):
         ids = np.arange(start, min(start + batch_size, len(sequences)))
         yield Batch(sequences.read(ids), ids, np.full(len(ids), EVALUATION_EPOCH), np.ones(len(ids), bool))

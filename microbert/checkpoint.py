@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import nn
 
-from .config import Config, InputError
+from .config import Config, InputError, settle_batch_size
 from .export import from_hugging_face, save_model
 from .files import read_json, sha256, sync_folder, write_atomic, write_json
 from .model import Bert
@@ -26,9 +26,11 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "state.json"}
 TEMPORARY = ".checkpoint.tmp"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
-FREE_TO_CHANGE = {"dataset", "streaming", "device", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite",
+FREE_TO_CHANGE = {"dataset", "streaming", "device", "group_timeout", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite",
                   "micro_batch_size", "prepare_only", "dry_run"}
+BATCH_SIZES = {"batch_size", "global_batch_size"}  # `settle_batch_size` compares them
 
 
 @dataclasses.dataclass
@@ -52,17 +54,24 @@ class State:
 def find_checkpoint(run: Run) -> Path | None:
     """The newest checkpoint that is whole, or None at the first start; called before any long work.
 
-    Removes what stands in its way. Warns and raises as `look_for_checkpoint` does.
+    Settles the batch size of run.config by it. The first process looks, the others are told: only its folder needs to hold the checkpoint.
+    Removes what stands in its way. Warns and raises as `look_for_checkpoint` does, and InputError for a batch that cannot be shared.
     """
-    shutil.rmtree(run.folder / TEMPORARY, ignore_errors=True)  # what a kill inside a save left behind
-    path, damaged = look_for_checkpoint(run.folder, run.config)
-    for bad in damaged:
-        shutil.rmtree(bad)  # so that it is never taken for the newest again
-    return path
+
+    def look() -> tuple[str | None, int]:
+        shutil.rmtree(run.folder / TEMPORARY, ignore_errors=True)  # what a kill inside a save left behind
+        path, config, damaged = look_for_checkpoint(run.folder, run.given, run.world.size)
+        for bad in damaged:
+            shutil.rmtree(bad)  # so that it is never taken for the newest again
+        return path and str(path), config.global_batch_size
+
+    path, global_batch_size = run.world.first_does("checkpoint", look, run.check_stop)
+    run.config = dataclasses.replace(run.given, global_batch_size=global_batch_size, batch_size=global_batch_size // run.world.size)
+    return Path(path) if path else None
 
 
-def look_for_checkpoint(folder: Path, config: Config) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint that is whole, and the damaged ones that are newer. Changes nothing.
+def look_for_checkpoint(folder: Path, config: Config, world_size: int) -> tuple[Path | None, Config, list[Path]]:
+    """The newest checkpoint that is whole, the Config with its batch size settled, and the damaged ones that are newer. Changes nothing.
 
     Warns about each damaged one on the way. Raises InputError when all are damaged, or the run's constants have changed.
     """
@@ -74,13 +83,13 @@ def look_for_checkpoint(folder: Path, config: Config) -> tuple[Path | None, list
             if stored["format"] != FORMAT:
                 raise ValueError(f"format {stored['format']}, not {FORMAT}")
             _compare_configs(path, stored["config"], config)
-            return path, damaged
+            return path, settle_batch_size(config, world_size, stored["config"]), damaged
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
             damaged.append(path)
     if damaged:
         raise InputError(f"no checkpoint in {folder} is whole; --overwrite starts anew, and nothing is removed until then")
-    return None, []
+    return None, settle_batch_size(config, world_size), []
 
 
 def verify(path: Path) -> None:
@@ -105,9 +114,10 @@ def save_checkpoint(run: Run, state: State, model: Bert, optimizer: torch.optim.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_model(model, tokenizer, temporary)
-    moments = save(_optimizer_tensors(model, optimizer))
+    moments = save(optimizer_tensors(model, optimizer))
     write_atomic(temporary / "optimizer.safetensors", lambda file: file.write(moments))
-    write_json(temporary / "state.json", {"format": FORMAT, "config": dataclasses.asdict(run.config), "state": dataclasses.asdict(state)})
+    constants = dataclasses.asdict(run.config) | {"batch_size": run.given.batch_size}
+    write_json(temporary / "state.json", {"format": FORMAT, "config": constants, "state": dataclasses.asdict(state)})
     write_json(temporary / MANIFEST, {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
                                       for name in sorted(FILES)})
     os.rename(temporary, final)
@@ -135,26 +145,32 @@ def load_checkpoint(path: Path, model: Bert, optimizer: torch.optim.Optimizer, t
         state = read_state(path, tokens_key)
         from_hugging_face(model, load_file(path / "model.safetensors"))
         tensors = load_file(path / "optimizer.safetensors")
-        for name, parameter in model.named_parameters():
-            moments = {key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq") if state.step}
-            if moments:
-                optimizer.state[parameter] = {"step": torch.tensor(float(state.step), device=parameter.device),
-                                              **{key: value.to(parameter.device) for key, value in moments.items()}}
+        if state.step:
+            set_optimizer_step(model, optimizer, state.step)
+            for name, moment in optimizer_tensors(model, optimizer).items():
+                moment.copy_(tensors[name])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} does not fit this run: {error}") from error
     return state
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def set_optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Gives Adam the state of a run that has taken so many steps, with moments of zero."""
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device),
+                                      **{key: torch.zeros_like(parameter) for key in MOMENTS}}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Adam's two moments by parameter name; its step count is the run's."""
-    return {f"{key}.{name}": optimizer.state[parameter][key].contiguous()
-            for name, parameter in model.named_parameters() if parameter in optimizer.state for key in ("exp_avg", "exp_avg_sq")}
+    return {f"{key}.{name}": optimizer.state[parameter][key]
+            for name, parameter in model.named_parameters() if parameter in optimizer.state for key in MOMENTS}
 
 
 def _compare_configs(path: Path, stored: dict, config: Config) -> None:
     now = dataclasses.asdict(config)
     different = [f"{name} = {now[name]!r} (was {stored.get(name)!r})" for name in now
-                 if name not in FREE_TO_CHANGE and now[name] != stored.get(name)]
+                 if name not in FREE_TO_CHANGE | BATCH_SIZES and now[name] != stored.get(name)]
     if different:
         raise InputError(f"{path} belongs to a run with other constants: {', '.join(different)}. "
                          "Put them back to go on with it, or start anew with --overwrite or another --output-dir")

@@ -28,7 +28,10 @@ class InputError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every constant of a script, checked. Lengths are in tokens, `dataset` and folders are as the user wrote them."""
+    """Every constant of a script, checked. Lengths are in tokens, `dataset` and folders are as the user wrote them.
+
+    `settle_batch_size` makes a number of `global_batch_size`, and each process's share of it of `batch_size`.
+    """
 
     n_layers: int
     n_heads: int
@@ -48,6 +51,7 @@ class Config:
 
     epochs: int
     batch_size: int
+    global_batch_size: int | None
     micro_batch_size: int | None
     learning_rate: float
     lr_scaling: str
@@ -57,6 +61,7 @@ class Config:
 
     seed: int
     device: str
+    group_timeout: int
     eval_every: int | None
     save_every: int | None
     keep_checkpoints: int
@@ -67,9 +72,9 @@ class Config:
     dry_run: bool
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "n_heads", "n_embed", "batch_size", "epochs", "keep_checkpoints"):
+        for name in ("n_layers", "n_heads", "n_embed", "batch_size", "epochs", "group_timeout", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, "must be at least 1", self)
-        for name in ("micro_batch_size", "max_samples", "eval_every", "save_every"):
+        for name in ("global_batch_size", "micro_batch_size", "max_samples", "eval_every", "save_every"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be None or at least 1", self)
         if self.n_embed % self.n_heads:
             raise InputError(f"n_embed = {self.n_embed} must be divisible by n_heads = {self.n_heads}: each head takes an equal share")
@@ -150,6 +155,33 @@ def hub_id(dataset: str) -> tuple[str, str | None] | None:
     return match[1], match[2]
 
 
+def settle_batch_size(config: Config, world_size: int, trained: dict | None = None) -> Config:
+    """The Config with the number of sequences that all processes take together in a step, and with each one's share of it.
+
+    trained: the constants that a checkpoint was trained with, where there is one. It keeps its global batch on any number of processes.
+    Raises InputError where that cannot be shared equally, or other sizes are asked for.
+    """
+    share, whole = config.batch_size, config.global_batch_size
+    if trained is not None:
+        kept = trained["global_batch_size"]
+        if whole not in (None, kept):
+            raise InputError(f"global_batch_size = {whole} (was {kept}): put it back to go on with this run, or start anew with --overwrite or "
+                             "another --output-dir")
+        if share not in (trained["batch_size"], kept // world_size):
+            raise InputError(f"batch_size = {share} (was {trained['batch_size']}): this run takes {kept} sequences a step, on any number of processes. "
+                             "Put it back to go on with it, or start anew with --overwrite or another --output-dir")
+        whole = kept
+    whole = whole or share * world_size
+    if whole % world_size:
+        raise InputError(f"global_batch_size = {whole} cannot be shared equally by {world_size} processes: start a number that divides it")
+    return dataclasses.replace(config, batch_size=whole // world_size, global_batch_size=whole)
+
+
+def tokens_per_step(config: Config) -> int:
+    """Of all processes together, padding included."""
+    return (config.global_batch_size or config.batch_size) * config.max_seq_len
+
+
 def peak_learning_rate(config: Config) -> float:
     """The peak that the optimizer gets.
 
@@ -158,8 +190,7 @@ def peak_learning_rate(config: Config) -> float:
     """
     if config.lr_scaling == "none":
         return config.learning_rate
-    tokens_per_step = config.batch_size * config.max_seq_len
-    return config.learning_rate * (768 / config.n_embed) * math.sqrt(tokens_per_step / 4096)
+    return config.learning_rate * (768 / config.n_embed) * math.sqrt(tokens_per_step(config) / 4096)
 
 
 def explain_learning_rate(config: Config) -> str:
@@ -167,9 +198,8 @@ def explain_learning_rate(config: Config) -> str:
     peak = peak_learning_rate(config)
     if config.lr_scaling == "none":
         return f"learning rate: {peak:g} as it stands (lr_scaling = none)"
-    tokens_per_step = config.batch_size * config.max_seq_len
     return (f"learning rate: {config.learning_rate:g} is for a 768-wide BERT at 4096 tokens a step; here the peak is "
-            f"{config.learning_rate:g} x 768/{config.n_embed} x sqrt({tokens_per_step}/4096) = {peak:.3g}")
+            f"{config.learning_rate:g} x 768/{config.n_embed} x sqrt({tokens_per_step(config)}/4096) = {peak:.3g}")
 
 
 def read_config(script: str, constants: dict[str, object], argv: list[str] | None = None) -> Config:
@@ -184,7 +214,8 @@ def read_config(script: str, constants: dict[str, object], argv: list[str] | Non
         values |= _parse_flags(script, values, sys.argv[1:] if argv is None else argv)
         return Config(**values)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # each of torchrun's processes has the same to say
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

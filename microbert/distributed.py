@@ -1,32 +1,265 @@
-"""What one process needs of its surroundings: the device, and the check that it is alone."""
+"""The processes of a run, as torchrun starts them, and the device of each.
 
+Environment variables tell a process which of how many it is, and where all meet: at a store of short texts under keys. While tokens are
+prepared, which may take hours, the processes speak through the store alone, because waiting there has no end and can be interrupted. For
+training they form a group, whose collectives are fast and have a time limit. A process that is alone needs neither.
+Shapes: W processes.
+"""
+
+import contextlib
+import datetime
+import json
 import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import InputError
 
+POLL_SECONDS = 0.05
+MEETING_SECONDS = 300.0  # for the processes of all machines to find the store; torchrun has started them at the same time
+STOP_SECONDS = 20.0  # for every process to notice that one was told to stop: torchrun kills after 30
+ORPHAN_SECONDS = 8.0  # for a process to save and leave, once torchrun itself was killed
+STOP, GO = "stop", "go"
 
-def choose_device(name: str) -> torch.device:
-    """name: the constant `device`. "auto" takes CUDA, else Apple's MPS, else the CPU. Raises InputError where it is missing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("this script trains in one process: start it with python, not with torchrun")
+T = TypeVar("T")
+
+
+class World:
+    """This process among all those of the run.
+
+    rank: of 0 to size - 1. local_rank: the same on this machine. attempt: how often torchrun or Slurm has started the run again.
+    launch: torchrun's id of this launch, "" without torchrun.
+    """
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        """environment: os.environ when None."""
+        variables = os.environ if environment is None else environment
+        self.rank, self.local_rank = int(variables.get("RANK", "0")), int(variables.get("LOCAL_RANK", "0"))
+        self.size, self.local_size = int(variables.get("WORLD_SIZE", "1")), int(variables.get("LOCAL_WORLD_SIZE", "1"))
+        self.attempt = int(variables.get("TORCHELASTIC_RESTART_COUNT", "0")) + int(variables.get("SLURM_RESTART_COUNT", "0"))
+        self.launch = variables.get("TORCHELASTIC_RUN_ID", "")
+        self.one_thread_asked = variables.get("OMP_NUM_THREADS") == "1"
+        self._parent = os.getppid()
+        self._store: dist.Store | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that writes the run's folder and prints."""
+        return self.rank == 0
+
+    def meet(self, check_stop: Callable[[], None]) -> None:
+        """Finds the store, and all processes in it. Raises InputError where nothing says where it is.
+
+        torchrun keeps one store for all attempts, so each attempt speaks under a prefix of its own, which the first process gives to those
+        that say hello. What an earlier attempt has said is answered too, and nobody is left to hear it.
+        """
+        if self.size == 1:
+            return
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS)))
+        except ValueError as error:
+            raise InputError(f"WORLD_SIZE = {self.size}, but {_one_line(error)}: start several processes with torchrun") from error
+        store, mine = dist.PrefixStore("microbert", store), uuid.uuid4().hex
+        if self.is_first:
+            attempt = dist.PrefixStore(mine, store)
+            while attempt.add("arrived", 0) < self.size - 1:
+                for hello in (f"hello/{rank}" for rank in range(1, self.size)):
+                    if store.check([hello]):
+                        store.set(f"welcome/{store.get(hello).decode()}", mine)
+                check_stop()
+                time.sleep(POLL_SECONDS)
+        else:
+            store.set(f"hello/{self.rank}", mine)
+            _wait_for(store, f"welcome/{mine}", check_stop)
+            attempt = dist.PrefixStore(store.get(f"welcome/{mine}").decode(), store)
+            attempt.add("arrived", 1)
+        self._store = attempt
+
+    def watch_parent(self, on_loss: Callable[[], None]) -> None:
+        """Calls `on_loss` when torchrun is gone, however it ended, and ends this process ORPHAN_SECONDS later at the latest."""
+        if self.size > 1:
+            threading.Thread(target=self._watch_parent, args=(on_loss,), daemon=True).start()
+
+    def _watch_parent(self, on_loss: Callable[[], None]) -> None:
+        while os.getppid() == self._parent:
+            time.sleep(0.5)
+        on_loss()
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
+    def first_end(self, story: dict[str, object]) -> tuple[dict[str, object], bool]:
+        """How this launch ended: this process's story, unless another one's came first; and whether it is this process's."""
+        if self._store is not None:
+            with contextlib.suppress(dist.DistError, ValueError):  # the store went with torchrun
+                first = json.loads(self._store.compare_set("end", "", json.dumps({"by": self.rank, "story": story})))
+                return first["story"], first["by"] == self.rank
+        return story, True
+
+    def has_ended(self) -> bool:
+        """True when another process has told how it ended."""
+        return self._store is not None and self._store.check(["end"])
+
+    def ask_to_stop(self) -> None:
+        """Before training: asks every process to stop where nothing is lost."""
+        if self._store is not None:
+            self._store.compare_set("phase", "", STOP)
+
+    def is_to_stop(self) -> bool:
+        """Before training: True when a process has asked for it."""
+        return self._phase() == STOP
+
+    def all_stopped(self) -> bool:
+        """Waits until every process has come here. False when one cannot any more."""
+        if self._store is not None:
+            self._store.add("stopped", 1)
+            deadline = time.monotonic() + STOP_SECONDS
+            while self._store.add("stopped", 0) < self.size:
+                if self.has_ended() or time.monotonic() > deadline:
+                    return False
+                time.sleep(POLL_SECONDS)
+        return True
+
+    def first_does(self, name: str, work: Callable[[], T], check_stop: Callable[[], None]) -> T:
+        """What `work` gives in the first process, in all of them; it must be of what JSON holds. `name` is used once a launch."""
+        if self._store is None:
+            return work()
+        if self.is_first:
+            value = work()
+            self._store.set(name, json.dumps(value))
+        else:
+            _wait_for(self._store, name, check_stop)
+            value = json.loads(self._store.get(name))
+        return value
+
+    @contextlib.contextmanager
+    def first_of_machine_goes_first(self, name: str, check_stop: Callable[[], None]) -> Iterator[None]:
+        """The block is run by one process of each machine, then by the others, who find in the caches what it left."""
+        if self._store is None:
+            yield
+            return
+        key = f"{name}/{self.rank - self.local_rank}"
+        if self.local_rank:
+            _wait_for(self._store, key, check_stop)
+        yield
+        if not self.local_rank:
+            self._store.set(key, "done")
+
+    def form_group(self, device: torch.device, timeout_seconds: float, check_stop: Callable[[], None]) -> None:
+        """Waits for all processes, without a limit, and joins them for collectives: gloo, and nccl for tensors on CUDA.
+
+        From here on, `gather` carries who was told to stop.
+        """
+        if self._store is None:
+            return
+        if self._store.add("ready", 1) == self.size:
+            self._store.compare_set("phase", "", GO)  # one or the other: nobody stops while the others go on
+        while self._phase() != GO:
+            check_stop()
+            time.sleep(POLL_SECONDS)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore("group", self._store), rank=self.rank, world_size=self.size,
+                                timeout=datetime.timedelta(seconds=timeout_seconds), device_id=device if device.type == "cuda" else None)
+
+    def leave_group(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model, with weights as they are in the first process, and with gradients that backward averages over all of them."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    def broadcast(self, tensors: list[torch.Tensor]) -> None:
+        """Copies the first process's values into everybody's tensors."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def gather(self, *values: float) -> np.ndarray:
+        """Everybody's values, the same in every process. float64 [W, len(values)]."""
+        table = torch.zeros(self.size, len(values), dtype=torch.float64)
+        table[self.rank] = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(table)  # everybody's row, and zeros of the others
+        return table.numpy()
+
+    def _phase(self) -> str:
+        return self._store.get("phase").decode() if self._store is not None and self._store.check(["phase"]) else ""
+
+
+def _wait_for(store: dist.Store, key: str, check_stop: Callable[[], None]) -> None:
+    while not store.check([key]):
+        check_stop()
+        time.sleep(POLL_SECONDS)
+
+
+def without_group(model: nn.Module) -> nn.Module:
+    """The model that `World.parallel` was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def without_reduction(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Inside, backward adds to this process's gradients alone."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def loss_of_a_process(error: BaseException) -> str:
+    """One line when the error is what torch raises when another process is gone or silent, "" when it is another."""
+    is_one = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL")))
+    return f"another process ended, or does not answer ({_one_line(error)})" if is_one else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(name: str, world: World) -> torch.device:
+    """name: the constant `device`. "auto" takes CUDA, else Apple's MPS, else the CPU. Raises InputError where it is missing.
+
+    Several processes on one machine take a GPU each, or share its cores.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world.size == 1 else "cpu"
     device = torch.device(name)
+    if world.size > 1 and (device.type == "mps" or device.index is not None):
+        raise InputError(f'device = "{name}" is one device, and torchrun has started {world.size} processes: use "cuda", "cpu" or "auto"')
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError('device = "cuda", but PyTorch sees no CUDA GPU here; use device = "auto" or "cpu"')
+    if device.type == "cuda" and world.size > 1:
+        if world.local_size > torch.cuda.device_count():
+            raise InputError(f"{world.local_size} processes on a machine where PyTorch sees {torch.cuda.device_count()} GPUs: start one for each GPU")
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f'device = "{name}", but there are {torch.cuda.device_count()} GPUs, counted from 0')
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError('device = "mps", but PyTorch sees no Apple GPU here; use device = "auto" or "cpu"')
+    if device.type == "cpu" and world.local_size > 1 and world.one_thread_asked:  # torchrun asks for one thread where nobody says how many
+        torch.set_num_threads(max(1, n_cores() // world.local_size))
     return device
 
 
-def describe_device(device: torch.device) -> str:
+def describe_device(device: torch.device, world: World) -> str:
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+        one = f"{device} ({torch.cuda.get_device_name(device)})" if world.size == 1 else f"{torch.cuda.get_device_name(device)} each"
+    else:
+        one = f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})" if device.type == "cpu" else str(device)
+    return one if world.size == 1 else f"{world.size} processes, {one}"
 
 
 def peak_memory_gb(device: torch.device) -> float:

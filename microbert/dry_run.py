@@ -11,9 +11,9 @@ import torch
 
 from .batches import Batch, steps_in_run
 from .checkpoint import look_for_checkpoint, read_state
-from .config import Config, InputError, explain_learning_rate, peak_learning_rate
+from .config import Config, InputError, explain_learning_rate, peak_learning_rate, settle_batch_size
 from .corpus import open_corpus
-from .distributed import choose_device, describe_device
+from .distributed import World, choose_device, describe_device
 from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from .files import read_json
 from .hub import choose_dataset
@@ -33,9 +33,15 @@ TOKENIZER_SECONDS = 10.0  # to train it
 
 
 def tell_plan(config: Config) -> None:
-    """Prints the plan; its last line is one JSON object. Ends the process with the code that a run would end with on bad input."""
+    """Prints the plan; its last line is one JSON object. Ends the process with the code that a run would end with on bad input.
+
+    Under torchrun the first process does, for all of them.
+    """
+    world = World()
+    if not world.is_first:
+        return
     try:
-        print(json.dumps(_plan(config)))
+        print(json.dumps(_plan(config, world)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
@@ -44,15 +50,16 @@ def tell_plan(config: Config) -> None:
         raise SystemExit(FAILED) from None
 
 
-def _plan(config: Config) -> dict[str, object]:
+def _plan(config: Config, world: World) -> dict[str, object]:
     folder = Path(config.output_dir)
     check_folder(folder)
-    device = choose_device(config.device)
+    device = choose_device(config.device, world)
     checkpoint = None
     if config.overwrite and folder.exists():
         print(f"--overwrite: an earlier run in {folder} would be removed first")
+        config = settle_batch_size(config, world.size)
     else:
-        checkpoint, _ = look_for_checkpoint(folder, config)
+        checkpoint, config, _ = look_for_checkpoint(folder, config, world.size)
         if Run(config, folder).is_finished():
             return _finished_plan(config, folder, device)
     corpus = open_corpus(config, lambda: None)
@@ -72,12 +79,13 @@ def _plan(config: Config) -> dict[str, object]:
     n_parameters = count_parameters(model)
     print(f"model: {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, vocabulary {vocab_size:,}{'' if tokenizer else ' at most'}, "
           f"{n_parameters:,} parameters")
-    steps = steps_in_run(n_sequences, config.epochs, config.batch_size)
+    steps = steps_in_run(n_sequences, config.epochs, config.global_batch_size)
     steps_done = read_state(checkpoint, tokens.key if tokens else None).step if checkpoint else 0
     remaining = max(0, steps - steps_done)  # below 0 only where the steps are an estimate
     if config.prepare_only:
         print("--prepare-only: the run would stop when the tokens are prepared; what follows is the same command without it")
-    print(f"training: {'' if tokens else 'about '}{steps:,} steps of {config.batch_size} sequences on {describe_device(device)}, {config.epochs} epochs")
+    print(f"training: {'' if tokens else 'about '}{steps:,} steps of {config.global_batch_size} sequences on "
+          f"{describe_device(device, world)}, {config.epochs} epochs")
     if checkpoint:
         print(f"going on after step {steps_done}: {'' if tokens else 'about '}{remaining:,} steps remain, from {checkpoint}")
     print(explain_learning_rate(config))
@@ -107,7 +115,7 @@ def _finished_plan(config: Config, folder: Path, device: torch.device) -> dict[s
 def _facts(config: Config, vocab_size: int, device: torch.device, steps: int, steps_done: int, n_parameters: int) -> dict[str, object]:
     """steps: of the whole run. steps_done: of them, before this start."""
     return {"dataset": config.dataset, "n_layers": config.n_layers, "n_heads": config.n_heads, "n_embed": config.n_embed,
-            "max_seq_len": config.max_seq_len, "vocab_size": vocab_size, "batch_size": config.batch_size,
+            "max_seq_len": config.max_seq_len, "vocab_size": vocab_size, "batch_size": config.batch_size, "global_batch_size": config.global_batch_size,
             "micro_batch_size": min(config.micro_batch_size or config.batch_size, config.batch_size),
             "planned_peak_gb": round(planned_peak_gb(config, vocab_size, device), 3), "steps": steps, "steps_done": steps_done,
             "peak_learning_rate": peak_learning_rate(config), "parameters": n_parameters, "device": str(device)}
@@ -143,7 +151,7 @@ def _seconds_a_step(model_config: ModelConfig, config: Config, device: torch.dev
         start = time.perf_counter()
         batch = Batch(rng.integers(N_SPECIAL, model_config.vocab_size, shape), np.arange(shape[0]), np.zeros(shape[0], np.int64), np.ones(shape[0], bool))
         masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model_config.vocab_size)
-        training_step(model, optimizer, masked, config, len(seconds), learning_rate=0.0)
+        training_step(model, optimizer, masked, config, len(seconds), 0.0, World({}))
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[1:]))
 

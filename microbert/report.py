@@ -12,14 +12,20 @@ from .files import write_atomic, write_text
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line. Opening it for a run that goes on drops the lines after its checkpoint."""
+    """metrics.jsonl: one JSON object a line. Opening it for a run that goes on drops the lines after its checkpoint.
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.lines = [line for line in read_metrics(self.path) if line["step"] <= step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+    writes: False in a process that leaves it to another.
+    """
+
+    def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
+        self.path, self.writes = folder / "metrics.jsonl", writes
+        self.lines = [line for line in read_metrics(self.path) if line["step"] <= step] if writes else []
+        if writes:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, line: dict[str, float]) -> None:
+        if not self.writes:
+            return
         self.lines.append(line)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -44,11 +50,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def progress_bar(total: int, done: int, description: str, unit: str, leave: bool = True) -> tqdm:
+def progress_bar(total: int, done: int, description: str, unit: str, leave: bool = True, shown: bool = True) -> tqdm:
     """Shows progress, ETA and what `set_postfix_str` is given; in a log file, where each update stays, twice a minute."""
     interval = 0.5 if sys.stderr.isatty() else 30
     return tqdm(total=total, initial=done, desc=description, unit=unit, unit_scale=total >= 1_000_000, dynamic_ncols=True, mininterval=interval,
-                smoothing=0.05, leave=leave)
+                smoothing=0.05, leave=leave, disable=not shown)
 
 
 def draw_training_curve(folder: Path, lines: list[dict[str, float]], uniform_loss: float, unigram_loss: float) -> None:

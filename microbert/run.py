@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 
 from .config import Config, InputError, dataset_files
+from .distributed import World, loss_of_a_process
 from .files import read_json, remove_stale, write_json
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -29,7 +30,14 @@ class Stopped(Exception):
 
 
 class Failed(Exception):
-    """The run cannot go on, for a reason that lies outside its input; the message says which, and what to try."""
+    """The run cannot go on, for a reason that lies outside its input; the message says which, and what to try.
+
+    rank: of the process where it arose, when that is not the one that raises it.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class Diverged(Failed):
@@ -37,81 +45,137 @@ class Diverged(Failed):
 
 
 class Run:
-    """The folder of a run that this process holds the lock of. `stop_signal` is the signal that arrived, if one did."""
+    """The folder of a run, and this process among those that work on it. The first of them holds the folder's lock, and writes.
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        self.config = config
+    config: with the batch size settled once the run's checkpoint is known; `given` is it as the user gave it. stop_signal: what told this
+    process to stop, if anything did.
+    """
+
+    def __init__(self, config: Config, folder: Path, world: World | None = None) -> None:
+        self.given = self.config = config
         self.folder = folder
+        self.world = world or World({})
         self.stop_signal: str | None = None
 
     def is_finished(self) -> bool:
         """True when the folder holds a whole run: the model card is the last file that a run writes."""
-        return all((self.folder / name).is_file() for name in MODEL_FILES)
+        return self.world.first_does("finished", lambda: all((self.folder / name).is_file() for name in MODEL_FILES), self.check_stop)
 
     def check_stop(self) -> None:
-        """Raises Stopped when a signal has arrived: to be called where nothing would be lost."""
-        if self.stop_signal:
-            raise Stopped(f"stopped by {self.stop_signal}; the same command goes on from here")
+        """Raises Stopped when a signal has arrived, at this process or another: to be called before training, where nothing would be lost.
 
-    def write_status(self, state: str, exit_code: int | None, reason: str) -> None:
-        write_json(self.folder / STATUS, {"state": state, "exit_code": exit_code, "reason": reason, "rank": 0, "pid": os.getpid(),
-                                          "host": socket.gethostname(), "time": datetime.datetime.now().isoformat(timespec="seconds")})
+        Raises Failed instead where the other processes cannot stop with this one.
+        """
+        if self.stop_signal:
+            self.world.ask_to_stop()
+        elif self.world.is_to_stop():
+            self.stop_signal = "a signal to another process"
+        if self.stop_signal:
+            if not self.world.all_stopped():
+                raise Failed("another process ended")
+            raise Stopped(stopped_by(self.stop_signal))
+
+    def write_status(self, state: str, exit_code: int | None, reason: str, rank: int = 0) -> None:
+        write_json(self.folder / STATUS, {"state": state, "exit_code": exit_code, "reason": reason, "rank": rank, "pid": os.getpid(),
+                                          "host": socket.gethostname(), "time": datetime.datetime.now().isoformat(timespec="seconds"),
+                                          "launch": self.world.launch})
+
+
+def stopped_by(signal_name: str) -> str:
+    return f"stopped by {signal_name}; the same command goes on from here"
 
 
 @contextlib.contextmanager
 def open_run(config: Config) -> Iterator[Run]:
     """Holds `output_dir` for one run, and ends the process with the README's exit codes when something goes wrong inside.
 
-    Folders that this call made are removed again when the input turns out to be bad.
+    Of several processes the first one holds it, the others wait for that; when one of them fails, all end with its code, and status.json
+    tells its rank and reason. Folders that this call made are removed again when the input of a process that is alone turns out to be bad.
     """
     folder = Path(config.output_dir)
+    run = Run(config, folder, World())
+    world = run.world
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
-    run = Run(config, folder)
     lock = filelock.FileLock(folder / LOCK)
-    holds_lock = False
-    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_signal(run, name)) for name in ("SIGTERM", "SIGINT")}
+    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name)) for name in ("SIGTERM", "SIGINT")}
+    owns_folder = False  # this process, or the first one for it
     try:
-        with _full_disk_told(config):
-            _acquire(folder, lock)
-            holds_lock = True
-            remove_stale(folder)
-            if config.overwrite:
-                _remove_earlier_run(folder)
-            run.write_status("running", None, "")
+        with _full_disk_told(config), _quiet_but_first(world):
+            world.watch_parent(lambda: _note_stop(run, "the end of torchrun"))
+            _end_as_before(run)
+            world.meet(run.check_stop)
+            world.first_does("folder", lambda: _take_folder(run, lock), run.check_stop)
+            owns_folder = True
             yield run
-            run.write_status("done", DONE, "")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if holds_lock and new_folders:
+            if world.is_first:
+                run.write_status("done", DONE, "")
+    except Exception as error:
+        story, is_mine = world.first_end(_story(error, world))
+        if world.is_first if story["state"] == "stopped" else is_mine:
+            if not isinstance(error, (InputError, Stopped, Failed)) and not loss_of_a_process(error):
+                traceback.print_exception(error)
+            _tell(story, world)
+        if owns_folder and world.size == 1 and new_folders and story["exit_code"] == BAD_INPUT:
             _remove_earlier_run(folder)
             lock.release()
             (folder / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
                 for path in new_folders:
                     path.rmdir()
-        elif holds_lock:
-            run.write_status("failed", BAD_INPUT, str(error))
-        raise SystemExit(BAD_INPUT) from None
-    except Stopped as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
-        run.write_status("stopped", STOPPED, str(stopped))
-        raise SystemExit(STOPPED) from None
-    except Failed as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        if holds_lock:
+        elif owns_folder:
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
-                run.write_status("failed", FAILED, str(error))
-        raise SystemExit(FAILED) from None
-    except Exception as error:
-        traceback.print_exc()
-        if holds_lock:
-            with contextlib.suppress(OSError):
-                run.write_status("failed", FAILED, f"{type(error).__name__}: {error}")
-        raise SystemExit(FAILED) from None
+                folder.mkdir(parents=True, exist_ok=True)  # on another machine it may be another folder, and that machine's launcher looks there
+                run.write_status(**story)
+        raise SystemExit(story["exit_code"]) from None
     finally:
         lock.release()
+        world.leave_group()
         for name, handler in signals.items():
             signal.signal(getattr(signal, name), handler)
+
+
+def _take_folder(run: Run, lock: filelock.FileLock) -> None:
+    take_lock(run.folder, lock)
+    remove_stale(run.folder)
+    if run.config.overwrite and run.world.attempt == 0:  # started again after a failure, the run goes on
+        _remove_earlier_run(run.folder)
+    run.write_status("running", None, "")
+
+
+def _end_as_before(run: Run) -> None:
+    """torchrun starts its processes again whatever their exit code was; after these codes that would be in vain."""
+    if run.world.attempt and run.world.launch:
+        with contextlib.suppress(OSError, ValueError):
+            status = read_json(run.folder / STATUS)
+            if status.get("launch") == run.world.launch and status.get("exit_code") in (BAD_INPUT, STOPPED):
+                raise SystemExit(status["exit_code"])
+
+
+def _story(error: Exception, world: World) -> dict[str, object]:
+    """How the process ends, as `Run.write_status` takes it."""
+    if isinstance(error, InputError):
+        return {"state": "failed", "exit_code": BAD_INPUT, "reason": str(error), "rank": world.rank}
+    if isinstance(error, Stopped):
+        return {"state": "stopped", "exit_code": STOPPED, "reason": str(error), "rank": 0}
+    if isinstance(error, Failed):
+        return {"state": "failed", "exit_code": FAILED, "reason": str(error), "rank": world.rank if error.rank is None else error.rank}
+    reason = loss_of_a_process(error) or f"{type(error).__name__}: {error}"
+    return {"state": "failed", "exit_code": FAILED, "reason": reason, "rank": world.rank}
+
+
+def _tell(story: dict[str, object], world: World) -> None:
+    if story["state"] == "stopped":
+        print(f"\n{story['reason']}", file=sys.stderr)
+    else:
+        where = f"process {story['rank']} of {world.size}: " if world.size > 1 else ""
+        print(f"{'' if story['exit_code'] == BAD_INPUT else chr(10)}error: {where}{story['reason']}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _quiet_but_first(world: World) -> Iterator[None]:
+    """Each process has the same to tell of the run: the first one tells it. What goes wrong is told by stderr, and by whom it befalls."""
+    with open(os.devnull, "w") as nothing, contextlib.nullcontext() if world.is_first else contextlib.redirect_stdout(nothing):
+        yield
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -166,13 +230,15 @@ def _full_disk_told(config: Config) -> Iterator[None]:
                      "goes on") from error
 
 
-def _note_signal(run: Run, name: str) -> None:
+def _note_stop(run: Run, name: str) -> None:
     if run.stop_signal is None:
         run.stop_signal = name
-        print(f"\n{name}: stopping at the next safe point ...", file=sys.stderr)
+        if run.world.is_first:
+            print(f"\n{name}: stopping at the next safe point ...", file=sys.stderr)
 
 
-def _acquire(folder: Path, lock: filelock.FileLock) -> None:
+def take_lock(folder: Path, lock: filelock.FileLock) -> None:
+    """Makes the folder where it is not there, and holds it. Raises InputError where it is no folder to write to, or another run holds it."""
     check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,15 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
+from .distributed import n_cores
 from .run import Failed
 
 MOST_PROCESSES = 6  # one process reads for all of them, and more would wait for it
 WORTH_MEGABYTES = 60.0  # of text: with less, starting processes takes as long as the work
-
-
-def n_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def n_workers() -> int:

@@ -7,6 +7,7 @@ from test_config import configure
 from torch.nn import functional as F
 
 from microbert import loss as loss_module
+from microbert.distributed import World
 from microbert.loss import masked_loss, masked_scores
 from microbert.masking import IGNORED, mask_batch
 from microbert.training import micro_batches, training_step
@@ -79,8 +80,8 @@ def gradients_of_a_step(micro_batch_size):
     masked = mask_batch(as_batch(token_rows(32)), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
     model = noisy_bert()
     config = configure(micro_batch_size=micro_batch_size, grad_clip=None)
-    loss, norm = training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), masked, config, step=0, learning_rate=0.0)
-    return [torch.tensor(loss), torch.tensor(norm), *(parameter.grad for parameter in model.parameters())]
+    step = training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), masked, config, 0, 0.0, World({}))
+    return [torch.tensor(step.loss), torch.tensor(step.grad_norm), *(parameter.grad for parameter in model.parameters())]
 
 
 @pytest.mark.parametrize("size", [8, 16, 5, 1])

@@ -116,9 +116,3 @@ def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeyp
     monkeypatch.undo()
     assert run_here(small_flags(tmp_path), monkeypatch) == 0
     assert result(tmp_path / "run") == reference
-
-
-def test_torchrun_is_refused_by_a_version_of_one_process(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run_here(small_flags(tmp_path), monkeypatch) == 2
-    assert "not with torchrun" in capfd.readouterr().err

@@ -1,0 +1,61 @@
+"""Where the processes of a run come together: each has prepared its tokens, and from here on they act as one."""
+
+import dataclasses
+import hashlib
+import socket
+from pathlib import Path
+
+import torch
+
+from .checkpoint import State, load_checkpoint, optimizer_tensors, set_optimizer_step
+from .config import InputError
+from .model import Bert
+from .run import Run, checkpoint_folders
+from .tokens import Tokens
+
+OF_THE_MACHINE = {"dataset", "output_dir", "cache_dir", "device"}  # constants that may differ between machines: the tokens are compared
+
+
+def start_together(run: Run, checkpoint: Path | None, model: Bert, optimizer: torch.optim.Optimizer, tokens: Tokens) -> State:
+    """Where the run goes on, with model and optimizer as they are in the checkpoint, in every process alike.
+
+    The first process reads the checkpoint, so only its machine needs to hold it. Raises InputError where a process has other constants or
+    tokens than the first, or a newer checkpoint; and what `load_checkpoint` raises.
+    """
+    world = run.world
+    device = next(model.parameters()).device
+
+    def begin() -> dict[str, object]:
+        state = State(tokens.key) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, tokens.key)
+        return {"state": dataclasses.asdict(state), "facts": _facts(run, tokens)}
+
+    first = world.first_does("start", begin, run.check_stop)
+    _compare(run, first["facts"], _facts(run, tokens), first["state"]["step"])
+    state = State(**first["state"])
+    world.form_group(device, run.config.group_timeout, run.check_stop)
+    if state.step:
+        if not world.is_first:
+            set_optimizer_step(model, optimizer, state.step)
+        world.broadcast(list(optimizer_tensors(model, optimizer).values()))
+    return state
+
+
+def _facts(run: Run, tokens: Tokens) -> dict[str, object]:
+    """What has to be the same everywhere."""
+    constants = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in OF_THE_MACHINE}
+    contents = hashlib.sha256(tokens.token_counts.tobytes()).hexdigest()
+    return {**constants, "tokens": [tokens.key, len(tokens.train), len(tokens.held_out), contents]}
+
+
+def _compare(run: Run, first: dict[str, object], here: dict[str, object], step: int) -> None:
+    where = f"on {socket.gethostname()}"
+    different = [f"{name} = {here[name]!r}, and the first process has {first[name]!r}" for name in here if name != "tokens" and here[name] != first[name]]
+    if different:
+        raise InputError(f"{where}: {'; '.join(different)}. Start every machine with the same constants")
+    if here["tokens"] != first["tokens"]:
+        raise InputError(f"{where} the tokens are not those of the first process: the dataset, its files, the tokenizer or a library differs. Give every "
+                         "machine the same files, or let them share cache_dir")
+    newest = next((int(path.name[11:]) for path in checkpoint_folders(run.folder)), 0)
+    if newest > step:
+        raise InputError(f"{where}, {run.folder} holds checkpoint-{newest}, which is newer than what the first process has found (step {step}): put "
+                         "output_dir where all machines see it, or move that checkpoint to the first process's machine")

@@ -1,0 +1,415 @@
+"""Several processes train as one would, and end as one: what one of them meets, all of them do, and nothing is lost or left running."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from helpers import ROOT, result, run_here, small_flags
+from launches import (LIMIT, all_gone, end_tree, faulty_script, finish, flags_of, launch, ranks, start, status, wait_for_training, wait_until)
+from models import VOCAB_SIZE, as_batch, noisy_bert, token_rows
+from safetensors.torch import load_file
+from test_config import configure
+
+from microbert.batches import steps_in_run, training_batch
+from microbert.config import InputError, settle_batch_size
+from microbert.distributed import World, choose_device
+from microbert.masking import mask_batch
+from microbert.training import training_step
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with a small corpus and an uninterrupted run of two processes on it."""
+    folder = tmp_path_factory.mktemp("two")
+    code, out, err = launch(flags_of(folder, 2, keep_checkpoints=100), 2)
+    assert code == 0, err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(two, tmp_path_factory):
+    """The same of one process, by the same command without torchrun."""
+    folder = tmp_path_factory.mktemp("one")
+    beside(two, folder)
+    from launches import SCRIPT
+    import sys
+
+    done = subprocess.run([sys.executable, str(SCRIPT), *flags_of(folder, 1)], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def beside(finished, folder):
+    """The finished run's corpus and prepared tokens for another run."""
+    shutil.copy(finished / "corpus.jsonl", folder)
+    shutil.copytree(finished / "cache", folder / "cache")
+
+
+def assert_weights_close(folder, other, atol=2e-4):
+    """Of runs that add in another order. Adam's first steps turn rounding into differences far above that of one sum in fp32."""
+    weights, others = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def losses(folder, key="eval/loss"):
+    return [line[key] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in line]
+
+
+def test_two_processes_train_as_one_does(two, one):
+    assert losses(two / "run") == pytest.approx(losses(one / "run"), abs=1e-4)
+    assert losses(two / "run", "train/loss") == pytest.approx(losses(one / "run", "train/loss"), abs=1e-4)
+    assert_weights_close(two / "run", one / "run")
+    assert status(two / "run")["exit_code"] == 0
+
+
+def gradients(rank, size, port, micro_batch_size, results):
+    """Of one process's share of a batch of 32, with rows of very different lengths, so that the masked tokens are not shared equally."""
+    world = World({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    torch.set_num_threads(1)
+    rows = token_rows(32)
+    rows[20:, 3:] = 0
+    rows[20:, 2] = 3
+    mine = slice(rank * 32 // size, (rank + 1) * 32 // size)
+    masked = mask_batch(as_batch(rows[mine], sequence_ids=np.arange(32)[mine]), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
+    model = noisy_bert()
+    world.meet(lambda: None)
+    world.form_group(torch.device("cpu"), 60, lambda: None)
+    parallel = world.parallel(model, torch.device("cpu"))
+    config = configure(micro_batch_size=micro_batch_size, grad_clip=None)
+    step = training_step(parallel, torch.optim.SGD(model.parameters(), lr=0.0), masked, config, 0, 0.0, world)
+    if rank == 0:
+        results.put(([step.loss, step.grad_norm], [parameter.grad.numpy() for parameter in model.parameters()], masked.n_masked))
+    world.gather(0.0)  # the first process holds the store
+    world.leave_group()
+
+
+def gradients_of(size, micro_batch_size=None):
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=gradients, args=(rank, size, port, micro_batch_size, results)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found = results.get(timeout=LIMIT)
+    for process in processes:
+        process.join(LIMIT)
+        assert process.exitcode == 0
+    return found
+
+
+def test_one_process_of_32_four_micro_batches_of_8_and_two_processes_of_16_give_the_same_gradients():
+    (numbers, whole, n_masked) = gradients_of(1)
+    assert numbers[1] > 0.01
+    for size, micro_batch_size in ((1, 8), (2, None), (2, 8)):
+        others, parts, of_first = gradients_of(size, micro_batch_size)
+        assert size == 1 or of_first > 0.6 * n_masked  # the processes have different numbers of masked tokens
+        np.testing.assert_allclose(others, numbers, rtol=1e-5)  # fp32 sums in another order, here and below
+        for part, of_whole in zip(parts, whole):
+            np.testing.assert_allclose(part, of_whole, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_sequences, global_batch_size, world_size", [(271, 8, 2), (100, 12, 4), (7, 8, 2), (64, 8, 8)])
+def test_sequences_that_do_not_divide_give_equal_steps_and_each_once_an_epoch(n_sequences, global_batch_size, world_size):
+    from models import in_shards
+
+    sequences = in_shards(token_rows(n_sequences), [n_sequences])
+    epochs, seen = 2, []
+    for step in range(steps_in_run(n_sequences, epochs, global_batch_size)):
+        for rank in range(world_size):
+            batch = training_batch(sequences, step=step, epochs=epochs, global_batch_size=global_batch_size, seed=1, rank=rank, world_size=world_size)
+            assert len(batch.input_ids) == global_batch_size // world_size
+            seen += list(zip(batch.epochs[batch.real], batch.sequence_ids[batch.real]))
+    assert sorted(seen) == [(epoch, number) for epoch in range(epochs) for number in range(n_sequences)]
+
+
+def test_sigterm_to_torchrun_saves_and_ends_with_75_and_the_same_command_comes_to_the_same_model(two, tmp_path):
+    beside(two, tmp_path)
+    flags = flags_of(tmp_path, 2)
+    process = start(flags)
+    workers = wait_for_training(process, tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    code, out, err = finish(process)
+    assert code == 75, err
+    assert time.monotonic() - begin < 30
+    assert all_gone(list(workers.values()), 1)
+    assert "Traceback" not in err and err.count("stopped by SIGTERM") == 1
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["exit_code"]) == ("stopped", 75)
+    code, _, err = launch(flags)
+    assert code == 0, err
+    assert result(tmp_path / "run") == result(two / "run")
+
+
+def test_a_signal_to_one_process_stops_all_and_nothing_starts_again(two, tmp_path):
+    beside(two, tmp_path)
+    process = start(flags_of(tmp_path, 2), 2, "--max-restarts=2", module="torch.distributed.run")
+    wait_for_training(process, tmp_path / "run")[1].terminate()
+    code, out, err = finish(process)
+    assert code == 1  # of torchrun itself
+    assert status(tmp_path / "run")["exit_code"] == 75
+    assert "process 1 of 2" in status(tmp_path / "run")["reason"]
+    assert out.count("training: ") == 1 and out.count("model: ") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_with_an_error(rank, two, tmp_path):
+    beside(two, tmp_path)
+    process = start(flags_of(tmp_path, 2, epochs=20))
+    workers = wait_for_training(process, tmp_path / "run")
+    workers[rank].kill()
+    begin = time.monotonic()
+    code, out, err = finish(process)
+    assert code == 1
+    assert time.monotonic() - begin < 30
+    assert all_gone(list(workers.values()), 1)
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1] == f"error: process {rank} was ended by SIGKILL"
+    found = status(tmp_path / "run")
+    assert (found["state"], found["exit_code"], found["rank"]) == ("failed", 1, 1 - rank)
+    assert "step " in found["reason"]
+
+
+def test_a_killed_process_with_a_restart_comes_to_the_same_model(two, tmp_path):
+    """With --overwrite, which must not throw away what the first attempt has saved."""
+    beside(two, tmp_path)
+    process = start([*flags_of(tmp_path, 2), "--overwrite"], 2, "--max-restarts=1")
+    wait_for_training(process, tmp_path / "run")[random.Random(1).choice((0, 1))].kill()
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "going on after step" in out
+    assert result(tmp_path / "run") == result(two / "run")
+
+
+def test_a_silent_process_is_given_up_after_the_time_limit_at_a_step_that_is_named(two, tmp_path):
+    beside(two, tmp_path)
+    process = start(flags_of(tmp_path, 2, epochs=200, group_timeout=5))
+    workers = wait_for_training(process, tmp_path / "run")
+    workers[1].suspend()
+    code, out, err = finish(process)  # torchrun waits 30 seconds for the silent one before it kills it
+    assert code == 1
+    assert all_gone(list(workers.values()), 1)
+    assert "Traceback" not in err and "does not answer" in err
+    assert status(tmp_path / "run")["reason"].startswith("step ")
+
+
+def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(two, tmp_path):
+    beside(two, tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=pair", "--local-addr=127.0.0.1")
+    agents = [start(flags_of(tmp_path, 2), 1, *options) for _ in range(2)]
+    try:
+        for agent in agents:
+            code, out, err = finish(agent)
+            assert code == 0, err
+    finally:
+        for agent in agents:
+            end_tree(agent)
+    assert result(tmp_path / "run") == result(two / "run")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(two, one, tmp_path):
+    """Saved on 2, continued on 1 and on 4, with the command as it was: the batch of all processes together stays."""
+    for n_processes in (1, 4):
+        folder = tmp_path / str(n_processes)
+        folder.mkdir()
+        beside(two, folder)
+        (folder / "run").mkdir()
+        shutil.copytree(two / "run" / "checkpoint-60", folder / "run" / "checkpoint-60")
+        shutil.copy(two / "run" / "metrics.jsonl", folder / "run")
+        code, out, err = launch(flags_of(folder, 2), n_processes)
+        assert code == 0, err
+        assert "steps of 8 sequences" in out and "going on after step 60" in out
+        assert losses(folder / "run") == pytest.approx(losses(two / "run"), abs=1e-4)
+        assert_weights_close(folder / "run", two / "run")
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_group_forms(two, tmp_path):
+    beside(two, tmp_path)
+    code, out, err = launch(flags_of(tmp_path, 1, global_batch_size=8), 3)
+    assert code == 2
+    assert err.strip() == "error: process 0 of 3: global_batch_size = 8 cannot be shared equally by 3 processes: start a number that divides it"
+    assert status(tmp_path / "run")["exit_code"] == 2
+    assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")] == ["status.json"]
+
+
+TRAINED = {"batch_size": 16, "global_batch_size": 32}
+
+
+@pytest.mark.parametrize("constants, world_size, trained, settled", [
+    ({"batch_size": 16}, 4, None, (16, 64)), ({"batch_size": 16, "global_batch_size": 32}, 4, None, (8, 32)),
+    ({"batch_size": 16}, 1, TRAINED, (32, 32)), ({"batch_size": 16}, 8, TRAINED, (4, 32)), ({"batch_size": 8}, 4, TRAINED, (8, 32)),
+    ({"batch_size": 16, "global_batch_size": 32}, 2, TRAINED, (16, 32))])
+def test_the_batch_of_all_processes_is_kept(constants, world_size, trained, settled):
+    config = settle_batch_size(configure(**constants), world_size, trained)
+    assert (config.batch_size, config.global_batch_size) == settled
+
+
+@pytest.mark.parametrize("constants, world_size, trained, told", [
+    ({"batch_size": 8}, 1, TRAINED, "batch_size = 8 (was 16)"), ({"global_batch_size": 64}, 2, TRAINED, "global_batch_size = 64 (was 32)"),
+    ({"batch_size": 16}, 5, TRAINED, "5 processes"), ({"global_batch_size": 10}, 4, None, "4 processes")])
+def test_another_batch_is_refused(constants, world_size, trained, told):
+    with pytest.raises(InputError) as caught:
+        settle_batch_size(configure(**constants), world_size, trained)
+    assert told in str(caught.value)
+
+
+def test_preparation_that_takes_longer_than_the_group_waits_is_waited_for(two, tmp_path):
+    shutil.copy(two / "corpus.jsonl", tmp_path)
+    patch = """import microbert.prepare as prepare
+real = prepare.prepare_tokens
+def slow(*arguments):
+    if rank == 0:
+        time.sleep(12)
+    return real(*arguments)
+prepare.prepare_tokens = slow"""
+    script = faulty_script(tmp_path / "slow.py", patch)
+    code, out, err = launch(flags_of(tmp_path, 2, group_timeout=8), script=script, module="torch.distributed.run")
+    assert code == 0, err
+    assert result(tmp_path / "run") == result(two / "run")
+
+
+@pytest.mark.parametrize("fault, told", [('raise RuntimeError("out of luck")', "RuntimeError: out of luck"), ("os.kill(os.getpid(), 9)", "another process ended")])
+def test_preparation_that_fails_ends_every_process(fault, told, two, tmp_path):
+    shutil.copy(two / "corpus.jsonl", tmp_path)
+    failing = 0 if "raise" in fault else 1
+    patch = f"""import microbert.prepare as prepare
+real = prepare.prepare_tokens
+def fails(*arguments):
+    if rank == 0 and {failing}:
+        time.sleep(3)
+        arguments[-1]()
+    if rank == {failing}:
+        {fault}
+    return real(*arguments)
+prepare.prepare_tokens = fails"""
+    if failing:  # the second process waits for the first, so it has to fail in another place
+        patch = patch.replace(f"prepare.prepare_tokens = fails", "prepare.prepare_tokens = fails\nimport threading\nif rank == 1: threading.Timer(9, lambda: os.kill(os.getpid(), 9)).start()")
+    script = faulty_script(tmp_path / "failing.py", patch)
+    process = start(flags_of(tmp_path, 2), script=script, module="torch.distributed.run")
+    wait_until(lambda: len(ranks(process)) == 2, process)
+    workers = list(ranks(process).values())
+    code, out, err = finish(process)
+    assert code == 1
+    assert all_gone(workers, 1)
+    assert status(tmp_path / "run")["exit_code"] == 1
+    assert told in status(tmp_path / "run")["reason"]
+
+
+def test_two_launches_at_once_with_the_usual_ports_taken_both_finish(two, tmp_path):
+    taken = []
+    for port in (12355, 29500, 29400):
+        one_port = socket.socket()
+        try:
+            one_port.bind(("", port))
+            one_port.listen()
+        except OSError:
+            pass  # taken by somebody else: as well
+        taken.append(one_port)
+    try:
+        folders = [tmp_path / name for name in ("a", "b")]
+        for folder in folders:
+            folder.mkdir()
+            beside(two, folder)
+        processes = [start(flags_of(folder, 2)) for folder in folders]
+        for process, folder in zip(processes, folders):
+            code, out, err = finish(process)
+            assert code == 0, err
+            assert result(folder / "run") == result(two / "run")
+    finally:
+        for one_port in taken:
+            one_port.close()
+
+
+def test_a_second_launch_in_the_folder_is_refused_and_torchruns_death_orphans_nobody(two, tmp_path):
+    beside(two, tmp_path)
+    flags = flags_of(tmp_path, 2, epochs=200)
+    first = start(flags)
+    workers = wait_for_training(first, tmp_path / "run")
+    begin = time.monotonic()
+    code, out, err = launch(flags)
+    assert code == 2 and f"process {workers[0].pid}" in err
+    assert time.monotonic() - begin < 15  # 5 seconds on a machine that has nothing else to do
+    assert status(tmp_path / "run")["state"] == "running"
+
+    first.kill()
+    first.communicate()
+    assert all_gone(list(workers.values()), 10)
+    assert status(tmp_path / "run")["exit_code"] == 75
+    third = start(flags)
+    try:
+        wait_until(lambda: status(tmp_path / "run").get("state") == "running", third)
+    finally:
+        end_tree(third)
+        third.communicate()
+
+
+def test_numbers_that_break_down_in_one_process_stop_all_before_the_step_is_applied(two, tmp_path):
+    beside(two, tmp_path)
+    patch = """import microbert.training as training
+real, calls = training.masked_loss, []
+def broken(*arguments):
+    calls.append(1)
+    return real(*arguments) * (float("nan") if rank == 1 and len(calls) == 27 else 1.0)
+training.masked_loss = broken"""
+    script = faulty_script(tmp_path / "broken.py", patch)
+    code, out, err = launch(flags_of(tmp_path, 2, save_every=1, keep_checkpoints=100), script=script, module="torch.distributed.run")
+    assert code == 1
+    found = status(tmp_path / "run")
+    assert (found["exit_code"], found["rank"]) == (1, 1)
+    assert "step 25" in found["reason"] and "process 1 of 2" in found["reason"] and err.count("was not applied") == 1
+    newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert newest.name == "checkpoint-25"
+    assert all(weight.isfinite().all() for weight in load_file(newest / "model.safetensors").values())
+
+
+def test_a_machine_with_other_tokens_or_constants_is_found_out(two, tmp_path):
+    beside(two, tmp_path)
+    (tmp_path / "other.jsonl").write_text((two / "corpus.jsonl").read_text() + '{"text": "one more film"}\n')
+    patch = f"""if rank == 1:
+    sys.argv[sys.argv.index("--dataset") + 1] = {str(tmp_path / "other.jsonl")!r}
+    sys.argv += ["--cache-dir", {str(tmp_path / "other_cache")!r}]
+    os.environ["LOCAL_RANK"] = "0\""""
+    script = faulty_script(tmp_path / "other.py", patch)
+    code, out, err = launch(flags_of(tmp_path, 2), script=script, module="torch.distributed.run")
+    assert code == 1
+    found = status(tmp_path / "run")
+    assert (found["exit_code"], found["rank"]) == (2, 1)
+    assert "tokens are not those of the first process" in found["reason"]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch):
+    import microbert.distributed as distributed
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(distributed, "n_cores", lambda: 12)
+    environment = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}
+    try:
+        choose_device("cpu", World({**environment, "OMP_NUM_THREADS": "1"}))
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(2)
+        choose_device("cpu", World({**environment, "OMP_NUM_THREADS": "2"}))  # somebody has said how many
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_one_device_for_several_processes_is_refused(device):
+    with pytest.raises(InputError, match="2 processes"):
+        choose_device(device, World({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}))

@@ -1,0 +1,1 @@
+scripts/train_h200_8gpu_standard.sh
