@@ -33,7 +33,7 @@ def main() -> None:
                              "launcher), or train on the CPU (DEVICE=cpu)")
         if not config.dry_run:
             _clear_status(Path(config.output_dir), is_one_machine=parse_min_max_nnodes(arguments.nnodes)[1] == 1)
-    except InputError as error:
+    except (InputError, ValueError) as error:  # the latter of torchrun's own arguments
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     how_it_ended, exit_code = "", DONE

@@ -205,17 +205,23 @@ def test_a_silent_process_is_given_up_after_the_time_limit_at_a_step_that_is_nam
     assert status(tmp_path / "run")["reason"].startswith("step ")
 
 
-def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(two, tmp_path):
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(is_killed, two, tmp_path):
+    """Also when a process is killed on one of them, and both start theirs again."""
     beside(two, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=pair", "--local-addr=127.0.0.1")
+    options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=pair", "--local-addr=127.0.0.1", "--max-restarts=1")
     agents = [start(flags_of(tmp_path, 2), 1, *options) for _ in range(2)]
     try:
-        for agent in agents:
-            code, out, err = finish(agent)
-            assert code == 0, err
+        if is_killed:
+            wait_until(lambda: any((tmp_path / "run").glob("checkpoint-*")), agents[0])
+            [(rank, worker)] = ranks(agents[0]).items()
+            worker.kill()
+        ends = [finish(agent) for agent in agents]
+        assert [code for code, _, _ in ends] == [0, 0], ends
+        assert is_killed == any("going on after step" in out for _, out, _ in ends)
     finally:
         for agent in agents:
             end_tree(agent)

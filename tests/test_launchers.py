@@ -1,0 +1,174 @@
+"""The launchers: what they start, with what, from where, and how they end."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, write_corpus
+from launches import LIMIT, end_tree, finish, flags_of, status, wait_until
+
+SCRIPTS = ROOT / "scripts"
+LAUNCHERS = ("train_1gpu.sh", "train_h200_8gpu_standard.sh", "train_h200_8gpu_v4.sh", "train_multinode.sh")
+HOSTILE = ["a b", ";touch X", "$(touch X)", "`touch X`", "-x", "--", "'", '"', "*", "\\", "a\nb"]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The repository as a clone has it, so far as a launcher sees it, in a folder with a hostile name."""
+    folder = tmp_path / "a b;$(touch X)"
+    folder.mkdir()
+    for name in ("scripts", "microbert"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ROOT.glob("mlm_pretrain_v*.py"):
+        shutil.copy(script, folder)
+    (folder / "mlm_pretrain_v4.py").touch()
+    for link in ROOT.glob("*.sh"):
+        (folder / link.name).symlink_to(os.readlink(link))
+    return folder
+
+
+def stub(path, text):
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def call(script, *flags, cwd=None, timeout=60, **variables):
+    """A launcher in an environment in which none of its variables is set, but those that are given."""
+    environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
+    return subprocess.run([str(script), *flags], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment | {"PYTHON": sys.executable} | variables)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_values_reach_the_script_as_they_are(name, checkout, tmp_path):
+    tells = stub(tmp_path / "tells", "import json, os, sys\nprint(json.dumps([os.getcwd(), sys.argv[1:]]))")
+    done = call(checkout / "scripts" / name, *HOSTILE, PYTHON=str(tells), DATASET="a b;$(touch X)", EPOCHS="-1")
+    assert done.returncode == 0, done.stderr
+    cwd, arguments = json.loads(done.stdout.splitlines()[-1])
+    assert cwd == str(checkout)
+    assert arguments[-len(HOSTILE) :] == HOSTILE
+    assert "--dataset=a b;$(touch X)" in arguments and "--epochs=-1" in arguments
+    assert not list(tmp_path.rglob("X"))
+
+
+def test_a_leading_dash_is_a_value_of_its_flag(checkout):
+    done = call(checkout / "scripts" / "train_1gpu.sh", DEVICE="cpu", EPOCHS="-1")
+    assert done.returncode == 2 and "epochs = -1 must be at least 1" in done.stdout
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_dry_run_prints_the_command_and_does_nothing(name, checkout):
+    before = sorted(checkout.rglob("*"))
+    done = call(checkout / "scripts" / name, "--output-dir", "a b", DRY_RUN="1", NUM_GPUS="3")
+    assert done.returncode == 0
+    script = {"train_1gpu.sh": "mlm_pretrain_v2.py", "train_h200_8gpu_v4.sh": "mlm_pretrain_v4.py"}.get(name, "mlm_pretrain_v3.py")
+    assert script in done.stdout and "--output-dir a\\ b" in done.stdout and "--dataset=hf" in done.stdout
+    assert name == "train_1gpu.sh" or ("torchrun" in done.stdout and "--nproc-per-node=3" in done.stdout)
+    assert sorted(checkout.rglob("*")) == before
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75])
+def test_the_exit_code_is_the_childs_in_spite_of_the_log(code, checkout, tmp_path):
+    ends = stub(tmp_path / "ends", f"import sys\nprint('to the log')\nsys.stderr.write('this too')\nsys.exit({code})")
+    done = call(checkout / "scripts" / "train_1gpu.sh", PYTHON=str(ends))
+    assert done.returncode == code
+    [log] = (checkout / "logs").iterdir()
+    assert "to the log" in log.read_text() and "this too" in log.read_text() and "to the log" in done.stdout
+
+
+@pytest.mark.parametrize("path, cwd", [("train_h200_8gpu_standard.sh", "."), ("./train_h200_8gpu_standard.sh", "scripts"),
+                                       ("train_h200_8gpu_v4.sh", ".")])
+def test_they_work_through_the_links_and_from_their_own_folder(path, cwd, checkout):
+    done = call((checkout / cwd / path) if cwd == "." else path, cwd=checkout / cwd, DRY_RUN="1")
+    assert done.returncode == 0 and "mlm_pretrain_v" in done.stdout
+
+
+def test_the_links_in_the_root_lead_to_the_launchers():
+    for name in ("train_h200_8gpu_standard.sh", "train_h200_8gpu_v4.sh"):
+        assert (ROOT / name).is_symlink() and (ROOT / name).resolve() == SCRIPTS / name and os.access(ROOT / name, os.X_OK)
+
+
+def test_the_large_preset_has_its_batch_and_auto_leaves_it_to_the_tier(checkout):
+    large, auto = (call(checkout / "train_h200_8gpu_v4.sh", DRY_RUN="1", **variables).stdout for variables in ({}, {"PRESET": "auto"}))
+    assert "--preset=large" in large and "--batch-size=96" in large and "--max-samples=10M" in large
+    assert "--preset=auto" in auto and "--batch-size" not in auto
+
+
+def test_a_version_that_is_not_there_is_told(checkout):
+    (checkout / "mlm_pretrain_v4.py").unlink()
+    done = call(checkout / "train_h200_8gpu_v4.sh")
+    assert done.returncode == 2 and "not there" in done.stderr
+
+
+@pytest.mark.parametrize("variables, flags, told", [
+    ({"CUDA_VISIBLE_DEVICES": ""}, [], "8 GPUs are asked for, and PyTorch sees 0"),
+    ({"DEVICE": "cpu"}, ["--n-layer", "2"], "did you mean --n-layers?"),
+    ({"DEVICE": "cpu", "DATASET": "nothing.txt"}, [], "no file that exists"),
+    ({"DEVICE": "cpu"}, ["--output-dir", "scripts"], "holds other files")])
+def test_what_is_wrong_from_the_start_is_told_once_before_any_process_starts(variables, flags, told, checkout):
+    done = call(checkout / "train_h200_8gpu_standard.sh", *flags, **variables)
+    assert done.returncode == 2
+    assert done.stdout.count("error:") == 1 and told in done.stdout and "Traceback" not in done.stdout
+    assert not (checkout / "runs").exists()
+
+
+def test_shellcheck_has_nothing_to_say():
+    done = subprocess.run(["shellcheck", "-x", *map(str, sorted(SCRIPTS.iterdir()))],
+                          capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_run_through_the_launcher_stops_goes_on_and_says_that_it_is_finished(checkout, tmp_path):
+    """Exit codes 75, 0 and 0; a signal to the launcher reaches the run."""
+    write_corpus(tmp_path / "corpus.jsonl")
+    flags = flags_of(tmp_path, 2)
+    environment = {**os.environ, "DEVICE": "cpu", "NUM_GPUS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = [str(checkout / "train_h200_8gpu_standard.sh"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
+    try:
+        wait_until(lambda: any((tmp_path / "run").glob("checkpoint-*")), process)
+        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, the log's process included
+        code, out, _ = finish(process)
+    finally:
+        end_tree(process)
+    assert code == 75, out
+    assert out.count("stopped by SIGTERM") == 1 and "Traceback" not in out
+    for told in ("going on after step", "is finished"):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
+        assert done.returncode == 0 and told in done.stdout, done.stdout
+    assert status(tmp_path / "run")["exit_code"] == 0
+    logs = sorted((checkout / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert len(logs) == 3 and "stopped by SIGTERM" in logs[0].read_text()
+
+
+SRUN = """import os, subprocess, sys
+tasks = [subprocess.Popen(sys.argv[2:], env={**os.environ, "SLURM_NODEID": str(node)}) for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))]
+sys.exit(max(task.wait() for task in tasks))"""
+SCONTROL = """import os, sys
+if sys.argv[1] == "requeue":
+    open("requeued", "w").write(sys.argv[2])
+else:
+    print("127.0.0.1")"""
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75])
+def test_a_slurm_job_starts_each_node_and_is_queued_again_after_75_alone(code, checkout, tmp_path):
+    """With stand-ins for srun and scontrol, and for Python."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    stub(programs / "srun", SRUN), stub(programs / "scontrol", SCONTROL)
+    tells = stub(tmp_path / "tells", f"import sys\nprint(' '.join(sys.argv[1:]))\nsys.exit({code})")
+    variables = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_SUBMIT_DIR": str(checkout),
+                 "SLURM_GPUS_ON_NODE": "4", "PYTHON": str(tells), "PATH": f"{programs}:{os.environ['PATH']}"}
+    spooled = shutil.copy(checkout / "scripts" / "train_slurm.sbatch", tmp_path / "slurm_script")  # Slurm runs a copy
+    done = call(spooled, "--output-dir", "a b", cwd=checkout, **variables)
+    assert done.returncode == code
+    commands = [line for line in done.stdout.splitlines() if "microbert.torchrun" in line]
+    assert len(commands) == 2 and all("--nnodes=2 --nproc-per-node=4" in line and "--rdzv-endpoint=127.0.0.1:23456" in line for line in commands)
+    assert sorted("is_host=1" in line for line in commands) == [False, True]
+    assert (checkout / "requeued").exists() == (code == 75)
