@@ -8,6 +8,7 @@ import contextlib
 import logging
 import runpy
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def main() -> None:
         if config.device == "cuda" and torch.cuda.device_count() < n_processes:
             raise InputError(f"{n_processes} GPUs are asked for, and PyTorch sees {torch.cuda.device_count()} on this machine. Ask for fewer (NUM_GPUS of a "
                              "launcher), or train on the CPU (DEVICE=cpu)")
+        meeting_place = arguments.rdzv_endpoint.rpartition(":")[0]
+        if meeting_place:
+            _check_host(meeting_place)
+            print(f"meeting the other machines at {arguments.rdzv_endpoint} ...", flush=True)
         if not config.dry_run:
             _clear_status(Path(config.output_dir), is_one_machine=parse_min_max_nnodes(arguments.nnodes)[1] == 1)
     except (InputError, ValueError) as error:  # the latter of torchrun's own arguments
@@ -56,6 +61,13 @@ def _read_script(script: Path, flags: list[str]) -> Config:
         raise InputError(f"there is no script {script}")
     constants = {name: value for name, value in runpy.run_path(str(script)).items() if not name.startswith("__")}
     return read_config(str(script), constants, flags)
+
+
+def _check_host(name: str) -> None:
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        raise InputError(f"no machine is known here as {name!r} (HEAD_NODE of a launcher)") from None
 
 
 def _clear_status(folder: Path, is_one_machine: bool) -> None:

@@ -9,6 +9,8 @@ if [[ -z "${PYTHON:-}" ]]; then
     PYTHON="$ROOT/.venv/bin/python"
   fi
 fi
+# torch's own account of sockets that do not answer yet, with C++ stack traces: a failure is told by the run
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 
 # launch NAME COMMAND...: ends this shell with the command's exit code.
 launch() {

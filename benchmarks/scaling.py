@@ -1,0 +1,123 @@
+"""One process and two, each with one thread on the CPU: samples a second together, and how much of the time goes into communication.
+
+    python benchmarks/scaling.py                       v3's shape, twelve rounds
+    python benchmarks/scaling.py --processes 4 --threads 2 --rounds 5
+
+The processes speak gloo on this machine, and each takes a batch of 32 x 128 random tokens a step, so that two of them train on twice as much.
+In each round they take turns: the first one trains while the others wait; all train one model together; all train, each a model of its own.
+The first two give the gain; the last two give the share of communication, which is sending gradients and waiting for the slower one.
+The gain that is there to be had is that of the third: processes with nothing to say to each other. Where the range of the ratios is wide, other
+work shares the cores: run it again on a quiet machine.
+"""
+
+import argparse
+import os
+import runpy
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from microbert.batches import Batch  # noqa: E402
+from microbert.config import Config, read_config  # noqa: E402
+from microbert.distributed import World  # noqa: E402
+from microbert.masking import mask_batch  # noqa: E402
+from microbert.model import ModelConfig, build_model  # noqa: E402
+from microbert.optim import build_optimizer  # noqa: E402
+from microbert.tokenizer import N_SPECIAL  # noqa: E402
+from microbert.training import training_step  # noqa: E402
+
+SCRIPT = ROOT / "mlm_pretrain_v3.py"
+WARM_UP = 3
+
+
+def v3_config() -> Config:
+    constants = {name: value for name, value in runpy.run_path(str(SCRIPT)).items() if not name.startswith("__")}
+    return read_config(str(SCRIPT), constants, [])
+
+
+class Trainee:
+    """A model of v3's shape with its optimizer, shared by the processes of `world`."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        device = torch.device("cpu")
+        model = build_model(ModelConfig(config.vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len), config.seed)
+        self.config, self.world, self.steps = config, world, 0
+        self.optimizer = build_optimizer(model, config)
+        self.model = world.parallel(model, device)
+
+    def train(self, steps: int) -> float:
+        """Takes so many steps; returns the seconds."""
+        shape = (self.config.batch_size, self.config.max_seq_len)
+        start = time.perf_counter()
+        for _ in range(steps):
+            rng = np.random.default_rng([self.world.rank, self.steps])
+            batch = Batch(rng.integers(N_SPECIAL, self.config.vocab_size, shape), np.arange(shape[0]), np.zeros(shape[0], np.int64), np.ones(shape[0], bool))
+            masked = mask_batch(batch, seed=self.config.seed, probability=self.config.mlm_probability, vocab_size=self.config.vocab_size)
+            training_step(self.model, self.optimizer, masked, self.config, self.steps, 1e-4, self.world)
+            self.steps += 1
+        return time.perf_counter() - start
+
+
+def work(rank: int, size: int, port: int, threads: int, steps: int, rounds: int, results: torch.multiprocessing.Queue) -> None:
+    """One of the processes. The first puts the seconds of each round's three turns into `results`: one process, shared, apart."""
+    torch.set_num_threads(threads)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    world = World({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)})
+    world.meet(lambda: None)
+    world.form_group(torch.device("cpu"), 600, lambda: None)
+    config = v3_config()
+    shared, apart = Trainee(config, world), Trainee(config, World({}))
+    shared.train(WARM_UP), apart.train(WARM_UP)
+    for _ in range(rounds):
+        world.gather(0.0)  # they begin together, here and below
+        one = apart.train(steps) if rank == 0 else 0.0
+        world.gather(0.0)
+        together = shared.train(steps)
+        world.gather(0.0)
+        seconds = world.gather(apart.train(steps))[:, 0].mean()
+        if rank == 0:
+            results.put((one, together, seconds))
+    world.leave_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--steps", type=int, default=8, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=12)
+    arguments = parser.parse_args()
+    config, size = v3_config(), arguments.processes
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=work, args=(rank, size, port, arguments.threads, arguments.steps, arguments.rounds, results)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    lines = []
+    for number in range(arguments.rounds):
+        one, together, apart = (arguments.steps * config.batch_size / seconds for seconds in results.get())
+        lines.append((one, size * together, size * together / one, size * apart / one, 1 - together / apart))
+        print(f"round {number + 1:>2}: {lines[-1][0]:6.1f} and {lines[-1][1]:6.1f} samples/s, {lines[-1][2]:.2f} x; apart {lines[-1][3]:.2f} x", flush=True)
+    for process in processes:
+        process.join()
+    one, many, gain, gain_apart, share = (statistics.median(values) for values in zip(*lines))
+    gains = [line[2] for line in lines]
+    print(f"\n{os.cpu_count()} cores, torch {torch.__version__}, {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, batch "
+          f"{config.batch_size} x {config.max_seq_len} and {arguments.threads} thread(s) a process, medians of {arguments.rounds} rounds:")
+    print(f"1 process {one:.1f} samples/s, {size} processes {many:.1f}: {gain:.2f} x ({min(gains):.2f} to {max(gains):.2f}); without communication "
+          f"{gain_apart:.2f} x; {share:.1%} of the time in communication")
+
+
+if __name__ == "__main__":
+    main()
