@@ -106,7 +106,7 @@ def main() -> None:
         process.start()
     lines = []
     for number in range(arguments.rounds):
-        one, together, apart = (arguments.steps * config.batch_size / seconds for seconds in results.get())
+        one, together, apart = (arguments.steps * config.batch_size / seconds for seconds in results.get(timeout=600))
         lines.append((one, size * together, size * together / one, size * apart / one, 1 - together / apart))
         print(f"round {number + 1:>2}: {lines[-1][0]:6.1f} and {lines[-1][1]:6.1f} samples/s, {lines[-1][2]:.2f} x; apart {lines[-1][3]:.2f} x", flush=True)
     for process in processes:

@@ -163,7 +163,7 @@ def settle_batch_size(config: Config, world_size: int, trained: dict | None = No
     """
     share, whole = config.batch_size, config.global_batch_size
     if trained is not None:
-        kept = trained["global_batch_size"]
+        kept = trained.get("global_batch_size") or trained["batch_size"]  # the latter in checkpoints from before there was the former
         if whole not in (None, kept):
             raise InputError(f"global_batch_size = {whole} (was {kept}): put it back to go on with this run, or start anew with --overwrite or "
                              "another --output-dir")

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import InputError
 
 POLL_SECONDS = 0.05
-MEETING_SECONDS = 300.0  # for the processes of all machines to find the store; torchrun has started them at the same time
+MEETING_SECONDS = 300.0  # for the processes of all machines to find the store, and each other there; torchrun starts them at the same time
 STOP_SECONDS = 20.0  # for every process to notice that one was told to stop: torchrun kills after 30
 ORPHAN_SECONDS = 8.0  # for a process to save and leave, once torchrun itself was killed
 STOP, GO = "stop", "go"
@@ -36,8 +36,8 @@ T = TypeVar("T")
 class World:
     """This process among all those of the run.
 
-    rank: of 0 to size - 1. local_rank: the same on this machine. attempt: how often torchrun or Slurm has started the run again.
-    launch: torchrun's id of this launch, "" without torchrun.
+    rank: of 0 to size - 1. local_rank: the same on this machine. launch: torchrun's id of this launch, "" without torchrun. is_restart: True,
+    in the first process, when torchrun or Slurm has started the run again.
     """
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
@@ -45,11 +45,12 @@ class World:
         variables = os.environ if environment is None else environment
         self.rank, self.local_rank = int(variables.get("RANK", "0")), int(variables.get("LOCAL_RANK", "0"))
         self.size, self.local_size = int(variables.get("WORLD_SIZE", "1")), int(variables.get("LOCAL_WORLD_SIZE", "1"))
-        self.attempt = int(variables.get("TORCHELASTIC_RESTART_COUNT", "0")) + int(variables.get("SLURM_RESTART_COUNT", "0"))
+        self.is_restart = any(variables.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
         self.launch = variables.get("TORCHELASTIC_RUN_ID", "")
         self.one_thread_asked = variables.get("OMP_NUM_THREADS") == "1"
         self._parent = os.getppid()
-        self._store: dist.Store | None = None
+        self._store: dist.Store | None = None  # of this attempt
+        self._launch_store: dist.Store | None = None  # of all attempts
 
     @property
     def is_first(self) -> bool:
@@ -59,34 +60,46 @@ class World:
     def meet(self, check_stop: Callable[[], None]) -> None:
         """Finds the store, and all processes in it. Raises InputError where nothing says where it is.
 
-        torchrun keeps one store for all attempts, so each attempt speaks under a prefix of its own, which the first process gives to those
-        that say hello. What an earlier attempt has said is answered too, and nobody is left to hear it.
+        torchrun keeps one store for all attempts of a launch, so each attempt speaks under a prefix of its own, which the first process gives
+        to those that say hello. What an earlier attempt has said is answered too, and nobody is left to hear it. Where such a one ended for
+        good, so does this process, with its exit code: torchrun starts its processes again whatever that was.
         """
-        if self.size == 1:
+        if self.size == 1 and not self.launch:
             return
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_SECONDS)))
         except ValueError as error:
             raise InputError(f"WORLD_SIZE = {self.size}, but {_one_line(error)}: start several processes with torchrun") from error
+        deadline = time.monotonic() + MEETING_SECONDS
+
+        def check() -> None:
+            check_stop()
+            if time.monotonic() > deadline:
+                raise dist.DistError(f"not all of {self.size} processes came within {MEETING_SECONDS:.0f} seconds")
+
         store, mine = dist.PrefixStore("microbert", store), uuid.uuid4().hex
+        if store.check(["ended for good"]):
+            raise SystemExit(int(store.get("ended for good")))
         if self.is_first:
+            # torchrun's count of restarts stays 0 on a machine where nothing failed
+            self.is_restart = store.add("attempts", 1) > 1 or self.is_restart
             attempt = dist.PrefixStore(mine, store)
             while attempt.add("arrived", 0) < self.size - 1:
                 for hello in (f"hello/{rank}" for rank in range(1, self.size)):
                     if store.check([hello]):
                         store.set(f"welcome/{store.get(hello).decode()}", mine)
-                check_stop()
+                check()
                 time.sleep(POLL_SECONDS)
         else:
             store.set(f"hello/{self.rank}", mine)
-            _wait_for(store, f"welcome/{mine}", check_stop)
+            _wait_for(store, f"welcome/{mine}", check)
             attempt = dist.PrefixStore(store.get(f"welcome/{mine}").decode(), store)
             attempt.add("arrived", 1)
-        self._store = attempt
+        self._store, self._launch_store = attempt, store
 
     def watch_parent(self, on_loss: Callable[[], None]) -> None:
         """Calls `on_loss` when torchrun is gone, however it ended, and ends this process ORPHAN_SECONDS later at the latest."""
-        if self.size > 1:
+        if self.launch:
             threading.Thread(target=self._watch_parent, args=(on_loss,), daemon=True).start()
 
     def _watch_parent(self, on_loss: Callable[[], None]) -> None:
@@ -96,11 +109,16 @@ class World:
         time.sleep(ORPHAN_SECONDS)
         os._exit(1)
 
-    def first_end(self, story: dict[str, object]) -> tuple[dict[str, object], bool]:
-        """How this launch ended: this process's story, unless another one's came first; and whether it is this process's."""
+    def first_end(self, story: dict[str, object], for_good: Container[object]) -> tuple[dict[str, object], bool]:
+        """How this launch ended: this process's story, unless another one's came first; and whether it is this process's.
+
+        for_good: the exit codes after which torchrun need not start anything again.
+        """
         if self._store is not None:
             with contextlib.suppress(dist.DistError, ValueError):  # the store went with torchrun
                 first = json.loads(self._store.compare_set("end", "", json.dumps({"by": self.rank, "story": story})))
+                if first["story"]["exit_code"] in for_good:
+                    self._launch_store.set("ended for good", str(first["story"]["exit_code"]))
                 return first["story"], first["by"] == self.rank
         return story, True
 
@@ -108,17 +126,16 @@ class World:
         """True when another process has told how it ended."""
         return self._store is not None and self._store.check(["end"])
 
-    def ask_to_stop(self) -> None:
-        """Before training: asks every process to stop where nothing is lost."""
-        if self._store is not None:
-            self._store.compare_set("phase", "", STOP)
+    def ask_to_stop(self) -> bool:
+        """Before training: asks every process to stop where nothing is lost. False when it has begun, and `gather` will carry that."""
+        return self._store is None or self._store.compare_set("phase", "", STOP).decode() != GO
 
     def is_to_stop(self) -> bool:
         """Before training: True when a process has asked for it."""
         return self._phase() == STOP
 
     def all_stopped(self) -> bool:
-        """Waits until every process has come here. False when one cannot any more."""
+        """Waits until every process has come here. False when one has not in STOP_SECONDS, or has ended."""
         if self._store is not None:
             self._store.add("stopped", 1)
             deadline = time.monotonic() + STOP_SECONDS
@@ -158,7 +175,7 @@ class World:
 
         From here on, `gather` carries who was told to stop.
         """
-        if self._store is None:
+        if self.size == 1:
             return
         if self._store.add("ready", 1) == self.size:
             self._store.compare_set("phase", "", GO)  # one or the other: nobody stops while the others go on
@@ -170,6 +187,7 @@ class World:
                                 timeout=datetime.timedelta(seconds=timeout_seconds), device_id=device if device.type == "cuda" else None)
 
     def leave_group(self) -> None:
+        """To be called by all together, where nothing failed: what a lost process leaves open cannot be closed, and goes with this process."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -19,6 +19,7 @@ from .distributed import World, loss_of_a_process
 from .files import read_json, remove_stale, write_json
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # the last when a terminal closes; Windows has none
 STATUS, LOCK = "status.json", ".lock"
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last where `ulimit -f` says how large a file may be; Python ignores its signal
@@ -64,15 +65,18 @@ class Run:
     def check_stop(self) -> None:
         """Raises Stopped when a signal has arrived, at this process or another: to be called before training, where nothing would be lost.
 
-        Raises Failed instead where the other processes cannot stop with this one.
+        Raises Failed when another process has ended, or cannot stop with this one.
         """
+        if self.world.has_ended():
+            raise Failed("another process ended")
         if self.stop_signal:
-            self.world.ask_to_stop()
+            if not self.world.ask_to_stop():
+                return
         elif self.world.is_to_stop():
             self.stop_signal = "a signal to another process"
         if self.stop_signal:
             if not self.world.all_stopped():
-                raise Failed("another process ended")
+                raise Failed(f"told to stop by {self.stop_signal}, which another process did not do in time. What is prepared stays: the same command goes on")
             raise Stopped(stopped_by(self.stop_signal))
 
     def write_status(self, state: str, exit_code: int | None, reason: str, rank: int = 0) -> None:
@@ -97,12 +101,12 @@ def open_run(config: Config) -> Iterator[Run]:
     world = run.world
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = filelock.FileLock(folder / LOCK)
-    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name)) for name in ("SIGTERM", "SIGINT")}
+    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name)) for name in STOP_SIGNALS
+               if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN}  # nohup ignores SIGHUP
     owns_folder = False  # this process, or the first one for it
     try:
         with _full_disk_told(config), _quiet_but_first(world):
             world.watch_parent(lambda: _note_stop(run, "the end of torchrun"))
-            _end_as_before(run)
             world.meet(run.check_stop)
             world.first_does("folder", lambda: _take_folder(run, lock), run.check_stop)
             owns_folder = True
@@ -110,7 +114,7 @@ def open_run(config: Config) -> Iterator[Run]:
             if world.is_first:
                 run.write_status("done", DONE, "")
     except Exception as error:
-        story, is_mine = world.first_end(_story(error, world))
+        story, is_mine = world.first_end(_story(error, world), for_good=(BAD_INPUT, STOPPED))
         if world.is_first if story["state"] == "stopped" else is_mine:
             if not isinstance(error, (InputError, Stopped, Failed)) and not loss_of_a_process(error):
                 traceback.print_exception(error)
@@ -129,7 +133,6 @@ def open_run(config: Config) -> Iterator[Run]:
         raise SystemExit(story["exit_code"]) from None
     finally:
         lock.release()
-        world.leave_group()
         for name, handler in signals.items():
             signal.signal(getattr(signal, name), handler)
 
@@ -137,18 +140,9 @@ def open_run(config: Config) -> Iterator[Run]:
 def _take_folder(run: Run, lock: filelock.FileLock) -> None:
     take_lock(run.folder, lock)
     remove_stale(run.folder)
-    if run.config.overwrite and run.world.attempt == 0:  # started again after a failure, the run goes on
+    if run.config.overwrite and not run.world.is_restart:  # started again after a failure, the run goes on
         _remove_earlier_run(run.folder)
     run.write_status("running", None, "")
-
-
-def _end_as_before(run: Run) -> None:
-    """torchrun starts its processes again whatever their exit code was; after these codes that would be in vain."""
-    if run.world.attempt and run.world.launch:
-        with contextlib.suppress(OSError, ValueError):
-            status = read_json(run.folder / STATUS)
-            if status.get("launch") == run.world.launch and status.get("exit_code") in (BAD_INPUT, STOPPED):
-                raise SystemExit(status["exit_code"])
 
 
 def _story(error: Exception, world: World) -> dict[str, object]:

@@ -13,7 +13,8 @@ from .model import Bert
 from .run import Run, checkpoint_folders
 from .tokens import Tokens
 
-OF_THE_MACHINE = {"dataset", "output_dir", "cache_dir", "device"}  # constants that may differ between machines: the tokens are compared
+# constants that may differ between machines; of the dataset the tokens are compared, of the device its kind
+OF_THE_MACHINE = {"dataset", "output_dir", "cache_dir", "device"}
 
 
 def start_together(run: Run, checkpoint: Path | None, model: Bert, optimizer: torch.optim.Optimizer, tokens: Tokens) -> State:
@@ -27,10 +28,10 @@ def start_together(run: Run, checkpoint: Path | None, model: Bert, optimizer: to
 
     def begin() -> dict[str, object]:
         state = State(tokens.key) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, tokens.key)
-        return {"state": dataclasses.asdict(state), "facts": _facts(run, tokens)}
+        return {"state": dataclasses.asdict(state), "facts": _facts(run, device, tokens)}
 
     first = world.first_does("start", begin, run.check_stop)
-    _compare(run, first["facts"], _facts(run, tokens), first["state"]["step"])
+    _compare(run, first["facts"], _facts(run, device, tokens), first["state"]["step"])
     state = State(**first["state"])
     world.form_group(device, run.config.group_timeout, run.check_stop)
     if state.step:
@@ -40,11 +41,11 @@ def start_together(run: Run, checkpoint: Path | None, model: Bert, optimizer: to
     return state
 
 
-def _facts(run: Run, tokens: Tokens) -> dict[str, object]:
+def _facts(run: Run, device: torch.device, tokens: Tokens) -> dict[str, object]:
     """What has to be the same everywhere."""
     constants = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in OF_THE_MACHINE}
     contents = hashlib.sha256(tokens.token_counts.tobytes()).hexdigest()
-    return {**constants, "tokens": [tokens.key, len(tokens.train), len(tokens.held_out), contents]}
+    return {**constants, "device": device.type, "tokens": [tokens.key, len(tokens.train), len(tokens.held_out), contents]}
 
 
 def _compare(run: Run, first: dict[str, object], here: dict[str, object], step: int) -> None:

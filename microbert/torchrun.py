@@ -4,6 +4,7 @@ It takes torchrun's own arguments, and torchrun does the work. What is added: th
 code is that of the run, as its status.json tells it (torchrun's is 1 whatever happened); and a failure is told in one line.
 """
 
+import argparse
 import contextlib
 import logging
 import runpy
@@ -16,11 +17,12 @@ import filelock
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes, run
 
 from .config import Config, InputError, read_config
 from .files import read_json, write_json
-from .run import BAD_INPUT, DONE, FAILED, LOCK, STATUS, STOPPED, take_lock
+from .run import BAD_INPUT, DONE, FAILED, LOCK, STATUS, STOP_SIGNALS, STOPPED, check_folder, take_lock
 
 
 def main() -> None:
@@ -41,19 +43,36 @@ def main() -> None:
     except (InputError, ValueError) as error:  # the latter of torchrun's own arguments
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
-    how_it_ended, exit_code = "", DONE
+    arguments.signals_to_handle = ",".join(_handle_signals())
+    exit_code, how_it_ended = _run(arguments)
+    raise SystemExit(exit_code if config.dry_run else _told_end(Path(config.output_dir), arguments.rdzv_id, exit_code, how_it_ended))
+
+
+def _run(arguments: argparse.Namespace) -> tuple[int, str]:
+    """Runs torchrun. Returns the exit code that its end suggests, and a line on what its processes could not tell themselves."""
     try:
         run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        exit_code = FAILED
-        if failure.exitcode < 0:
-            how_it_ended = f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}"
+        how_it_ended = f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else ""
+        return failure.exitcode if failure.exitcode in (BAD_INPUT, STOPPED) else FAILED, how_it_ended
     except SignalException as error:
-        how_it_ended, exit_code = f"stopped by {error.sigval.name} before the run began", STOPPED
-    except (OSError, RuntimeError, ValueError) as error:  # of the rendezvous
-        how_it_ended, exit_code = f"the machines do not find each other ({type(error).__name__}: {error})", FAILED
-    raise SystemExit(exit_code if config.dry_run else _told_end(Path(config.output_dir), arguments.rdzv_id, how_it_ended, exit_code))
+        return STOPPED, f"stopped by {error.sigval.name}"
+    except (RendezvousError, OSError, RuntimeError, ValueError) as error:
+        return FAILED, f"the machines do not find each other, or one of them has left ({type(error).__name__}: {error})"
+    return DONE, ""
+
+
+def _handle_signals() -> list[str]:
+    """Makes an exception of each signal that is to stop a run, as torchrun does once its processes have started. Returns their names."""
+
+    def stop(number: int, _: object) -> None:
+        raise SignalException(f"signal {number}", signal.Signals(number))
+
+    names = [name for name in STOP_SIGNALS if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+    for name in names:
+        signal.signal(getattr(signal, name), stop)
+    return names
 
 
 def _read_script(script: Path, flags: list[str]) -> Config:
@@ -71,7 +90,8 @@ def _check_host(name: str) -> None:
 
 
 def _clear_status(folder: Path, is_one_machine: bool) -> None:
-    """Removes the status.json of an earlier launch. Raises InputError where a run holds the folder, which on several machines may be this one."""
+    """Removes the status.json of an earlier launch. Raises InputError where a run holds the folder, unless that may be this one on another machine."""
+    check_folder(folder)
     if not folder.exists():
         return
     lock = filelock.FileLock(folder / LOCK)
@@ -85,19 +105,26 @@ def _clear_status(folder: Path, is_one_machine: bool) -> None:
         lock.release()
 
 
-def _told_end(folder: Path, launch: str, how_it_ended: str, exit_code: int) -> int:
-    """The exit code that status.json tells of this launch, else the one given. Completes a status.json that nobody was left to write."""
+def _told_end(folder: Path, launch: str, exit_code: int, how_it_ended: str) -> int:
+    """The exit code that status.json tells of this launch, else the one given. Tells what nobody was left to tell, and completes status.json."""
     status = {}
     with contextlib.suppress(OSError, ValueError):
-        status = read_json(folder / STATUS)
-    if status.get("launch") == launch and isinstance(status.get("exit_code"), int):
+        stored = read_json(folder / STATUS)
+        status = stored if stored.get("launch") == launch else {}
+    if exit_code == DONE:  # of several machines' folders, one alone says so
+        return DONE
+    if isinstance(status.get("exit_code"), int):
         exit_code = status["exit_code"]
-    elif status.get("launch") == launch and exit_code:
-        exit_code = FAILED
+        if status.get("host") != socket.gethostname():
+            how_it_ended = f"on {status['host']}: process {status['rank']}: {status['reason']}"
+    elif status:  # the process that writes it was killed
+        exit_code, how_it_ended = FAILED, how_it_ended or "a process ended without a word"
         with contextlib.suppress(OSError):
-            write_json(folder / STATUS, status | {"state": "failed", "exit_code": FAILED, "reason": how_it_ended or "a process ended without a word"})
-    if how_it_ended and exit_code not in (DONE, BAD_INPUT) and not (exit_code == STOPPED and status):
-        print(f"error: {how_it_ended}", file=sys.stderr)
+            write_json(folder / STATUS, status | {"state": "failed", "exit_code": FAILED, "reason": how_it_ended})
+    elif exit_code == STOPPED and how_it_ended:
+        how_it_ended += " before the run began"
+    if exit_code == FAILED and how_it_ended or exit_code == STOPPED and not status:
+        print(f"error: {how_it_ended}" if exit_code == FAILED else how_it_ended, file=sys.stderr)
     return exit_code
 
 

@@ -77,6 +77,7 @@ def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokeni
         if loss := loss_of_a_process(error):
             raise Failed(f"step {state.step}: {loss}") from error
         raise
+    world.leave_group()
     if world.is_first:
         draw_training_curve(run.folder, metrics.lines, uniform_loss, unigram_loss)
     print(f"held-out loss: {state.last_eval_loss:.4f} at the end, {state.best_eval_loss:.4f} at best (step {state.best_step}); "
@@ -130,6 +131,7 @@ def _train(run: Run, state: State, steps: int, model: Bert, optimizer: torch.opt
         save()
         bar.close()
         world.gather(0.0)  # so that nobody leaves, which makes torchrun end the others, before the first process has saved
+        world.leave_group()
         raise Stopped(stopped_by(run.stop_signal or f"a signal to process {stopping[0]} of {world.size}"))
 
     with progress_bar(steps, state.step, "training", " steps", shown=world.is_first) as bar:
@@ -215,8 +217,8 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, masked: Ma
     gradients = [parameter.grad for parameter in model.parameters()]
     grad_norm = world.size * scale * get_total_norm(gradients).item()  # backward has averaged over the processes
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        rank = int(np.argmin(np.isfinite(losses)))
-        where = f" (in process {rank} of {world.size})" if world.size > 1 and not math.isfinite(loss) else ""
+        rank = None if math.isfinite(loss) else int(np.argmin(np.isfinite(losses)))
+        where = f" (in process {rank} of {world.size})" if world.size > 1 and rank is not None else ""
         raise Diverged(f"step {step}: the loss is {loss:g}{where} and the gradient's norm {grad_norm:g}, so this step was not applied. The last "
                        "checkpoint is from before it. A lower learning_rate or a lower grad_clip usually helps", rank)
     clip = min(1.0, (config.grad_clip or math.inf) / (grad_norm + CLIP_EPS))

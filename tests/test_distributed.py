@@ -213,12 +213,11 @@ def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(i
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=pair", "--local-addr=127.0.0.1", "--max-restarts=1")
-    agents = [start(flags_of(tmp_path, 2), 1, *options) for _ in range(2)]
+    agents = [start([*flags_of(tmp_path, 2), "--overwrite"], 1, *options) for _ in range(2)]
     try:
         if is_killed:
             wait_until(lambda: any((tmp_path / "run").glob("checkpoint-*")), agents[0])
-            [(rank, worker)] = ranks(agents[0]).items()
-            worker.kill()
+            {rank: worker for agent in agents for rank, worker in ranks(agent).items()}[1].kill()  # the first process's torchrun counts no restart
         ends = [finish(agent) for agent in agents]
         assert [code for code, _, _ in ends] == [0, 0], ends
         assert is_killed == any("going on after step" in out for _, out, _ in ends)

@@ -156,12 +156,12 @@ else:
     print("127.0.0.1")"""
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75])
-def test_a_slurm_job_starts_each_node_and_is_queued_again_after_75_alone(code, checkout, tmp_path):
-    """With stand-ins for srun and scontrol, and for Python."""
+@pytest.mark.parametrize("code, state", [(0, "RUNNING"), (1, "RUNNING"), (2, "RUNNING"), (75, "RUNNING"), (75, "COMPLETING")])
+def test_a_slurm_job_starts_each_node_and_is_queued_again_after_75_alone(code, state, checkout, tmp_path):
+    """With stand-ins for srun, scontrol and squeue, and for Python. A job that was cancelled is COMPLETING when it has saved."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    stub(programs / "srun", SRUN), stub(programs / "scontrol", SCONTROL)
+    stub(programs / "srun", SRUN), stub(programs / "scontrol", SCONTROL), stub(programs / "squeue", f"print({state!r})")
     tells = stub(tmp_path / "tells", f"import sys\nprint(' '.join(sys.argv[1:]))\nsys.exit({code})")
     variables = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_SUBMIT_DIR": str(checkout),
                  "SLURM_GPUS_ON_NODE": "4", "PYTHON": str(tells), "PATH": f"{programs}:{os.environ['PATH']}"}
@@ -171,4 +171,4 @@ def test_a_slurm_job_starts_each_node_and_is_queued_again_after_75_alone(code, c
     commands = [line for line in done.stdout.splitlines() if "microbert.torchrun" in line]
     assert len(commands) == 2 and all("--nnodes=2 --nproc-per-node=4" in line and "--rdzv-endpoint=127.0.0.1:23456" in line for line in commands)
     assert sorted("is_host=1" in line for line in commands) == [False, True]
-    assert (checkout / "requeued").exists() == (code == 75)
+    assert (checkout / "requeued").exists() == (code == 75 and state == "RUNNING")
