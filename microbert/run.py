@@ -76,7 +76,8 @@ class Run:
             self.stop_signal = "a signal to another process"
         if self.stop_signal:
             if not self.world.all_stopped():
-                raise Failed(f"told to stop by {self.stop_signal}, which another process did not do in time. What is prepared stays: the same command goes on")
+                raise Failed(f"told to stop by {self.stop_signal}, and another process was killed or did not stop in time. What is prepared stays: the same command "
+                             "goes on")
             raise Stopped(stopped_by(self.stop_signal))
 
     def write_status(self, state: str, exit_code: int | None, reason: str, rank: int = 0) -> None:

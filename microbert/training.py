@@ -127,12 +127,13 @@ def _train(run: Run, state: State, steps: int, model: Bert, optimizer: torch.opt
             line()
             save_checkpoint(run, state, model, optimizer, tokenizer)
 
-    def stop(stopping: list[int]) -> None:
+    def stop() -> None:
         save()
         bar.close()
-        world.gather(0.0)  # so that nobody leaves, which makes torchrun end the others, before the first process has saved
+        # together, so that nobody leaves, which makes torchrun end the others, before the first process has saved; and so that all say the same
+        told = np.flatnonzero(world.gather(run.stop_signal is not None))
         world.leave_group()
-        raise Stopped(stopped_by(run.stop_signal or f"a signal to process {stopping[0]} of {world.size}"))
+        raise Stopped(stopped_by(run.stop_signal if len(told) == world.size else f"a signal to process {told[0]} of {world.size}"))
 
     with progress_bar(steps, state.step, "training", " steps", shown=world.is_first) as bar:
         evaluated = world.gather(metrics.has_evaluation(state.step))[0, 0]
@@ -164,7 +165,7 @@ def _train(run: Run, state: State, steps: int, model: Bert, optimizer: torch.opt
             if state.step % save_every == 0 or state.step == steps:
                 save()
         if stopping:
-            stop(stopping)
+            stop()
     return metrics
 
 

@@ -7,15 +7,15 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from helpers import ROOT, result, run_here, small_flags
-from launches import (LIMIT, all_gone, end_tree, faulty_script, finish, flags_of, launch, ranks, start, status, wait_for_training, wait_until)
-from models import VOCAB_SIZE, as_batch, noisy_bert, token_rows
+from helpers import result
+from launches import (LIMIT, SCRIPT, all_gone, end_tree, faulty_script, finish, flags_of, launch, ranks, start, status, wait_for_training, wait_until)
+from models import VOCAB_SIZE, as_batch, in_shards, noisy_bert, token_rows
 from safetensors.torch import load_file
 from test_config import configure
 
@@ -40,9 +40,6 @@ def one(two, tmp_path_factory):
     """The same of one process, by the same command without torchrun."""
     folder = tmp_path_factory.mktemp("one")
     beside(two, folder)
-    from launches import SCRIPT
-    import sys
-
     done = subprocess.run([sys.executable, str(SCRIPT), *flags_of(folder, 1)], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return folder
@@ -123,8 +120,6 @@ def test_one_process_of_32_four_micro_batches_of_8_and_two_processes_of_16_give_
 
 @pytest.mark.parametrize("n_sequences, global_batch_size, world_size", [(271, 8, 2), (100, 12, 4), (7, 8, 2), (64, 8, 8)])
 def test_sequences_that_do_not_divide_give_equal_steps_and_each_once_an_epoch(n_sequences, global_batch_size, world_size):
-    from models import in_shards
-
     sequences = in_shards(token_rows(n_sequences), [n_sequences])
     epochs, seen = 2, []
     for step in range(steps_in_run(n_sequences, epochs, global_batch_size)):
@@ -288,31 +283,41 @@ prepare.prepare_tokens = slow"""
     assert result(tmp_path / "run") == result(two / "run")
 
 
-@pytest.mark.parametrize("fault, told", [('raise RuntimeError("out of luck")', "RuntimeError: out of luck"), ("os.kill(os.getpid(), 9)", "another process ended")])
-def test_preparation_that_fails_ends_every_process(fault, told, two, tmp_path):
+def test_preparation_that_crashes_ends_every_process(two, tmp_path):
     shutil.copy(two / "corpus.jsonl", tmp_path)
-    failing = 0 if "raise" in fault else 1
-    patch = f"""import microbert.prepare as prepare
-real = prepare.prepare_tokens
-def fails(*arguments):
-    if rank == 0 and {failing}:
-        time.sleep(3)
-        arguments[-1]()
-    if rank == {failing}:
-        {fault}
-    return real(*arguments)
-prepare.prepare_tokens = fails"""
-    if failing:  # the second process waits for the first, so it has to fail in another place
-        patch = patch.replace(f"prepare.prepare_tokens = fails", "prepare.prepare_tokens = fails\nimport threading\nif rank == 1: threading.Timer(9, lambda: os.kill(os.getpid(), 9)).start()")
-    script = faulty_script(tmp_path / "failing.py", patch)
-    process = start(flags_of(tmp_path, 2), script=script, module="torch.distributed.run")
+    patch = """import microbert.prepare as prepare
+def crash(*arguments):
+    raise RuntimeError("out of luck")
+prepare.prepare_tokens = crash"""
+    process = start(flags_of(tmp_path, 2), script=faulty_script(tmp_path / "crash.py", patch), module="torch.distributed.run")
     wait_until(lambda: len(ranks(process)) == 2, process)
     workers = list(ranks(process).values())
     code, out, err = finish(process)
-    assert code == 1
+    assert code == 1 and err.count("error: process 0 of 2: RuntimeError: out of luck") == 1
     assert all_gone(workers, 1)
-    assert status(tmp_path / "run")["exit_code"] == 1
-    assert told in status(tmp_path / "run")["reason"]
+    found = status(tmp_path / "run")
+    assert (found["exit_code"], found["rank"], found["reason"]) == (1, 0, "RuntimeError: out of luck")
+
+
+def test_a_process_killed_while_another_prepares_ends_both(two, tmp_path):
+    shutil.copy(two / "corpus.jsonl", tmp_path)
+    patch = f"""import microbert.prepare as prepare
+def long(corpus, tokenizer, config, check_stop):
+    open({str(tmp_path / "preparing")!r}, "w")
+    while True:
+        check_stop()
+        time.sleep(0.1)
+prepare.prepare_tokens = long"""
+    process = start(flags_of(tmp_path, 2), script=faulty_script(tmp_path / "long.py", patch), module="torch.distributed.run")
+    wait_until((tmp_path / "preparing").exists, process)
+    workers = ranks(process)
+    workers[1].kill()
+    begin = time.monotonic()
+    code, out, err = finish(process)
+    assert code == 1 and time.monotonic() - begin < 40
+    assert all_gone(list(workers.values()), 1)
+    found = status(tmp_path / "run")
+    assert (found["exit_code"], found["rank"]) == (1, 0) and "another process was killed" in found["reason"]
 
 
 def test_two_launches_at_once_with_the_usual_ports_taken_both_finish(two, tmp_path):
