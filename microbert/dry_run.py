@@ -90,7 +90,8 @@ def _plan(config: Config, world: World) -> dict[str, object]:
         print(f"going on after step {steps_done}: {'' if tokens else 'about '}{remaining:,} steps remain, from {checkpoint}")
     print(explain_learning_rate(config))
     memory = planned_peak_gb(config, vocab_size, device)
-    print(f"memory: about {memory:.2f} GB of {'the GPU' if device.type == 'cuda' else 'the machine'}")
+    print(f"memory: about {memory:.2f} GB of {'the GPU' if device.type == 'cuda' else 'the machine'}"
+          + (", for each process" if world.size > 1 else ""))
     saved = 4 * n_parameters * (1 + 3 * (config.keep_checkpoints + 1)) / 1e6  # the model, and weights with Adam's moments in each checkpoint
     _tell_disk(config, disk, saved)
     seconds = _seconds_a_step(model, config, device) * remaining

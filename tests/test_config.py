@@ -1,5 +1,6 @@
 """Mistakes in the block or in a flag are answered in under a second, in plain words, with nothing created."""
 
+import runpy
 import subprocess
 import sys
 import time
@@ -11,21 +12,23 @@ from microbert.config import InputError, read_config
 from microbert.config import _whole_number as whole_number
 
 
-def constants():
-    import runpy
-
-    return {name: value for name, value in runpy.run_path(str(SCRIPT)).items() if not name.startswith("__")}
+def constants(script=SCRIPT):
+    return {name: value for name, value in runpy.run_path(str(script)).items() if not name.startswith("__")}
 
 
 def configure(*flags, **changed):
     return read_config(str(SCRIPT), constants() | changed, list(flags))
 
 
-def test_v1_has_the_reference_configuration():
-    config = configure()
-    assert (config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.vocab_size) == (2, 2, 4, 128, 10000)
-    assert (config.dataset, config.batch_size, config.epochs, config.learning_rate) == ("imdb", 32, 3, 5e-5)
-    assert config.packing is False and config.max_samples is None
+@pytest.mark.parametrize("script, shape, training, data", [
+    ("mlm_pretrain_v1.py", (2, 2, 4), (3, 5e-5), (False, None)), ("mlm_pretrain_v2.py", (4, 4, 8), (5, 3e-5), (True, 500_000)),
+    ("mlm_pretrain_v3.py", (6, 8, 16), (5, 3e-5), (True, 5_000_000))])
+def test_each_version_has_the_reference_configuration(script, shape, training, data):
+    config = read_config(str(ROOT / script), constants(ROOT / script), [])
+    assert (config.n_layers, config.n_heads, config.n_embed) == shape
+    assert (config.epochs, config.learning_rate) == training
+    assert (config.packing, config.max_samples) == data
+    assert (config.dataset, config.max_seq_len, config.vocab_size, config.batch_size) == ("imdb", 128, 10000, 32)
 
 
 def test_a_flag_wins_over_the_constant_and_the_constant_over_nothing():
