@@ -80,10 +80,9 @@ class Run:
                              "goes on")
             raise Stopped(stopped_by(self.stop_signal))
 
-    def write_status(self, state: str, exit_code: int | None, reason: str, rank: int = 0) -> None:
-        write_json(self.folder / STATUS, {"state": state, "exit_code": exit_code, "reason": reason, "rank": rank, "pid": os.getpid(),
-                                          "host": socket.gethostname(), "time": datetime.datetime.now().isoformat(timespec="seconds"),
-                                          "launch": self.world.launch})
+    def write_status(self, story: dict[str, object]) -> None:
+        """story: as `_story` gives it."""
+        write_json(self.folder / STATUS, story | {"time": datetime.datetime.now().isoformat(timespec="seconds"), "launch": self.world.launch})
 
 
 def stopped_by(signal_name: str) -> str:
@@ -113,9 +112,9 @@ def open_run(config: Config) -> Iterator[Run]:
             owns_folder = True
             yield run
             if world.is_first:
-                run.write_status("done", DONE, "")
+                run.write_status(_story("done", DONE, "", world.rank))
     except Exception as error:
-        story, is_mine = world.first_end(_story(error, world), for_good=(BAD_INPUT, STOPPED))
+        story, is_mine = world.first_end(_story_of(error, world), for_good=(BAD_INPUT, STOPPED))
         if world.is_first if story["state"] == "stopped" else is_mine:
             if not isinstance(error, (InputError, Stopped, Failed)) and not loss_of_a_process(error):
                 traceback.print_exception(error)
@@ -130,7 +129,7 @@ def open_run(config: Config) -> Iterator[Run]:
         elif owns_folder:
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
                 folder.mkdir(parents=True, exist_ok=True)  # on another machine it may be another folder, and that machine's launcher looks there
-                run.write_status(**story)
+                run.write_status(story)
         raise SystemExit(story["exit_code"]) from None
     finally:
         lock.release()
@@ -143,19 +142,22 @@ def _take_folder(run: Run, lock: filelock.FileLock) -> None:
     remove_stale(run.folder)
     if run.config.overwrite and not run.world.is_restart:  # started again after a failure, the run goes on
         _remove_earlier_run(run.folder)
-    run.write_status("running", None, "")
+    run.write_status(_story("running", None, "", run.world.rank))
 
 
-def _story(error: Exception, world: World) -> dict[str, object]:
-    """How the process ends, as `Run.write_status` takes it."""
+def _story(state: str, exit_code: int | None, reason: str, rank: int) -> dict[str, object]:
+    """What status.json tells, by the process of this rank."""
+    return {"state": state, "exit_code": exit_code, "reason": reason, "rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
+
+
+def _story_of(error: Exception, world: World) -> dict[str, object]:
     if isinstance(error, InputError):
-        return {"state": "failed", "exit_code": BAD_INPUT, "reason": str(error), "rank": world.rank}
+        return _story("failed", BAD_INPUT, str(error), world.rank)
     if isinstance(error, Stopped):
-        return {"state": "stopped", "exit_code": STOPPED, "reason": str(error), "rank": 0}
+        return _story("stopped", STOPPED, str(error), world.rank)
     if isinstance(error, Failed):
-        return {"state": "failed", "exit_code": FAILED, "reason": str(error), "rank": world.rank if error.rank is None else error.rank}
-    reason = loss_of_a_process(error) or f"{type(error).__name__}: {error}"
-    return {"state": "failed", "exit_code": FAILED, "reason": reason, "rank": world.rank}
+        return _story("failed", FAILED, str(error), world.rank if error.rank is None else error.rank)
+    return _story("failed", FAILED, loss_of_a_process(error) or f"{type(error).__name__}: {error}", world.rank)
 
 
 def _tell(story: dict[str, object], world: World) -> None:

@@ -110,7 +110,7 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(reference, finis
     assert result(tmp_path / "other")["hashes"] != reference["hashes"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished_run, reference, tmp_path):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path)
