@@ -1,6 +1,6 @@
 """What a training process will hold in memory, from the constants alone.
 
-Shapes: B sequences of a micro-batch, T = max_seq_len, D = n_embed, M masked slots a sequence, V vocabulary.
+Shapes: B sequences of a micro-batch, T = max_seq_len, D = n_embed, L layers, H heads, M masked slots a sequence, N = B * M, V vocabulary.
 """
 
 import torch
@@ -15,8 +15,8 @@ BYTES = 4  # fp32
 # run takes about 0.3 GB more than train/peak_memory_gb says of its training
 PROCESS_GB = 0.7
 GPU_CONTEXT_GB = 0.5
-# hidden states kept for the backward pass, in units of [B, T, D]: a layer's query, key, value, attention and a copy of it (5); sum and
-# norm (2); expansion and GELU (8); sum, which is also the norm's input (1)
+# kept for the backward pass, in units of [B, T, D]: a layer's query, key, value, attention and a copy of it (5); sum and norm (2);
+# expansion and GELU (8); sum, which is also the norm's input (1)
 KEPT_A_LAYER = 16
 KEPT_BY_EMBEDDINGS = 4
 KEPT_BY_HEAD = 4  # [B, M, D]
@@ -37,11 +37,22 @@ def planned_peak_gb(config: Config, vocab_size: int, device: torch.device) -> fl
 
 
 def planned_training_bytes(config: Config, vocab_size: int) -> int:
-    """The tensors of a training step: weights, gradients, Adam's moments, what the backward pass needs, a chunk of logits."""
+    """The most that the tensors of a training step take at once: weights, gradients, Adam's moments, what the backward pass needs, a chunk of logits.
+
+    One of three moments is the fullest: the last chunk of the loss, whose gradient grows beside the hidden states; the begin of the backward pass,
+    when that gradient is there twice, as it is and scaled; its end, when the word embeddings' gradient as output and as input are added up.
+    """
     model = ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len)
+    parameters = count_parameters(model)
     B = min(config.micro_batch_size or config.batch_size, config.batch_size)
-    T, D, M = config.max_seq_len, config.n_embed, n_slots(config.max_seq_len, config.mlm_probability)
-    state = 4 * BYTES * count_parameters(model)  # weights, gradients and Adam's two moments
-    hidden = BYTES * B * D * (T * (KEPT_A_LAYER * config.n_layers + KEPT_BY_EMBEDDINGS) + M * KEPT_BY_HEAD)
-    logits = BYTES * CHUNK_ELEMENTS + 2 * BYTES * vocab_size * D  # a chunk of them; the output weights' own gradient, as it is and scaled
-    return state + hidden + logits
+    L, H, T, D, V = config.n_layers, config.n_heads, config.max_seq_len, config.n_embed, vocab_size
+    N = B * n_slots(T, config.mlm_probability)
+    layers = B * T * (D * (KEPT_A_LAYER * L + KEPT_BY_EMBEDDINGS) + L * (H + 4) + 2)  # with attention's sums, and each norm's mean and deviation
+    hidden = layers + N * (KEPT_BY_HEAD * D + 2)
+    chunk = max(1, CHUNK_ELEMENTS // V)
+    before_gradients = 3 * parameters + hidden  # weights and Adam's two moments
+    in_loss = before_gradients + V * D + 2 * V + N * D + chunk * V + 3 * min(chunk, N) * D
+    in_backward = before_gradients + 2 * V * D + V + 2 * N * D
+    at_the_end = 4 * parameters + 2 * V * D + KEPT_BY_EMBEDDINGS * B * T * D
+    ids = 2 * (B * T + 3 * N)  # int64
+    return BYTES * (max(in_loss, in_backward, at_the_end) + ids)
