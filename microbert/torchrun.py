@@ -59,7 +59,8 @@ def _run(arguments: argparse.Namespace) -> tuple[int, str]:
     except SignalException as error:
         return STOPPED, f"stopped by {error.sigval.name}"
     except (RendezvousError, OSError, RuntimeError, ValueError) as error:
-        return FAILED, f"the machines do not find each other, or one of them has left ({type(error).__name__}: {error})"
+        several = " Of several machines one may have left, or not have been reached" if arguments.rdzv_backend == "c10d" and not arguments.standalone else ""
+        return FAILED, f"torchrun cannot go on ({type(error).__name__}: {error}).{several}"
     return DONE, ""
 
 
@@ -84,7 +85,7 @@ def _read_script(script: Path, flags: list[str]) -> Config:
 
 def _check_host(name: str) -> None:
     try:
-        socket.getaddrinfo(name, None)
+        socket.getaddrinfo(name.strip("[]"), None)  # an IPv6 address stands in brackets
     except OSError:
         raise InputError(f"no machine is known here as {name!r} (HEAD_NODE of a launcher)") from None
 

@@ -237,6 +237,14 @@ def test_a_run_goes_on_with_another_number_of_processes(two, one, tmp_path):
         assert losses(folder / "run") == pytest.approx(losses(two / "run"), abs=1e-4)
         assert_weights_close(folder / "run", two / "run")
 
+    # four of them are enough for the order to matter in which gradients are added up: going on once more must not change it
+    expected = result(folder / "run")
+    for path in (folder / "run" / "README.md", folder / "run" / "model.safetensors", folder / "run" / expected["checkpoint"]):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code, out, err = launch(flags_of(folder, 2), 4)
+    assert code == 0 and "going on after step 70" in out, err
+    assert result(folder / "run") == expected
+
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_group_forms(two, tmp_path):
     beside(two, tmp_path)
