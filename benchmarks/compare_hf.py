@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import runpy
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from microbert.batches import training_batch  # noqa: E402
-from microbert.config import Config, read_config  # noqa: E402
+from microbert.config import Config, read_script  # noqa: E402
 from microbert.corpus import hold_cache, open_corpus  # noqa: E402
 from microbert.distributed import World  # noqa: E402
 from microbert.export import hugging_face_config  # noqa: E402
@@ -105,8 +104,7 @@ def theirs(config: Config, tokens: Tokens, folder: Path, steps: int) -> float:
 
 def compare(name: str, rounds: int, folder: Path) -> str:
     (n_layers, n_heads, n_embed, vocab_size), our_steps, their_steps = SHAPES[name]
-    constants = {key: value for key, value in runpy.run_path(str(ROOT / "mlm_pretrain_v1.py")).items() if not key.startswith("__")}
-    config = dataclasses.replace(read_config(str(ROOT / "mlm_pretrain_v1.py"), constants, []), n_layers=n_layers, n_heads=n_heads,
+    config = dataclasses.replace(read_script(ROOT / "mlm_pretrain_v1.py", []), n_layers=n_layers, n_heads=n_heads,
                                  n_embed=n_embed, vocab_size=vocab_size, max_samples=4000, device="cpu", cache_dir=str(folder / "cache"))
     corpus = open_corpus(config, lambda: None)
     with hold_cache(corpus, config, lambda: None):

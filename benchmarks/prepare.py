@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import runpy
 import statistics
 import subprocess
 import sys
@@ -33,21 +32,17 @@ BATCH_ROWS = 1000  # the default of datasets.map
 
 
 def configure(folder: Path):
-    from microbert.config import read_config
+    from microbert.config import read_script
 
-    script = ROOT / "mlm_pretrain_v2.py"
-    constants = {key: value for key, value in runpy.run_path(str(script)).items() if not key.startswith("__")}
-    return read_config(str(script), constants, ["--dataset", str(folder / "corpus.jsonl"), "--cache-dir", str(folder / "cache"), "--max-samples", "None"])
+    return read_script(ROOT / "mlm_pretrain_v2.py", ["--dataset", str(folder / "corpus.jsonl"), "--cache-dir", str(folder / "cache"), "--max-samples", "None"])
 
 
 def write_corpus(path: Path, megabytes: int) -> None:
     """Documents of random sentences of the bundled reviews, the same for every machine."""
-    from microbert.config import read_config
+    from microbert.config import read_script
     from microbert.corpus import open_corpus
 
-    script = ROOT / "mlm_pretrain_v1.py"
-    constants = {key: value for key, value in runpy.run_path(str(script)).items() if not key.startswith("__")}
-    corpus = open_corpus(read_config(str(script), constants, []), lambda: None)
+    corpus = open_corpus(read_script(ROOT / "mlm_pretrain_v1.py", []), lambda: None)
     sentences = [sentence for rows, _ in corpus.read() for row in rows for sentence in re.split(r"(?<=[.!?])\s+", row)]
     rng, size = random.Random(0), 0
     with open(path, "w", encoding="utf-8") as file:

@@ -12,7 +12,6 @@ work shares the cores: run it again on a quiet machine.
 
 import argparse
 import os
-import runpy
 import socket
 import statistics
 import sys
@@ -26,7 +25,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from microbert.batches import Batch  # noqa: E402
-from microbert.config import Config, read_config  # noqa: E402
+from microbert.config import Config, read_script  # noqa: E402
 from microbert.distributed import World  # noqa: E402
 from microbert.masking import mask_batch  # noqa: E402
 from microbert.model import ModelConfig, build_model  # noqa: E402
@@ -39,8 +38,7 @@ WARM_UP = 3
 
 
 def v3_config() -> Config:
-    constants = {name: value for name, value in runpy.run_path(str(SCRIPT)).items() if not name.startswith("__")}
-    return read_config(str(SCRIPT), constants, [])
+    return read_script(SCRIPT, [])
 
 
 class Trainee:

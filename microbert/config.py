@@ -12,6 +12,7 @@ import io
 import math
 import os
 import re
+import runpy
 import sys
 import tokenize
 import types
@@ -217,6 +218,12 @@ def read_config(script: str, constants: dict[str, object], argv: list[str] | Non
         if os.environ.get("LOCAL_RANK", "0") == "0":  # each of torchrun's processes has the same to say
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def read_script(script: Path, argv: list[str]) -> Config:
+    """The Config that a script has with these flags, without running it. Ends as `read_config` does on any mistake."""
+    constants = {name: value for name, value in runpy.run_path(str(script)).items() if not name.startswith("__")}
+    return read_config(str(script), constants, argv)
 
 
 def _fields() -> dict[str, object]:

@@ -134,7 +134,7 @@ class World:
         """Before training: True when a process has asked for it."""
         return self._phase() == STOP
 
-    def all_stopped(self) -> bool:
+    def wait_for_all_to_stop(self) -> bool:
         """Waits until every process has come here. False when one has not in STOP_SECONDS, or has ended."""
         if self._store is not None:
             self._store.add("stopped", 1)
@@ -146,7 +146,7 @@ class World:
         return True
 
     def first_does(self, name: str, work: Callable[[], T], check_stop: Callable[[], None]) -> T:
-        """What `work` gives in the first process, in all of them; it must be of what JSON holds. `name` is used once a launch."""
+        """What `work` gives in the first process, in all of them; it must be of what JSON holds. `name` is used once."""
         if self._store is None:
             return work()
         if self.is_first:
@@ -221,7 +221,7 @@ def _wait_for(store: dist.Store, key: str, check_stop: Callable[[], None]) -> No
         time.sleep(POLL_SECONDS)
 
 
-def without_group(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The model that `World.parallel` was given."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
@@ -231,7 +231,7 @@ def without_reduction(model: nn.Module) -> contextlib.AbstractContextManager:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def loss_of_a_process(error: BaseException) -> str:
+def lost_process(error: BaseException) -> str:
     """One line when the error is what torch raises when another process is gone or silent, "" when it is another."""
     is_one = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL")))
     return f"another process ended, or does not answer ({_one_line(error)})" if is_one else ""

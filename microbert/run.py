@@ -15,7 +15,7 @@ from pathlib import Path
 import filelock
 
 from .config import Config, InputError, dataset_files
-from .distributed import World, loss_of_a_process
+from .distributed import World, lost_process
 from .files import read_json, remove_stale, write_json
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -75,7 +75,7 @@ class Run:
         elif self.world.is_to_stop():
             self.stop_signal = "a signal to another process"
         if self.stop_signal:
-            if not self.world.all_stopped():
+            if not self.world.wait_for_all_to_stop():
                 raise Failed(f"told to stop by {self.stop_signal}, and another process was killed or did not stop in time. What is prepared stays: the same command "
                              "goes on")
             raise Stopped(stopped_by(self.stop_signal))
@@ -116,7 +116,7 @@ def open_run(config: Config) -> Iterator[Run]:
     except Exception as error:
         story, is_mine = world.first_end(_story_of(error, world), for_good=(BAD_INPUT, STOPPED))
         if world.is_first if story["state"] == "stopped" else is_mine:
-            if not isinstance(error, (InputError, Stopped, Failed)) and not loss_of_a_process(error):
+            if not isinstance(error, (InputError, Stopped, Failed)) and not lost_process(error):
                 traceback.print_exception(error)
             _tell(story, world)
         if owns_folder and world.size == 1 and new_folders and story["exit_code"] == BAD_INPUT:
@@ -157,7 +157,7 @@ def _story_of(error: Exception, world: World) -> dict[str, object]:
         return _story("stopped", STOPPED, str(error), world.rank)
     if isinstance(error, Failed):
         return _story("failed", FAILED, str(error), world.rank if error.rank is None else error.rank)
-    return _story("failed", FAILED, loss_of_a_process(error) or f"{type(error).__name__}: {error}", world.rank)
+    return _story("failed", FAILED, lost_process(error) or f"{type(error).__name__}: {error}", world.rank)
 
 
 def _tell(story: dict[str, object], world: World) -> None:

@@ -7,7 +7,6 @@ code is that of the run, as its status.json tells it (torchrun's is 1 whatever h
 import argparse
 import contextlib
 import logging
-import runpy
 import signal
 import socket
 import sys
@@ -20,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes, run
 
-from .config import Config, InputError, read_config
+from .config import Config, InputError, read_script
 from .files import read_json, write_json
 from .run import BAD_INPUT, DONE, FAILED, LOCK, STATUS, STOP_SIGNALS, STOPPED, check_folder, take_lock
 
@@ -79,8 +78,7 @@ def _handle_signals() -> list[str]:
 def _read_script(script: Path, flags: list[str]) -> Config:
     if not script.is_file():
         raise InputError(f"there is no script {script}")
-    constants = {name: value for name, value in runpy.run_path(str(script)).items() if not name.startswith("__")}
-    return read_config(str(script), constants, flags)
+    return read_script(script, flags)
 
 
 def _check_host(name: str) -> None:

@@ -21,7 +21,7 @@ from .batches import evaluation_batches, steps_in_run, training_batch
 from .checkpoint import State, save_checkpoint
 from .config import Config, explain_learning_rate, peak_learning_rate
 from .counter_rng import random_bits
-from .distributed import World, describe_device, loss_of_a_process, peak_memory_gb, without_group, without_reduction
+from .distributed import World, describe_device, lost_process, peak_memory_gb, unwrap, without_reduction
 from .loss import masked_loss, masked_scores
 from .masking import MaskedBatch, mask_batch
 from .model import Bert, unigram_entropy
@@ -74,8 +74,8 @@ def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokeni
     try:
         metrics = _train(run, state, steps, model, optimizer, tokens, tokenizer)
     except RuntimeError as error:
-        if loss := loss_of_a_process(error):
-            raise Failed(f"step {state.step}: {loss}") from error
+        if lost := lost_process(error):
+            raise Failed(f"step {state.step}: {lost}") from error
         raise
     world.leave_group()
     if world.is_first:
@@ -268,7 +268,7 @@ def evaluate(model: Bert, held_out: Sequences, run: Run) -> tuple[Evaluation | N
 
 def _forward(model: nn.Module, masked: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the loss functions take: hidden [B * M, D], weight [V, D], bias [V], labels [B * M]."""
-    bert = without_group(model)
+    bert = unwrap(model)
     device = bert.output_bias.device
     input_ids = torch.from_numpy(masked.input_ids)
     attention_mask = input_ids != PAD_ID

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +55,13 @@ def end_tree(process: subprocess.Popen) -> None:
                 one.kill()
             except psutil.NoSuchProcess:
                 pass
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has taken a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def ranks(process: subprocess.Popen) -> dict[int, psutil.Process]:

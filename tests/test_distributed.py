@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import result
-from launches import (LIMIT, SCRIPT, all_gone, end_tree, faulty_script, finish, flags_of, launch, ranks, start, status, wait_for_training, wait_until)
+from launches import (LIMIT, SCRIPT, all_gone, end_tree, faulty_script, finish, flags_of, free_port, launch, ranks, start, status, wait_for_training,
+                      wait_until)
 from models import VOCAB_SIZE, as_batch, in_shards, noisy_bert, token_rows
 from safetensors.torch import load_file
 from test_config import configure
@@ -94,9 +95,7 @@ def gradients(rank, size, port, micro_batch_size, results):
 def gradients_of(size, micro_batch_size=None):
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [context.Process(target=gradients, args=(rank, size, port, micro_batch_size, results)) for rank in range(size)]
     for process in processes:
         process.start()
@@ -204,10 +203,7 @@ def test_a_silent_process_is_given_up_after_the_time_limit_at_a_step_that_is_nam
 def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(is_killed, two, tmp_path):
     """Also when a process is killed on one of them, and both start theirs again."""
     beside(two, tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=pair", "--local-addr=127.0.0.1", "--max-restarts=1")
+    options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=pair", "--local-addr=127.0.0.1", "--max-restarts=1")
     agents = [start([*flags_of(tmp_path, 2), "--overwrite"], 1, *options) for _ in range(2)]
     try:
         if is_killed:
