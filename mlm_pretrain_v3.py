@@ -63,7 +63,7 @@ def main() -> None:
     # only now what takes seconds to load, so that a mistake above is answered at once
     from microbert.checkpoint import find_checkpoint
     from microbert.corpus import hold_cache, open_corpus
-    from microbert.distributed import choose_device
+    from microbert.device import choose_device
     from microbert.dry_run import tell_plan
     from microbert.export import export_run
     from microbert.fill_mask import EXAMPLES, print_fill_mask
@@ -79,7 +79,7 @@ def main() -> None:
 
     with open_run(config) as run:
         device = choose_device(config.device, run.world)
-        checkpoint = find_checkpoint(run)
+        checkpoint = find_checkpoint(run, device)
         if run.is_finished():
             print(f"{run.folder} is finished; --overwrite starts anew, another --output-dir keeps both")
             return
@@ -93,7 +93,7 @@ def main() -> None:
             print("prepared; the same command without --prepare-only trains on it")
             return
 
-        model = model_for_tokens(config, tokens).to(device)
+        model = model_for_tokens(run.config, tokens).to(device)
         state = train(run, checkpoint, model, tokens, tokenizer)
         if run.world.is_first:
             export_run(run, model, tokenizer, tokens, model_card_facts(run.config, tokens, state))

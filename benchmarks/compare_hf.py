@@ -39,11 +39,10 @@ from microbert.distributed import World  # noqa: E402
 from microbert.export import hugging_face_config  # noqa: E402
 from microbert.masking import mask_batch  # noqa: E402
 from microbert.model import Bert, model_for_tokens  # noqa: E402
-from microbert.optim import build_optimizer  # noqa: E402
 from microbert.tokenizer import PAD_ID, get_tokenizer, save_tokenizer  # noqa: E402
 from microbert.prepare import prepare_tokens  # noqa: E402
 from microbert.tokens import Tokens  # noqa: E402
-from microbert.training import training_step  # noqa: E402
+from microbert.step import Learner  # noqa: E402
 
 SHAPES = {  # n_layers, n_heads, n_embed, vocab_size; timed steps of this project and of the Trainer
     "v1": ((2, 2, 4, 10_000), 60, 5),
@@ -62,14 +61,13 @@ def new_model(config: Config, tokens: Tokens) -> Bert:
 
 def ours(config: Config, tokens: Tokens, steps: int) -> float:
     """Samples a second of this project's training step."""
-    model = new_model(config, tokens)
-    optimizer = build_optimizer(model, config)
+    learner = Learner(new_model(config, tokens), config, World({}))
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             start = time.perf_counter()
         batch = training_batch(tokens.train, step=step, epochs=100, global_batch_size=config.batch_size, seed=config.seed)
-        masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model.config.vocab_size)
-        training_step(model, optimizer, masked, config, step, LEARNING_RATE, World({}))
+        masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=learner.model.config.vocab_size)
+        learner.step(masked, step, LEARNING_RATE).read()
     return steps * config.batch_size / (time.perf_counter() - start)
 
 

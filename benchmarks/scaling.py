@@ -29,9 +29,8 @@ from microbert.config import Config, read_script  # noqa: E402
 from microbert.distributed import World  # noqa: E402
 from microbert.masking import mask_batch  # noqa: E402
 from microbert.model import ModelConfig, build_model  # noqa: E402
-from microbert.optim import build_optimizer  # noqa: E402
 from microbert.tokenizer import N_SPECIAL  # noqa: E402
-from microbert.training import training_step  # noqa: E402
+from microbert.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v3.py"
 WARM_UP = 3
@@ -45,11 +44,9 @@ class Trainee:
     """A model of v3's shape with its optimizer, shared by the processes of `world`."""
 
     def __init__(self, config: Config, world: World) -> None:
-        device = torch.device("cpu")
         model = build_model(ModelConfig(config.vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len), config.seed)
         self.config, self.world, self.steps = config, world, 0
-        self.optimizer = build_optimizer(model, config)
-        self.model = world.parallel(model, device)
+        self.learner = Learner(model, config, world)
 
     def train(self, steps: int) -> float:
         """Takes so many steps; returns the seconds."""
@@ -59,7 +56,7 @@ class Trainee:
             rng = np.random.default_rng([self.world.rank, self.steps])
             batch = Batch(rng.integers(N_SPECIAL, self.config.vocab_size, shape), np.arange(shape[0]), np.zeros(shape[0], np.int64), np.ones(shape[0], bool))
             masked = mask_batch(batch, seed=self.config.seed, probability=self.config.mlm_probability, vocab_size=self.config.vocab_size)
-            training_step(self.model, self.optimizer, masked, self.config, self.steps, 1e-4, self.world)
+            self.learner.step(masked, self.steps, 1e-4).read()
             self.steps += 1
         return time.perf_counter() - start
 

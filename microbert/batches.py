@@ -51,7 +51,7 @@ def training_batch(sequences: Sequences, *, step: int, epochs: int, global_batch
 
 
 def evaluation_batches(sequences: Sequences, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """The rank's share of all sequences, in the order in which they lie on disk: every world_size-th batch. The last may be smaller."""
+    """The rank's share of all sequences, in the order in which they lie on disk: every world_size-th batch. The last one is filled up."""
     for start in range(rank * batch_size, len(sequences), world_size * batch_size):
-        ids = np.arange(start, min(start + batch_size, len(sequences)))
-        yield Batch(sequences.read(ids), ids, np.full(len(ids), EVALUATION_EPOCH), np.ones(len(ids), bool))
+        ids = np.minimum(np.arange(start, start + batch_size), len(sequences) - 1)
+        yield Batch(sequences.read(ids), ids, np.full(batch_size, EVALUATION_EPOCH), np.arange(start, start + batch_size) < len(sequences))

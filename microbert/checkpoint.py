@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import nn
 
-from .config import Config, InputError, settle_batch_size
+from .config import BY_TIER, Config, InputError, fill_in, settle_batch_size
 from .export import from_hugging_face, save_model
 from .files import read_json, sha256, sync_folder, write_atomic, write_json
+from .memory import Hardware, hardware_of
 from .model import Bert
 from .run import Run, checkpoint_folders
 
@@ -29,7 +30,7 @@ TEMPORARY = ".checkpoint.tmp"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
 FREE_TO_CHANGE = {"dataset", "streaming", "device", "group_timeout", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite",
-                  "micro_batch_size", "prepare_only", "dry_run"}
+                  "micro_batch_size", "prepare_only", "dry_run", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"}
 BATCH_SIZES = {"batch_size", "global_batch_size"}  # `settle_batch_size` compares them
 
 
@@ -37,7 +38,8 @@ BATCH_SIZES = {"batch_size", "global_batch_size"}  # `settle_batch_size` compare
 class State:
     """Where a run stands: `step` steps are done, in `seconds` over all its starts.
 
-    Losses are in nats a masked token. loss_sum and loss_steps belong to the line of metrics that is being gathered.
+    Losses are in nats a masked token. loss_sum and loss_steps belong to the line of metrics that is being gathered. micro_batch_size: what is
+    left of it where memory has run out, None where it has not.
     """
 
     tokens_key: str
@@ -49,30 +51,35 @@ class State:
     last_eval_accuracy: float = 0.0
     loss_sum: float = 0.0
     loss_steps: int = 0
+    micro_batch_size: int | None = None
 
 
-def find_checkpoint(run: Run) -> Path | None:
+def find_checkpoint(run: Run, device: torch.device) -> Path | None:
     """The newest checkpoint that is whole, or None at the first start; called before any long work.
 
-    Settles the batch size of run.config by it. The first process looks, the others are told: only its folder needs to hold the checkpoint.
-    Removes what stands in its way. Warns and raises as `look_for_checkpoint` does, and InputError for a batch that cannot be shared.
+    Settles run.config by it: the batch, and what a preset leaves to the device. The first process looks, the others are told: only its folder
+    needs to hold the checkpoint. Removes what stands in its way. Warns and raises as `look_for_checkpoint` does, and InputError for a batch
+    that cannot be shared.
     """
 
-    def look() -> tuple[str | None, int]:
+    def look() -> dict[str, object]:
         shutil.rmtree(run.folder / TEMPORARY, ignore_errors=True)  # what a kill inside a save left behind
-        path, config, damaged = look_for_checkpoint(run.folder, run.given, run.world.size)
+        path, given, config, damaged = look_for_checkpoint(run.folder, run.given, hardware_of(device, run.world))
         for bad in damaged:
             shutil.rmtree(bad)  # so that it is never taken for the newest again
-        return path and str(path), config.global_batch_size
+        return {"path": path and str(path), "tier": {name: getattr(given, name) for name in BY_TIER},
+                "settled": {name: getattr(config, name) for name in ("batch_size", "global_batch_size", "micro_batch_size")}}
 
-    path, global_batch_size = run.world.first_does("checkpoint", look, run.check_stop)
-    run.config = dataclasses.replace(run.given, global_batch_size=global_batch_size, batch_size=global_batch_size // run.world.size)
-    return Path(path) if path else None
+    found = run.world.first_does("checkpoint", look, run.check_stop)
+    run.given = fill_in(run.given, found["tier"])
+    run.config = dataclasses.replace(run.given, **found["settled"])
+    return Path(found["path"]) if found["path"] else None
 
 
-def look_for_checkpoint(folder: Path, config: Config, world_size: int) -> tuple[Path | None, Config, list[Path]]:
-    """The newest checkpoint that is whole, the Config with its batch size settled, and the damaged ones that are newer. Changes nothing.
+def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tuple[Path | None, Config, Config, list[Path]]:
+    """The newest checkpoint that is whole, the constants as given and settled, and the damaged checkpoints that are newer. Changes nothing.
 
+    What a preset leaves to the device is filled in from the checkpoint, so that a run keeps its shape on another device, or from this one's tier.
     Warns about each damaged one on the way. Raises InputError when all are damaged, or the run's constants have changed.
     """
     damaged = []
@@ -82,14 +89,19 @@ def look_for_checkpoint(folder: Path, config: Config, world_size: int) -> tuple[
             stored = read_json(path / "state.json")
             if stored["format"] != FORMAT:
                 raise ValueError(f"format {stored['format']}, not {FORMAT}")
-            _compare_configs(path, stored["config"], config)
-            return path, settle_batch_size(config, world_size, stored["config"]), damaged
+            filled = fill_in(given, stored["config"])
+            _compare_configs(path, stored["config"], filled)
+            settled = settle_batch_size(filled, hardware.n_processes, stored["config"])
+            if filled.micro_batch_size == stored["config"]["micro_batch_size"]:  # nobody asks for another than the run had
+                settled = dataclasses.replace(settled, micro_batch_size=stored["state"].get("micro_batch_size") or filled.micro_batch_size)
+            return path, filled, settled, damaged
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
             damaged.append(path)
     if damaged:
         raise InputError(f"no checkpoint in {folder} is whole; --overwrite starts anew, and nothing is removed until then")
-    return None, settle_batch_size(config, world_size), []
+    filled = fill_in(given, hardware.tier().values())
+    return None, filled, settle_batch_size(filled, hardware.n_processes), []
 
 
 def verify(path: Path) -> None:
@@ -116,7 +128,7 @@ def save_checkpoint(run: Run, state: State, model: Bert, optimizer: torch.optim.
     save_model(model, tokenizer, temporary)
     moments = save(optimizer_tensors(model, optimizer))
     write_atomic(temporary / "optimizer.safetensors", lambda file: file.write(moments))
-    constants = dataclasses.asdict(run.config) | {"batch_size": run.given.batch_size}
+    constants = dataclasses.asdict(run.config) | {name: getattr(run.given, name) for name in ("batch_size", "micro_batch_size")}
     write_json(temporary / "state.json", {"format": FORMAT, "config": constants, "state": dataclasses.asdict(state)})
     write_json(temporary / MANIFEST, {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
                                       for name in sorted(FILES)})

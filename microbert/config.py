@@ -21,6 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
+# what a preset gives to constants that are None; "auto" leaves those of BY_TIER to the device (memory.py)
+PRESETS: dict[str, dict[str, int]] = {
+    "auto": {"n_heads": 8, "n_embed": 128, "max_seq_len": 128, "vocab_size": 50_000},
+    "large": {"n_layers": 8, "n_heads": 8, "n_embed": 256, "max_seq_len": 256, "vocab_size": 25_000, "batch_size": 96},
+}
+BY_TIER = ("n_layers", "batch_size")
+BY_PRESET = {name for values in PRESETS.values() for name in values}
 
 
 class InputError(Exception):
@@ -31,10 +38,11 @@ class InputError(Exception):
 class Config:
     """Every constant of a script, checked. Lengths are in tokens, `dataset` and folders are as the user wrote them.
 
-    `settle_batch_size` makes a number of `global_batch_size`, and each process's share of it of `batch_size`.
+    Those of BY_TIER are None where the preset leaves them to the device, until `fill_in` gives them numbers. `settle_batch_size` makes a
+    number of `global_batch_size`, and each process's share of it of `batch_size`.
     """
 
-    n_layers: int
+    n_layers: int | None
     n_heads: int
     n_embed: int
     max_seq_len: int
@@ -51,7 +59,7 @@ class Config:
     mlm_probability: float
 
     epochs: int
-    batch_size: int
+    batch_size: int | None
     global_batch_size: int | None
     micro_batch_size: int | None
     learning_rate: float
@@ -72,10 +80,20 @@ class Config:
     prepare_only: bool
     dry_run: bool
 
+    # what v4 adds; a script whose block leaves one out has this value
+    preset: str | None = None
+    memory_budget_gb: float | None = None
+    dtype: str = "float32"
+    torch_compile: bool | None = False
+    gpu_memory_gb: float | None = None
+    num_gpus: int | None = None
+
     def __post_init__(self) -> None:
-        for name in ("n_layers", "n_heads", "n_embed", "batch_size", "epochs", "group_timeout", "keep_checkpoints"):
+        for name in ("n_heads", "n_embed", "epochs", "group_timeout", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, "must be at least 1", self)
-        for name in ("global_batch_size", "micro_batch_size", "max_samples", "eval_every", "save_every"):
+        for name in BY_TIER:
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1", self)
+        for name in ("global_batch_size", "micro_batch_size", "max_samples", "eval_every", "save_every", "num_gpus"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be None or at least 1", self)
         if self.n_embed % self.n_heads:
             raise InputError(f"n_embed = {self.n_embed} must be divisible by n_heads = {self.n_heads}: each head takes an equal share")
@@ -92,6 +110,11 @@ class Config:
         _require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2**63", self)
         _require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, "device",
                  'must be "auto", "cpu", "cuda", "cuda:N" or "mps"', self)
+        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", 'must be "auto", "float32" or "bfloat16"', self)
+        for name in ("memory_budget_gb", "gpu_memory_gb"):
+            _require(getattr(self, name) is None or getattr(self, name) > 0, name, "must be None or above 0", self)
+        for name in ("gpu_memory_gb", "num_gpus"):
+            _require(getattr(self, name) is None or self.dry_run, name, "plans for a machine that is not at hand: it goes with --dry-run", self)
         for name in ("dataset", "output_dir", "cache_dir"):
             _require(getattr(self, name).strip() != "", name, "must not be empty", self)
         if self.dataset not in ("imdb", "hf"):
@@ -156,6 +179,11 @@ def hub_id(dataset: str) -> tuple[str, str | None] | None:
     return match[1], match[2]
 
 
+def fill_in(config: Config, values: dict[str, int]) -> Config:
+    """The Config with these values for the constants of BY_TIER that are None."""
+    return dataclasses.replace(config, **{name: values[name] for name in BY_TIER if getattr(config, name) is None})
+
+
 def settle_batch_size(config: Config, world_size: int, trained: dict | None = None) -> Config:
     """The Config with the number of sequences that all processes take together in a step, and with each one's share of it.
 
@@ -213,7 +241,7 @@ def read_config(script: str, constants: dict[str, object], argv: list[str] | Non
     try:
         values = _constants_block(Path(script).name, constants)
         values |= _parse_flags(script, values, sys.argv[1:] if argv is None else argv)
-        return Config(**values)
+        return Config(**_with_preset(values))
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # each of torchrun's processes has the same to say
             print(f"error: {error}", file=sys.stderr)
@@ -236,10 +264,22 @@ def _constants_block(script_name: str, constants: dict[str, object]) -> dict[str
     for name in block:
         if name not in _fields():
             raise InputError(f"{script_name}: unknown constant {name}{_suggestion(name, _fields())}")
-    for name in _fields():
-        if name not in block:
-            raise InputError(f"{script_name}: the constant {name} is missing from the block at the top")
+    for field in dataclasses.fields(Config):
+        if field.name not in block and field.default is dataclasses.MISSING:
+            raise InputError(f"{script_name}: the constant {field.name} is missing from the block at the top")
     return {name: _convert(name, value) for name, value in block.items()}
+
+
+def _with_preset(values: dict[str, object]) -> dict[str, object]:
+    """The values with the preset's in place of None. Raises InputError where None is left and there is no preset."""
+    preset = values.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f'preset = {preset!r} must be "auto" or "large"')
+    filled = values | {name: value for name, value in PRESETS.get(preset, {}).items() if values[name] is None}
+    for name in sorted(BY_PRESET):
+        if filled[name] is None and preset is None:
+            raise InputError(f"{name} must not be None without a preset")
+    return filled
 
 
 class _Parser(argparse.ArgumentParser):
@@ -268,7 +308,10 @@ def _parse_flags(script: str, defaults: dict[str, object], argv: list[str]) -> d
             parser.add_argument(*flags, dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = _suggestion(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
+        flag = unknown[0].split("=")[0]
+        hint = _suggestion(flag, known) if flag.startswith("-") else ""
+        if flag.removeprefix("--").replace("-", "_") in _fields():
+            hint = ": it is a constant of another version, which this one's block does not have"
         raise InputError(f"unknown flag {unknown[0]}{hint} (--help lists every flag)")
     values = vars(parsed)
     if "dataset" in values:
@@ -285,8 +328,9 @@ def _convert(name: str, value: object) -> object:
     """A constant or a flag's text as the field's type. `None` and `none` mean None where the field may be None."""
     hint = _fields()[name]
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() == "none" and types.NoneType in options):
-        if types.NoneType in options:
+    may_be_none = types.NoneType in options or name in BY_PRESET
+    if value is None or (isinstance(value, str) and value.lower() == "none" and may_be_none):
+        if may_be_none:
             return None
         raise InputError(f"{name} must not be None")
     kind = options[0]

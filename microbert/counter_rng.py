@@ -1,12 +1,15 @@
 """Random numbers as arithmetic: a pure function of (seed, counters), the same in any order, on any rank, after any restart.
 
 Each counter is mixed in with the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-generators"). All arrays are uint64, where numpy's multiplication wraps as the algorithm wants.
+generators"). All arrays are uint64, where numpy's multiplication wraps as the algorithm wants; tensors are int64, whose multiplication
+wraps alike, and whose sign is taken off where bits move to the right.
 """
 
 import numpy as np
+from torch import Tensor
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+RANDOM_BITS = 53  # of what `uniform_bits` gives
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -46,3 +49,20 @@ def permute(index: np.ndarray, n: int, *counters: int | np.ndarray) -> np.ndarra
         value[outside] = (left << shift) | right
         outside = value >= np.uint64(n)
     return value.astype(np.int64)
+
+
+def uniform_bits(counters: Tensor) -> Tensor:
+    """For each element an integer in [0, 2**RANDOM_BITS), as SplitMix64 gives it for that counter. int64, on any device."""
+    x = counters * _signed(GOLDEN)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _moved(x, shift)) * _signed(factor)
+    return _moved(x ^ _moved(x, 31), 64 - RANDOM_BITS)
+
+
+def _signed(bits: int | np.uint64) -> int:
+    return int(bits) - 2**64 if int(bits) >= 2**63 else int(bits)
+
+
+def _moved(x: Tensor, n: int) -> Tensor:
+    """To the right by n bits, with zeros from the left."""
+    return (x >> n) & (2 ** (64 - n) - 1)

@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them, and the device of each.
+"""The processes of a run, as torchrun starts them.
 
 Environment variables tell a process which of how many it is, and where all meet: at a store of short texts under keys. While tokens are
 prepared, which may take hours, the processes speak through the store alone, because waiting there has no end and can be interrupted. For
@@ -19,8 +19,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .config import InputError
 
@@ -191,20 +189,20 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model, with weights as they are in the first process, and with gradients that backward averages over all of them."""
-        if self.size == 1:
-            return model
-        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
+    @torch.no_grad()
     def broadcast(self, tensors: list[torch.Tensor]) -> None:
         """Copies the first process's values into everybody's tensors."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Puts the sum over all processes into everybody's tensor: bitwise the same in all, and at each call for the same values."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def gather(self, *values: float) -> np.ndarray:
-        """Everybody's values, the same in every process. float64 [W, len(values)]."""
+        """Everybody's values, the same in every process. float64 [W, len(values)]. No GPU is waited for."""
         table = torch.zeros(self.size, len(values), dtype=torch.float64)
         table[self.rank] = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
@@ -221,16 +219,6 @@ def _wait_for(store: dist.Store, key: str, check_stop: Callable[[], None]) -> No
         time.sleep(POLL_SECONDS)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model that `World.parallel` was given."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def without_reduction(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Inside, backward adds to this process's gradients alone."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
-
-
 def lost_process(error: BaseException) -> str:
     """One line when the error is what torch raises when another process is gone or silent, "" when it is another."""
     is_one = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL")))
@@ -239,54 +227,3 @@ def lost_process(error: BaseException) -> str:
 
 def _one_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200]
-
-
-def n_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def choose_device(name: str, world: World) -> torch.device:
-    """name: the constant `device`. "auto" takes CUDA, else Apple's MPS, else the CPU. Raises InputError where it is missing.
-
-    Several processes on one machine take a GPU each, or share its cores.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world.size == 1 else "cpu"
-    device = torch.device(name)
-    if world.size > 1 and (device.type == "mps" or device.index is not None):
-        raise InputError(f'device = "{name}" is one device, and torchrun has started {world.size} processes: use "cuda", "cpu" or "auto"')
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError('device = "cuda", but PyTorch sees no CUDA GPU here; use device = "auto" or "cpu"')
-    if device.type == "cuda" and world.size > 1:
-        if world.local_size > torch.cuda.device_count():
-            raise InputError(f"{world.local_size} processes on a machine where PyTorch sees {torch.cuda.device_count()} GPUs: start one for each GPU")
-        device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f'device = "{name}", but there are {torch.cuda.device_count()} GPUs, counted from 0')
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError('device = "mps", but PyTorch sees no Apple GPU here; use device = "auto" or "cpu"')
-    if device.type == "cpu" and world.local_size > 1 and world.one_thread_asked:  # torchrun asks for one thread where nobody says how many
-        torch.set_num_threads(max(1, n_cores() // world.local_size))
-    return device
-
-
-def describe_device(device: torch.device, world: World) -> str:
-    if device.type == "cuda":
-        one = f"{device} ({torch.cuda.get_device_name(device)})" if world.size == 1 else f"{torch.cuda.get_device_name(device)} each"
-    else:
-        one = f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})" if device.type == "cpu" else str(device)
-    return one if world.size == 1 else f"{world.size} processes, {one}"
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory that this process has held so far, in GB: of the GPU on CUDA, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if os.uname().sysname == "Darwin" else peak * 1024 / 1e9

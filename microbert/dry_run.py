@@ -1,5 +1,6 @@
 """What a run would do -- corpus, tokens, model, steps, memory, disk, time -- told without training or writing anything."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -11,21 +12,21 @@ import torch
 
 from .batches import Batch, steps_in_run
 from .checkpoint import look_for_checkpoint, read_state
-from .config import Config, InputError, explain_learning_rate, peak_learning_rate, settle_batch_size
+from .config import Config, InputError, explain_learning_rate, fill_in, peak_learning_rate, settle_batch_size
 from .corpus import open_corpus
-from .distributed import World, choose_device, describe_device
+from .device import GIB, choose_device, describe_device
+from .distributed import World
 from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from .files import read_json
 from .hub import choose_dataset
 from .masking import mask_batch
-from .memory import count_parameters, planned_peak_gb
+from .memory import GB, Hardware, Plan, count_parameters, hardware_of, plan_memory, tell_memory, tell_tier
 from .model import ModelConfig, build_model
-from .optim import build_optimizer
 from .prepare import estimated_megabytes, estimated_tokens, find_tokens
 from .report import read_metrics
 from .run import BAD_INPUT, FAILED, Failed, Run, check_folder, hub_folder
+from .step import Learner
 from .tokenizer import N_SPECIAL, find_tokenizer
-from .training import training_step
 
 TIMED_STEPS, TIMED_SECONDS = 10, 5.0
 PREPARED_MEGABYTES_A_SECOND = 25.0  # on two cores
@@ -40,6 +41,8 @@ def tell_plan(config: Config) -> None:
     world = World()
     if not world.is_first:
         return
+    if config.num_gpus is not None:
+        world = World({"WORLD_SIZE": str(config.num_gpus)})
     try:
         print(json.dumps(_plan(config, world)))
     except InputError as error:
@@ -53,15 +56,24 @@ def tell_plan(config: Config) -> None:
 def _plan(config: Config, world: World) -> dict[str, object]:
     folder = Path(config.output_dir)
     check_folder(folder)
-    device = choose_device(config.device, world)
+    is_at_hand = config.gpu_memory_gb is None
+    if is_at_hand:
+        device = choose_device(config.device, World({}) if config.num_gpus is not None else world)
+        hardware, described = hardware_of(device, world), describe_device(device, world)
+    else:
+        device, hardware = torch.device("cuda"), Hardware("cuda", round(config.gpu_memory_gb * GIB), world.size)
+        described = f"{world.size} GPU{'s' * (world.size > 1)} of {config.gpu_memory_gb:g} GB (not at hand)"
     checkpoint = None
     if config.overwrite and folder.exists():
         print(f"--overwrite: an earlier run in {folder} would be removed first")
+        config = fill_in(config, hardware.tier().values())
         config = settle_batch_size(config, world.size)
     else:
-        checkpoint, config, _ = look_for_checkpoint(folder, config, world.size)
+        checkpoint, _, config, _ = look_for_checkpoint(folder, config, hardware)
         if Run(config, folder).is_finished():
-            return _finished_plan(config, folder, device)
+            return _finished_plan(config, folder, hardware)
+    if config.preset is not None:
+        tell_tier(config, hardware)
     corpus = open_corpus(config, lambda: None)
     tokenizer = find_tokenizer(corpus, config)
     tokens = find_tokens(corpus, tokenizer, config) if tokenizer else None
@@ -84,24 +96,26 @@ def _plan(config: Config, world: World) -> dict[str, object]:
     remaining = max(0, steps - steps_done)  # below 0 only where the steps are an estimate
     if config.prepare_only:
         print("--prepare-only: the run would stop when the tokens are prepared; what follows is the same command without it")
-    print(f"training: {'' if tokens else 'about '}{steps:,} steps of {config.global_batch_size} sequences on "
-          f"{describe_device(device, world)}, {config.epochs} epochs")
+    print(f"training: {'' if tokens else 'about '}{steps:,} steps of {config.global_batch_size} sequences on {described}, {config.epochs} epochs")
     if checkpoint:
         print(f"going on after step {steps_done}: {'' if tokens else 'about '}{remaining:,} steps remain, from {checkpoint}")
     print(explain_learning_rate(config))
-    memory = planned_peak_gb(config, vocab_size, device)
-    print(f"memory: about {memory:.2f} GB of {'the GPU' if device.type == 'cuda' else 'the machine'}"
-          + (", for each process" if world.size > 1 else ""))
+    memory = plan_memory(config, vocab_size, hardware)
+    tell_memory(memory, config, hardware)
     saved = 4 * n_parameters * (1 + 3 * (config.keep_checkpoints + 1)) / 1e6  # the model, and weights with Adam's moments in each checkpoint
     _tell_disk(config, disk, saved)
-    seconds = _seconds_a_step(model, config, device) * remaining
-    print(f"time: about {_in_words(seconds)} of training ({remaining:,} steps, one measured now on random tokens)"
-          + (f", after {_in_words(preparation)} of preparation" if preparation else ""))
-    return _facts(config, vocab_size, device, steps, steps_done, n_parameters) | {
-        "sequences": n_sequences, "tokens_known": tokens is not None, "planned_seconds": round(seconds, 1)}
+    seconds = None
+    if is_at_hand:
+        seconds = round(_seconds_a_step(model, dataclasses.replace(config, micro_batch_size=memory.micro_batch_size), device) * remaining, 1)
+        print(f"time: about {_in_words(seconds)} of training ({remaining:,} steps, one measured now on random tokens)"
+              + (f", after {_in_words(preparation)} of preparation" if preparation else ""))
+    else:
+        print("time: not known, for it is measured on the machine itself")
+    return _facts(config, vocab_size, memory, hardware, steps, steps_done, n_parameters) | {
+        "sequences": n_sequences, "tokens_known": tokens is not None, "planned_seconds": seconds}
 
 
-def _finished_plan(config: Config, folder: Path, device: torch.device) -> dict[str, object]:
+def _finished_plan(config: Config, folder: Path, hardware: Hardware) -> dict[str, object]:
     """Of a run of which nothing is left to do. Like the run itself, this does not touch the corpus."""
     print(f"{folder} is finished: nothing would be done; --overwrite starts anew, another --output-dir keeps both")
     try:
@@ -110,16 +124,16 @@ def _finished_plan(config: Config, folder: Path, device: torch.device) -> dict[s
         raise InputError(f"{folder / 'config.json'} is damaged ({error}): --overwrite starts anew") from error
     steps = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
     n_parameters = count_parameters(ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len))
-    return _facts(config, vocab_size, device, steps, steps, n_parameters) | {"planned_seconds": 0.0}
+    return _facts(config, vocab_size, plan_memory(config, vocab_size, hardware), hardware, steps, steps, n_parameters) | {"planned_seconds": 0.0}
 
 
-def _facts(config: Config, vocab_size: int, device: torch.device, steps: int, steps_done: int, n_parameters: int) -> dict[str, object]:
+def _facts(config: Config, vocab_size: int, memory: Plan, hardware: Hardware, steps: int, steps_done: int, n_parameters: int) -> dict[str, object]:
     """steps: of the whole run. steps_done: of them, before this start."""
     return {"dataset": config.dataset, "n_layers": config.n_layers, "n_heads": config.n_heads, "n_embed": config.n_embed,
             "max_seq_len": config.max_seq_len, "vocab_size": vocab_size, "batch_size": config.batch_size, "global_batch_size": config.global_batch_size,
-            "micro_batch_size": min(config.micro_batch_size or config.batch_size, config.batch_size),
-            "planned_peak_gb": round(planned_peak_gb(config, vocab_size, device), 3), "steps": steps, "steps_done": steps_done,
-            "peak_learning_rate": peak_learning_rate(config), "parameters": n_parameters, "device": str(device)}
+            "micro_batch_size": memory.micro_batch_size, "planned_peak_gb": round(memory.total / GB, 3),
+            "memory_budget_gb": memory.budget and round(memory.budget / GB, 3), "steps": steps, "steps_done": steps_done,
+            "peak_learning_rate": peak_learning_rate(config), "parameters": n_parameters, "device": hardware.kind}
 
 
 def _tell_disk(config: Config, tokens: float, saved: float) -> None:
@@ -144,15 +158,14 @@ def _expected_sequences(estimate: Estimate, config: Config) -> int:
 def _seconds_a_step(model_config: ModelConfig, config: Config, device: torch.device) -> float:
     """Of a training step on random tokens, the first one left out."""
     rng = np.random.default_rng(0)
-    model = build_model(model_config, config.seed).to(device)
-    optimizer = build_optimizer(model, config)
+    learner = Learner(build_model(model_config, config.seed).to(device), config, World({}))
     shape = (config.batch_size, config.max_seq_len)
     seconds, begin = [], time.perf_counter()
     while len(seconds) <= TIMED_STEPS and (len(seconds) < 2 or time.perf_counter() - begin < TIMED_SECONDS):
         start = time.perf_counter()
         batch = Batch(rng.integers(N_SPECIAL, model_config.vocab_size, shape), np.arange(shape[0]), np.zeros(shape[0], np.int64), np.ones(shape[0], bool))
         masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model_config.vocab_size)
-        training_step(model, optimizer, masked, config, len(seconds), 0.0, World({}))
+        learner.step(masked, len(seconds), 0.0).read()
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[1:]))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import Config
+from .counter_rng import RANDOM_BITS, uniform_bits
 from .tokens import Tokens
 
 LAYER_NORM_EPS = 1e-12
@@ -31,6 +32,26 @@ class ModelConfig:
         return 4 * self.n_embed
 
 
+class Dropout(nn.Module):
+    """Sets a share of the values to 0 and scales up the rest, by arithmetic on a key of each sequence.
+
+    So a sequence drops the same values in whatever micro-batch and on whatever process it is computed. `site` tells the places of the model apart.
+    """
+
+    def __init__(self, share: float, site: int) -> None:
+        super().__init__()
+        self.share, self.site = share, site
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """x: [B, T, D]. keys: int64 [B], random; None drops nothing."""
+        if keys is None or not self.share:
+            return x
+        B, T, D = x.shape
+        counter = torch.arange(T * D, device=x.device) + self.site * T * D
+        is_dropped = uniform_bits(keys[:, None] + counter) < int(self.share * 2**RANDOM_BITS)  # [B, T * D]
+        return x.masked_fill(is_dropped.view(B, T, D), 0.0) / (1 - self.share)
+
+
 class Embeddings(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -38,12 +59,12 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_seq_len, config.n_embed)
         self.token_type = nn.Embedding(N_TOKEN_TYPES, config.n_embed)
         self.norm = nn.LayerNorm(config.n_embed, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, site=0)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, dropout_keys: Tensor | None) -> Tensor:
         x = self.word(input_ids)  # [B, T, D]
         x = x + (self.position.weight[: input_ids.shape[1]] + self.token_type.weight[0])
-        return self.dropout(self.norm(x))
+        return self.dropout(self.norm(x), dropout_keys)
 
 
 class Attention(nn.Module):
@@ -64,18 +85,18 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Post-norm, as in BERT: the norm comes after each residual sum."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.attention_norm = nn.LayerNorm(config.n_embed, eps=LAYER_NORM_EPS)
         self.expand = nn.Linear(config.n_embed, config.n_inner)
         self.contract = nn.Linear(config.n_inner, config.n_embed)
         self.output_norm = nn.LayerNorm(config.n_embed, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout, self.output_dropout = (Dropout(config.dropout, site=2 * number + place) for place in (1, 2))
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, attention_mask)))
-        return self.output_norm(x + self.dropout(self.contract(F.gelu(self.expand(x)))))
+    def forward(self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None) -> Tensor:
+        x = self.attention_norm(x + self.attention_dropout(self.attention(x, attention_mask), dropout_keys))
+        return self.output_norm(x + self.output_dropout(self.contract(F.gelu(self.expand(x))), dropout_keys))
 
 
 class Head(nn.Module):
@@ -98,7 +119,7 @@ class Bert(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.n_layers))
         self.head = Head(config)
 
     @property
@@ -111,17 +132,18 @@ class Bert(nn.Module):
         """[V]"""
         return self.head.bias
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         """What the head hands to the vocabulary at the given positions.
 
         input_ids: int64 [B, T]. attention_mask: bool [B, T], True for real tokens; None when there is no padding.
-        positions: int64 [B, M]. Returns [B * M, D]; times `output_weight` plus `output_bias` are the logits.
+        positions: int64 [B, M]. dropout_keys: int64 [B], a random number for each sequence; None where nothing is to be dropped.
+        Returns [B * M, D]; times `output_weight` plus `output_bias` are the logits.
         """
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # the same for all heads and queries
-        x = self.embeddings(input_ids)
+        x = self.embeddings(input_ids, dropout_keys)
         for layer in self.layers:
-            x = layer(x, attention_mask)
+            x = layer(x, attention_mask, dropout_keys)
         B, T, D = x.shape
         rows = (positions + T * torch.arange(B, device=positions.device)[:, None]).reshape(-1)
         return self.head(x.reshape(B * T, D).index_select(0, rows))

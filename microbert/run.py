@@ -48,8 +48,8 @@ class Diverged(Failed):
 class Run:
     """The folder of a run, and this process among those that work on it. The first of them holds the folder's lock, and writes.
 
-    config: with the batch size settled once the run's checkpoint is known; `given` is it as the user gave it. stop_signal: what told this
-    process to stop, if anything did.
+    config: settled, once the run's checkpoint is known; `given` is it as the user gave it, with the device's tier where a preset asks for that.
+    stop_signal: what told this process to stop, if anything did.
     """
 
     def __init__(self, config: Config, folder: Path, world: World | None = None) -> None:

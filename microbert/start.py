@@ -34,10 +34,13 @@ def start_together(run: Run, checkpoint: Path | None, model: Bert, optimizer: to
     _compare(run, first["facts"], _facts(run, device, tokens), first["state"]["step"])
     state = State(**first["state"])
     world.form_group(device, run.config.group_timeout, run.check_stop)
+    world.broadcast(list(model.parameters()))
     if state.step:
         if not world.is_first:
             set_optimizer_step(model, optimizer, state.step)
         world.broadcast(list(optimizer_tensors(model, optimizer).values()))
+    if state.micro_batch_size != run.config.micro_batch_size:  # another was asked for, or planned
+        state.micro_batch_size = None
     return state
 
 

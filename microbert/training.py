@@ -1,10 +1,9 @@
 """The training loop and the evaluation.
 
 Each process takes its share of every batch; what they add up to decides, so that all of them do the same at the same step.
-Shapes: B sequences of a process's batch, T = max_seq_len, M masked slots a sequence, W processes.
 """
 
-import contextlib
+import collections
 import dataclasses
 import math
 import time
@@ -14,29 +13,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import nn
-from torch.nn.utils import get_total_norm
 
 from .batches import evaluation_batches, steps_in_run, training_batch
 from .checkpoint import State, save_checkpoint
 from .config import Config, explain_learning_rate, peak_learning_rate
-from .counter_rng import random_bits
-from .distributed import World, describe_device, lost_process, peak_memory_gb, unwrap, without_reduction
-from .loss import masked_loss, masked_scores
-from .masking import MaskedBatch, mask_batch
+from .device import describe_device, out_of_memory, peak_memory_gb
+from .distributed import lost_process
+from .loss import masked_scores
+from .masking import mask_batch
 from .model import Bert, unigram_entropy
-from .optim import build_optimizer, learning_rate_share, reach
+from .optim import learning_rate_share, reach
 from .report import Metrics, draw_training_curve, progress_bar
-from .run import Diverged, Failed, Run, Stopped, stopped_by
+from .run import Failed, Run, Stopped, stopped_by
 from .start import start_together
-from .tokenizer import PAD_ID
+from .step import Learner, Step
 from .tokens import Sequences, Tokens
 
 EVALUATION_PROBABILITY = 0.15  # whatever the run trains with, so that losses compare
 LINES_PER_RUN = 100  # of training metrics
 TOO_SHORT_A_REACH = 0.1  # sum of the learning rates: v1's shape stays at unigram entropy at 0.05, and learns at 0.5
 HUGS_UNIGRAM = 0.05  # nats
-CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 POINTS_PER_RUN = 10  # evaluations and checkpoints, where eval_every and save_every are None
 
 
@@ -48,34 +44,29 @@ class Evaluation:
     accuracy: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """loss: the mean of all masked tokens, in nats. grad_norm: before clipping. stopping: the ranks that were told to stop."""
-
-    loss: float
-    grad_norm: float
-    stopping: list[int]
-
-
 def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokenizer: Tokenizer) -> State:
     """Trains from the checkpoint (from scratch when None) to the last step, and returns where the run stands then.
 
     Raises Stopped after a signal, with everything saved; Diverged when loss or gradient stop being finite, before that step is applied;
-    Failed when another process of the run is gone or silent.
+    Failed when another process of the run is gone or silent, or memory runs out.
     """
     config, world, device = run.config, run.world, next(model.parameters()).device
     steps = steps_in_run(len(tokens.train), config.epochs, config.global_batch_size)
     uniform_loss, unigram_loss = math.log(model.config.vocab_size), unigram_entropy(torch.from_numpy(tokens.token_counts))
     _announce(run, device, steps, uniform_loss, unigram_loss)
-    optimizer = build_optimizer(model, config)
-    state = start_together(run, checkpoint, model, optimizer, tokens)
+    learner = Learner(model, config, world)
+    state = start_together(run, checkpoint, model, learner.optimizer, tokens)
+    learner.ran_short = state.micro_batch_size is not None
     if checkpoint is not None:
-        print(f"going on after step {state.step}, from {checkpoint}")
+        print(f"going on after step {state.step}, from {checkpoint}" + learner.ran_short * f", with {state.micro_batch_size} sequences at a time")
     try:
-        metrics = _train(run, state, steps, model, optimizer, tokens, tokenizer)
+        metrics = _train(run, state, steps, learner, tokens, tokenizer)
     except RuntimeError as error:
         if lost := lost_process(error):
             raise Failed(f"step {state.step}: {lost}") from error
+        if shortage := out_of_memory(error):
+            raise Failed(f"step {state.step}: out of memory, and not for a micro-batch of training ({shortage}). A smaller micro_batch_size, vocab_size, "
+                         "n_embed or n_layers takes less") from error
         raise
     world.leave_group()
     if world.is_first:
@@ -89,9 +80,9 @@ def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokeni
     return state
 
 
-def _train(run: Run, state: State, steps: int, model: Bert, optimizer: torch.optim.Optimizer, tokens: Tokens, tokenizer: Tokenizer) -> Metrics:
+def _train(run: Run, state: State, steps: int, learner: Learner, tokens: Tokens, tokenizer: Tokenizer) -> Metrics:
     """The loop, from where `state` stands, which it moves on. Returns the metrics, which the first process alone writes."""
-    config, world, device = run.config, run.world, next(model.parameters()).device
+    config, world = run.config, run.world
     eval_every = config.eval_every or -(-steps // POINTS_PER_RUN)
     save_every = config.save_every or -(-steps // POINTS_PER_RUN)
     log_every = max(1, steps // LINES_PER_RUN)
@@ -99,9 +90,8 @@ def _train(run: Run, state: State, steps: int, model: Bert, optimizer: torch.opt
     metrics = Metrics(run.folder, state.step, writes=world.is_first)
     seconds_before, start = state.seconds, time.perf_counter()
     logged_step, step_seconds = state.step, 0.0
-    parallel_model = world.parallel(model, device)
-    if world.size > 1:
-        _settle_reduction(parallel_model, tokens, config)
+    unread: collections.deque[Step] = collections.deque()  # at most one behind the step that is under way, so that the device need not wait
+    grad_norm = 0.0
 
     def line(**values: float) -> dict[str, float]:
         state.seconds = seconds_before + time.perf_counter() - start
@@ -113,7 +103,7 @@ def _train(run: Run, state: State, steps: int, model: Bert, optimizer: torch.opt
         """Returns the ranks that were told to stop."""
         if state.step % eval_every and state.step != steps:
             return []
-        result, stopping = evaluate(model, tokens.held_out, run)
+        result, stopping = evaluate(learner, tokens.held_out, run)
         if result is not None:
             if result.loss < state.best_eval_loss:
                 state.best_eval_loss, state.best_step = result.loss, state.step
@@ -125,7 +115,7 @@ def _train(run: Run, state: State, steps: int, model: Bert, optimizer: torch.opt
     def save() -> None:
         if world.is_first:
             line()
-            save_checkpoint(run, state, model, optimizer, tokenizer)
+            save_checkpoint(run, state, learner.model, learner.optimizer, tokenizer)
 
     def stop() -> None:
         save()
@@ -144,21 +134,25 @@ def _train(run: Run, state: State, steps: int, model: Bert, optimizer: torch.opt
                                    seed=config.seed, rank=world.rank, world_size=world.size)
             masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=tokenizer.get_vocab_size())
             learning_rate = peak * learning_rate_share(state.step, steps, config.warmup_ratio)
-            step = training_step(parallel_model, optimizer, masked, config, state.step, learning_rate, world, run.stop_signal is not None)
-            step_seconds += time.perf_counter() - step_start
-            stopping = step.stopping
+            unread.append(learner.step(masked, state.step, learning_rate, run.stop_signal is not None))
+            stopping = unread[-1].stopping
             state.step += 1
-            state.loss_sum += step.loss
-            state.loss_steps += 1
+            state.micro_batch_size = learner.micro_batch_size if learner.ran_short else None
+            is_pause = bool(stopping) or state.step == steps or any(state.step % every == 0 for every in (log_every, eval_every, save_every))
+            while len(unread) > (0 if is_pause else 1):
+                loss, grad_norm = unread.popleft().read()
+                state.loss_sum += loss
+                state.loss_steps += 1
+            step_seconds += time.perf_counter() - step_start
             bar.update(1)
             if state.step % log_every == 0 or state.step == steps:
                 samples_per_second = (state.step - logged_step) * config.global_batch_size / step_seconds
                 mean_loss = state.loss_sum / state.loss_steps
                 metrics.write(line(**{
-                    "train/loss": mean_loss, "train/learning_rate": learning_rate, "train/grad_norm": step.grad_norm,
+                    "train/loss": mean_loss, "train/learning_rate": learning_rate, "train/grad_norm": grad_norm,
                     "train/samples_per_second": round(samples_per_second, 1),
                     "train/tokens_per_second": round(samples_per_second * config.max_seq_len),
-                    "train/peak_memory_gb": round(peak_memory_gb(device), 3)}))
+                    "train/peak_memory_gb": round(peak_memory_gb(learner.device), 3)}))
                 bar.set_postfix_str(f"loss {mean_loss:.3f}, {samples_per_second * config.max_seq_len / 1000:.0f}k tokens/s", refresh=False)
                 logged_step, step_seconds, state.loss_sum, state.loss_steps = state.step, 0.0, 0.0, 0
             stopping = stopping or evaluate_if_due()
@@ -192,86 +186,21 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
               + (', or set lr_scaling = "auto"' if config.lr_scaling == "none" else ""))
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, masked: MaskedBatch, config: Config, step: int, learning_rate: float,
-                  world: World, is_to_stop: bool = False) -> Step:
-    """One update from one batch, in micro-batches, of which `masked` is this process's share. model: as `World.parallel` gives it.
-
-    Raises Diverged in all processes, with the weights as they were, when loss or gradient are not finite in one of them.
-    """
-    model.train()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.zero_grad(set_to_none=True)
-    n_slots = masked.labels.size  # what the loss is divided by until the masked tokens of all processes are counted
-    loss = 0.0
-    parts = list(micro_batches(masked, config.micro_batch_size))
-    for number, micro_batch in enumerate(parts):
-        if config.dropout:  # a function of (seed, step, rank), so that a resumed run drops what the first would have dropped
-            torch.manual_seed(int(random_bits(config.seed, step, number, world.rank)[0] >> 1))
-        with without_reduction(model) if number < len(parts) - 1 else contextlib.nullcontext():
-            part = masked_loss(*_forward(model, micro_batch), n_slots)
-            part.backward()
-        loss += part.item()
-    n_masked, losses, stopping = world.gather(masked.n_masked, loss, is_to_stop).T  # [W] each
-    scale = n_slots / n_masked.sum()
-    loss = losses.sum() * scale
-    gradients = [parameter.grad for parameter in model.parameters()]
-    grad_norm = world.size * scale * get_total_norm(gradients).item()  # backward has averaged over the processes
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        rank = None if math.isfinite(loss) else int(np.argmin(np.isfinite(losses)))
-        where = f" (in process {rank} of {world.size})" if world.size > 1 and rank is not None else ""
-        raise Diverged(f"step {step}: the loss is {loss:g}{where} and the gradient's norm {grad_norm:g}, so this step was not applied. The last "
-                       "checkpoint is from before it. A lower learning_rate or a lower grad_clip usually helps", rank)
-    clip = min(1.0, (config.grad_clip or math.inf) / (grad_norm + CLIP_EPS))
-    torch._foreach_mul_(gradients, float(world.size * scale * clip))
-    optimizer.step()
-    return Step(loss, grad_norm, np.flatnonzero(stopping).tolist())
-
-
-def _settle_reduction(parallel_model: nn.Module, tokens: Tokens, config: Config) -> None:
-    """A backward pass whose gradients nobody uses: after the first one, DistributedDataParallel puts them in another order.
-
-    Sums over three processes or more depend on that order, and a run that goes on has to add as the first one did.
-    """
-    batch = training_batch(tokens.train, step=0, epochs=1, global_batch_size=1, seed=config.seed)
-    masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=len(tokens.token_counts))
-    masked_loss(*_forward(parallel_model, masked), 1).backward()
-
-
-def micro_batches(masked: MaskedBatch, size: int | None) -> Iterator[MaskedBatch]:
-    """The batch in parts of at most `size` sequences; all of it when None."""
-    n = len(masked.labels)
-    for start in range(0, n, size or n):
-        rows = slice(start, start + (size or n))
-        yield MaskedBatch(masked.input_ids[rows], masked.positions[rows], masked.labels[rows])
-
-
 @torch.no_grad()
-def evaluate(model: Bert, held_out: Sequences, run: Run) -> tuple[Evaluation | None, list[int]]:
+def evaluate(learner: Learner, held_out: Sequences, run: Run) -> tuple[Evaluation | None, list[int]]:
     """Over all held-out sequences, with masks that never change, shared by the processes; and the ranks that were told to stop meanwhile.
 
     No result where there are such.
     """
-    model.eval()
+    learner.model.eval()
     loss = n_correct = n_masked = 0
-    for batch in evaluation_batches(held_out, run.config.batch_size, run.world.rank, run.world.size):
+    for batch in evaluation_batches(held_out, learner.micro_batch_size or run.config.batch_size, run.world.rank, run.world.size):
         if run.stop_signal:
             break
-        masked = mask_batch(batch, seed=run.config.seed, probability=EVALUATION_PROBABILITY, vocab_size=model.config.vocab_size)
-        batch_loss, batch_correct = masked_scores(*_forward(model, masked))
+        masked = mask_batch(batch, seed=run.config.seed, probability=EVALUATION_PROBABILITY, vocab_size=learner.model.config.vocab_size)
+        batch_loss, batch_correct = masked_scores(*learner.hidden(masked))
         loss, n_correct, n_masked = loss + batch_loss, n_correct + batch_correct, n_masked + masked.n_masked
     losses, corrects, counts, stopping = run.world.gather(loss, n_correct, n_masked, run.stop_signal is not None).T
     if stopping.any():
         return None, np.flatnonzero(stopping).tolist()
     return Evaluation(losses.sum() / counts.sum(), corrects.sum() / counts.sum()), []
-
-
-def _forward(model: nn.Module, masked: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the loss functions take: hidden [B * M, D], weight [V, D], bias [V], labels [B * M]."""
-    bert = unwrap(model)
-    device = bert.output_bias.device
-    input_ids = torch.from_numpy(masked.input_ids)
-    attention_mask = input_ids != PAD_ID
-    attention_mask = None if attention_mask.all() else attention_mask.to(device)
-    hidden = model(input_ids.to(device), attention_mask, torch.from_numpy(masked.positions).to(device))
-    return hidden, bert.output_weight, bert.output_bias, torch.from_numpy(masked.labels).reshape(-1).to(device)

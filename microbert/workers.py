@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
-from .distributed import n_cores
+from .device import n_cores
 from .run import Failed
 
 MOST_PROCESSES = 6  # one process reads for all of them, and more would wait for it

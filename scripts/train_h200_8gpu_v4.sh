@@ -13,10 +13,6 @@ DEVICE="${DEVICE:-cuda}"                        # "cpu" trains on the CPU, with 
 
 # shellcheck source=scripts/launch.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.sh"
-if [[ ! -f "$ROOT/mlm_pretrain_v4.py" ]]; then
-  echo "error: mlm_pretrain_v4.py is not there yet; train_h200_8gpu_standard.sh trains v3" >&2
-  exit 2
-fi
 if [[ "$PRESET" != auto ]]; then
   set -- --batch-size="$BATCH_SIZE_PER_GPU" "$@"
 fi

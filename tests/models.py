@@ -46,5 +46,5 @@ def noise_(model, std=0.3, seed=0):
     return model.eval()
 
 
-def noisy_bert(n_layers=2, n_heads=2, n_embed=8, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0):
-    return noise_(Bert(ModelConfig(vocab_size, n_layers, n_heads, n_embed, max_seq_len)), seed=seed)
+def noisy_bert(n_layers=2, n_heads=2, n_embed=8, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, dropout=0.0):
+    return noise_(Bert(ModelConfig(vocab_size, n_layers, n_heads, n_embed, max_seq_len, dropout)), seed=seed)

@@ -77,8 +77,8 @@ def test_evaluation_takes_each_sequence_once_in_order(n, batch_size):
     rows = token_rows(n)
     batches = list(evaluation_batches(in_shards(rows, [n]), batch_size))
     assert [i for _, i in real_pairs(*batches)] == list(range(n))
-    assert np.array_equal(np.concatenate([batch.input_ids for batch in batches]), rows)
-    assert all(len(batch.input_ids) == batch_size for batch in batches[:-1])
+    assert np.array_equal(np.concatenate([batch.input_ids[batch.real] for batch in batches]), rows)
+    assert all(len(batch.input_ids) == batch_size for batch in batches)
 
 
 @pytest.mark.parametrize("batch_size", [3, 8, 100])
@@ -86,7 +86,7 @@ def test_evaluation_masks_do_not_depend_on_the_batch_size_and_are_none_of_traini
     rows = token_rows(30, 40, shortest=20)
 
     def labels(batches):
-        return np.concatenate([mask_batch(batch, seed=1, probability=0.15, vocab_size=60).labels for batch in batches])
+        return np.concatenate([mask_batch(batch, seed=1, probability=0.15, vocab_size=60).labels[batch.real] for batch in batches])
 
     held_out = labels(evaluation_batches(in_shards(rows, [30]), batch_size))
     assert np.array_equal(held_out, labels(evaluation_batches(in_shards(rows, [30]), 30)))

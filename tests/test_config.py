@@ -103,6 +103,45 @@ def test_a_misspelt_constant_is_refused_and_the_right_one_suggested(capsys):
     assert "unknown constant n_layer; did you mean n_layers?" in capsys.readouterr().err
 
 
+V4 = ROOT / "mlm_pretrain_v4.py"
+
+
+def configure_v4(*flags, **changed):
+    return read_config(str(V4), constants(V4) | changed, list(flags))
+
+
+@pytest.mark.parametrize("preset, shape, batch_size", [("auto", (None, 8, 128, 128, 50_000), None), ("large", (8, 8, 256, 256, 25_000), 96)])
+def test_a_preset_gives_what_is_none_and_what_is_set_wins(preset, shape, batch_size):
+    config = configure_v4("--preset", preset)
+    assert (config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.vocab_size) == shape
+    assert config.batch_size == batch_size
+    config = configure_v4("--preset", preset, "--n-layers", "3", "--vocab-size", "9000", n_embed=64, batch_size=5)
+    assert (config.n_layers, config.vocab_size, config.n_embed, config.batch_size, config.n_heads) == (3, 9000, 64, 5, 8)
+    assert (config.memory_budget_gb, config.epochs, config.learning_rate, config.max_samples, config.packing) == (24, 5, 3e-5, 10_000_000, True)
+
+
+def test_version_4_has_the_constants_of_version_3_and_more():
+    v3, v4 = set(constants(ROOT / "mlm_pretrain_v3.py")), set(constants(V4))
+    assert v4 - v3 == {"preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"} and v3 < v4
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--preset", "huge"], 'preset = \'huge\' must be "auto" or "large"'), (["--preset", "none"], "must not be None without a preset"),
+    (["--memory-budget-gb", "0"], "memory_budget_gb"), (["--dtype", "float16"], "dtype"), (["--gpu-memory-gb", "24"], "goes with --dry-run"),
+    (["--num-gpus", "8"], "goes with --dry-run"), (["--dry-run", "--num-gpus", "0"], "num_gpus"), (["--batch-size", "auto"], "batch_size")])
+def test_mistakes_in_what_version_4_adds(flags, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure_v4(*flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and told in error
+
+
+def test_a_flag_of_another_version_is_told_as_such(capsys):
+    with pytest.raises(SystemExit):
+        configure("--preset", "large")
+    assert "a constant of another version" in capsys.readouterr().err
+
+
 def test_a_constant_that_was_deleted_is_named(capsys):
     block = constants()
     del block["seed"]
@@ -116,7 +155,7 @@ def test_help_shows_every_constant_with_its_comment(capsys):
         configure("--help")
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in configure().__dataclass_fields__:
+    for name in configure().__dataclass_fields__.keys() & constants():
         assert "--" + name.replace("_", "-") in text
     assert "transformer layers" in text
 

@@ -22,9 +22,10 @@ from test_config import configure
 
 from microbert.batches import steps_in_run, training_batch
 from microbert.config import InputError, settle_batch_size
-from microbert.distributed import World, choose_device
+from microbert.device import choose_device
+from microbert.distributed import World
 from microbert.masking import mask_batch
-from microbert.training import training_step
+from microbert.step import Learner
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +81,13 @@ def gradients(rank, size, port, micro_batch_size, results):
     rows[20:, 2] = 3
     mine = slice(rank * 32 // size, (rank + 1) * 32 // size)
     masked = mask_batch(as_batch(rows[mine], sequence_ids=np.arange(32)[mine]), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
-    model = noisy_bert()
+    model = noisy_bert(dropout=0.2)
     world.meet(lambda: None)
     world.form_group(torch.device("cpu"), 60, lambda: None)
-    parallel = world.parallel(model, torch.device("cpu"))
-    config = configure(micro_batch_size=micro_batch_size, grad_clip=None)
-    step = training_step(parallel, torch.optim.SGD(model.parameters(), lr=0.0), masked, config, 0, 0.0, world)
+    learner = Learner(model, configure(micro_batch_size=micro_batch_size, grad_clip=None, dropout=0.2), world)
+    numbers = learner.step(masked, 0, 0.0).read()
     if rank == 0:
-        results.put(([step.loss, step.grad_norm], [parameter.grad.numpy() for parameter in model.parameters()], masked.n_masked))
+        results.put((numbers, [parameter.grad.numpy().copy() for parameter in model.parameters()], masked.n_masked))
     world.gather(0.0)  # the first process holds the store
     world.leave_group()
 
@@ -375,12 +375,12 @@ def test_a_second_launch_in_the_folder_is_refused_and_torchruns_death_orphans_no
 
 def test_numbers_that_break_down_in_one_process_stop_all_before_the_step_is_applied(two, tmp_path):
     beside(two, tmp_path)
-    patch = """import microbert.training as training
-real, calls = training.masked_loss, []
+    patch = """import microbert.step as step
+real, calls = step.masked_loss, []
 def broken(*arguments):
     calls.append(1)
-    return real(*arguments) * (float("nan") if rank == 1 and len(calls) == 27 else 1.0)
-training.masked_loss = broken"""
+    return real(*arguments) * (float("nan") if rank == 1 and len(calls) == 26 else 1.0)
+step.masked_loss = broken"""
     script = faulty_script(tmp_path / "broken.py", patch)
     code, out, err = launch(flags_of(tmp_path, 2, save_every=1, keep_checkpoints=100), script=script, module="torch.distributed.run")
     assert code == 1
@@ -409,10 +409,8 @@ def test_a_machine_with_other_tokens_or_constants_is_found_out(two, tmp_path):
 
 
 def test_processes_on_one_machine_share_its_cores(monkeypatch):
-    import microbert.distributed as distributed
-
     threads = torch.get_num_threads()
-    monkeypatch.setattr(distributed, "n_cores", lambda: 12)
+    monkeypatch.setattr("microbert.device.n_cores", lambda: 12)
     environment = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}
     try:
         choose_device("cpu", World({**environment, "OMP_NUM_THREADS": "1"}))

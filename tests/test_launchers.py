@@ -13,7 +13,7 @@ from helpers import ROOT, write_corpus
 from launches import LIMIT, end_tree, finish, flags_of, status, wait_until
 
 SCRIPTS = ROOT / "scripts"
-LAUNCHERS = ("train_1gpu.sh", "train_h200_8gpu_standard.sh", "train_h200_8gpu_v4.sh", "train_multinode.sh")
+LAUNCHERS = ("train_1gpu.sh", "train_24gb.sh", "train_h200_8gpu_standard.sh", "train_h200_8gpu_v4.sh", "train_multinode.sh")
 HOSTILE = ["a b", ";touch X", "$(touch X)", "`touch X`", "-x", "--", "'", '"', "*", "\\", "a\nb"]
 
 
@@ -26,7 +26,6 @@ def checkout(tmp_path):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for script in ROOT.glob("mlm_pretrain_v*.py"):
         shutil.copy(script, folder)
-    (folder / "mlm_pretrain_v4.py").touch()
     for link in ROOT.glob("*.sh"):
         (folder / link.name).symlink_to(os.readlink(link))
     return folder
@@ -66,9 +65,10 @@ def test_a_dry_run_prints_the_command_and_does_nothing(name, checkout):
     before = sorted(checkout.rglob("*"))
     done = call(checkout / "scripts" / name, "--output-dir", "a b", DRY_RUN="1", NUM_GPUS="3")
     assert done.returncode == 0
-    script = {"train_1gpu.sh": "mlm_pretrain_v2.py", "train_h200_8gpu_v4.sh": "mlm_pretrain_v4.py"}.get(name, "mlm_pretrain_v3.py")
+    script = {"train_1gpu.sh": "mlm_pretrain_v2.py", "train_24gb.sh": "mlm_pretrain_v4.py",
+              "train_h200_8gpu_v4.sh": "mlm_pretrain_v4.py"}.get(name, "mlm_pretrain_v3.py")
     assert script in done.stdout and "--output-dir a\\ b" in done.stdout and "--dataset=hf" in done.stdout
-    assert name == "train_1gpu.sh" or ("torchrun" in done.stdout and "--nproc-per-node=3" in done.stdout)
+    assert name in ("train_1gpu.sh", "train_24gb.sh") or ("torchrun" in done.stdout and "--nproc-per-node=3" in done.stdout)
     assert sorted(checkout.rglob("*")) == before
 
 
@@ -93,16 +93,11 @@ def test_the_links_in_the_root_lead_to_the_launchers():
         assert (ROOT / name).is_symlink() and (ROOT / name).resolve() == SCRIPTS / name and os.access(ROOT / name, os.X_OK)
 
 
-def test_the_large_preset_has_its_batch_and_auto_leaves_it_to_the_tier(checkout):
-    large, auto = (call(checkout / "train_h200_8gpu_v4.sh", DRY_RUN="1", **variables).stdout for variables in ({}, {"PRESET": "auto"}))
+@pytest.mark.parametrize("name", ["train_h200_8gpu_v4.sh", "scripts/train_24gb.sh"])
+def test_the_large_preset_has_its_batch_and_auto_leaves_it_to_the_tier(name, checkout):
+    large, auto = (call(checkout / name, DRY_RUN="1", **variables).stdout for variables in ({}, {"PRESET": "auto"}))
     assert "--preset=large" in large and "--batch-size=96" in large and "--max-samples=10M" in large
     assert "--preset=auto" in auto and "--batch-size" not in auto
-
-
-def test_a_version_that_is_not_there_is_told(checkout):
-    (checkout / "mlm_pretrain_v4.py").unlink()
-    done = call(checkout / "train_h200_8gpu_v4.sh")
-    assert done.returncode == 2 and "not there" in done.stderr
 
 
 @pytest.mark.parametrize("variables, flags, told", [

@@ -1,47 +1,57 @@
-"""The planned memory is what a training step takes."""
+"""The planned memory is what a training step takes; tiers, micro-batches and the budget follow from it."""
 
+import contextlib
 import random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import few_examples
 from test_config import configure
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from microbert.config import InputError, fill_in
 from microbert.loss import masked_loss
 from microbert.masking import n_slots
-from microbert.memory import count_parameters, planned_peak_gb, planned_training_bytes
+from microbert.memory import GB, GIB, TIERS, Hardware, count_parameters, plan_memory, planned_training_bytes
 from microbert.model import Bert, ModelConfig
 from microbert.optim import build_optimizer
 
 SHAPES = {"v1": (10_000, 2, 2, 4, 128, 32), "v2": (10_000, 4, 4, 8, 128, 32), "v3": (10_000, 6, 8, 16, 128, 32), "wide": (25_000, 4, 8, 128, 128, 32),
           "a 140 GB GPU": (50_000, 4, 8, 128, 128, 16), "an 80 GB GPU": (50_000, 6, 8, 128, 128, 32), "a 24 GB GPU": (50_000, 4, 8, 128, 128, 8),
           "large": (25_000, 8, 8, 256, 256, 96), "one sequence": (25_000, 4, 8, 128, 128, 1), "long": (1_000, 2, 2, 64, 1024, 8)}
+PRODUCTION = ("a 140 GB GPU", "an 80 GB GPU", "a 24 GB GPU", "large")
 AT_LEAST, AT_MOST = 1.0, 1.25  # of what the step takes
+CPU = Hardware("cpu", None)
 
 
-def constants(n_layers, n_heads, n_embed, max_seq_len, batch_size, **others):
-    return configure(n_layers=n_layers, n_heads=n_heads, n_embed=n_embed, max_seq_len=max_seq_len, batch_size=batch_size, **others)
+def constants(shape, **others):
+    _, n_layers, n_heads, n_embed, max_seq_len, batch_size = shape
+    return configure(**{"n_layers": n_layers, "n_heads": n_heads, "n_embed": n_embed, "max_seq_len": max_seq_len, "batch_size": batch_size, **others})
 
 
-def taken_by_a_step(model_config, batch_size):
-    """Bytes of the tensors that are alive at the peak of a training step. Nothing is computed: the tensors are fake."""
-    T, M = model_config.max_seq_len, n_slots(model_config.max_seq_len, 0.15)
+def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None):
+    """Bytes of the tensors that are alive at the peak of a training step of micro-batches. Nothing is computed: the tensors are fake."""
+    vocab_size, n_layers, n_heads, n_embed, T, batch_size = shape
+    M = n_slots(T, 0.15)
     with FakeTensorMode():
-        model = Bert(model_config)
+        model = Bert(ModelConfig(vocab_size, n_layers, n_heads, n_embed, T, dropout))
         optimizer = build_optimizer(model, configure())
-        ids, positions, labels = (torch.zeros(shape, dtype=torch.long) for shape in ((batch_size, T), (batch_size, M), batch_size * M))
+        ids, positions, labels, keys = (torch.zeros(size, dtype=torch.long) for size in ((batch_size, T), (batch_size, M), batch_size * M, batch_size))
         tracker = MemTracker()
         tracker.track_external(model, optimizer, ids, positions, labels)
         with tracker:
             for _ in range(2):  # Adam's moments are there from the second on
                 optimizer.zero_grad(set_to_none=True)
-                hidden = model(ids, None, positions)
-                masked_loss(hidden, model.output_weight, model.output_bias, labels, batch_size * M).backward()
+                for _ in range(n_parts):
+                    with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
+                        hidden = model(ids, None, positions, keys if dropout else None)
+                    masked_loss(hidden.float(), model.output_weight, model.output_bias, labels, batch_size * M, dtype).backward()
+                    del hidden
+                    tracker.reset_mod_stats()
                 optimizer.step()
-                tracker.reset_mod_stats()
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
@@ -63,14 +73,82 @@ def random_shapes(n):
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(50)], ids=str)
 def test_the_plan_is_what_a_training_step_takes(shape):
-    vocab_size, n_layers, n_heads, n_embed, max_seq_len, batch_size = shape
-    planned = planned_training_bytes(constants(n_layers, n_heads, n_embed, max_seq_len, batch_size), vocab_size)
-    taken = taken_by_a_step(ModelConfig(vocab_size, n_layers, n_heads, n_embed, max_seq_len), batch_size)
-    assert AT_LEAST * taken <= planned <= AT_MOST * taken
+    planned = planned_training_bytes(constants(shape), shape[0])
+    assert AT_LEAST <= planned / taken_by_a_step(shape) <= AT_MOST
 
 
-def test_micro_batches_take_what_a_batch_of_their_size_takes():
-    whole, small = constants(4, 8, 128, 128, 32, micro_batch_size=8), constants(4, 8, 128, 128, 8)
-    assert planned_training_bytes(whole, 10_000) == planned_training_bytes(small, 10_000)
-    gpu, machine = (planned_peak_gb(small, 10_000, torch.device(name)) for name in ("cuda", "cpu"))
-    assert min(gpu, machine) > planned_training_bytes(small, 10_000) / 1e9
+@pytest.mark.parametrize("n_parts, dropout", [(2, 0.0), (1, 0.1), (2, 0.1)])
+@pytest.mark.parametrize("shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["one sequence"], SHAPES["long"], *random_shapes(2)], ids=str)
+def test_so_it_is_with_micro_batches_and_with_dropout(shape, n_parts, dropout):
+    config = constants(shape, batch_size=n_parts * shape[-1], micro_batch_size=shape[-1], dropout=dropout)
+    assert AT_LEAST <= planned_training_bytes(config, shape[0]) / taken_by_a_step(shape, n_parts, dropout) <= AT_MOST
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_in_bf16_a_step_takes_no_more_than_planned(name):
+    config = constants(SHAPES[name], dtype="bfloat16")
+    assert taken_by_a_step(SHAPES[name], dtype=torch.bfloat16) <= planned_training_bytes(config, SHAPES[name][0])
+
+
+@pytest.mark.parametrize("gib, n_layers, batch_size", [(139.8, 4, 16), (94, 4, 16), (93.5, 6, 32), (79.6, 6, 32), (39.4, 6, 32), (37, 4, 8), (23.6, 4, 8),
+                                                       (22.0, 4, 8), (15.8, 4, 8)])
+def test_the_tier_goes_by_the_gpus_memory(gib, n_layers, batch_size):
+    hardware = Hardware("cuda", round(gib * GIB))
+    assert hardware.tier().values() == {"n_layers": n_layers, "batch_size": batch_size}
+    assert hardware.is_below_tiers() == (gib < 21.5)
+
+
+def test_the_cpu_has_a_tier_of_its_own():
+    for kind in ("cpu", "mps"):
+        assert Hardware(kind, 8 * GIB).tier().values() == {"n_layers": 4, "batch_size": 32} and not Hardware(kind, GIB).is_below_tiers()
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
+@pytest.mark.parametrize("gib", [24, 80, 141])
+def test_every_tier_and_the_large_preset_stay_under_24_gb_in_one_piece(name, gib):
+    vocab_size, batch_size = SHAPES[name][0], SHAPES[name][-1]
+    plan = plan_memory(constants(SHAPES[name], memory_budget_gb=24.0, dtype="auto"), vocab_size, Hardware("cuda", gib * GIB, 8))
+    assert plan.fits and plan.total < 24 * GB == plan.budget and plan.micro_batch_size == batch_size
+
+
+@few_examples
+@given(budget=st.floats(0.8, 3.0), batch_size=st.integers(1, 500), kind=st.sampled_from(["cpu", "cuda"]))
+def test_the_micro_batches_are_the_fewest_that_fit(budget, batch_size, kind):
+    shape = (10_000, 2, 2, 64, 128, batch_size)
+
+    def plan(**others):
+        return plan_memory(constants(shape, memory_budget_gb=budget + (kind == "cuda"), **others), 10_000, Hardware(kind, 100 * GIB))
+
+    chosen = plan()
+    n_parts = -(-batch_size // chosen.micro_batch_size)
+    assert chosen.fits and chosen.micro_batch_size == -(-batch_size // n_parts)
+    if n_parts > 1:
+        assert not plan(micro_batch_size=-(-batch_size // (n_parts - 1))).fits
+
+
+def test_the_smaller_of_budget_and_device_counts():
+    for budget, gib, expected in ((24, 141, 24 * GB), (24, 16, 16 * GIB), (None, 16, 16 * GIB), (24, None, 24 * GB), (None, None, None)):
+        assert plan_memory(constants(SHAPES["v1"], memory_budget_gb=budget), 10_000, Hardware("cpu", gib and gib * GIB)).budget == expected
+
+
+def test_a_model_that_does_not_fit_at_all_is_refused():
+    with pytest.raises(InputError, match="one sequence of 128 tokens takes .* GB with its model, and 1.0 GB are there"):
+        plan_memory(constants((50_000, 4, 8, 512, 128, 8), memory_budget_gb=1.0), 50_000, CPU)
+
+
+def test_a_micro_batch_that_is_asked_for_is_planned_as_it_is():
+    plan = plan_memory(constants(SHAPES["large"], memory_budget_gb=2.0, micro_batch_size=96), 25_000, CPU)
+    assert plan.micro_batch_size == 96 and not plan.fits
+    assert plan_memory(constants(SHAPES["v1"], micro_batch_size=100), 10_000, CPU).micro_batch_size == 32
+
+
+def test_several_processes_hold_their_gradients_twice_for_a_moment():
+    shape = (300, 4, 8, 512, 16, 1)  # nothing but weights
+    one, two = (planned_training_bytes(constants(shape), 300, Hardware("cpu", None, n)) for n in (1, 2))
+    parameters = count_parameters(ModelConfig(300, 4, 8, 512, 16))
+    assert 5 * 4 * parameters <= two <= 1.05 * 5 * 4 * parameters and two > one
+
+
+def test_what_a_tier_gives_is_filled_in_and_nothing_else():
+    config = fill_in(configure(preset="auto", n_layers=None, batch_size=7), TIERS[1].values())
+    assert (config.n_layers, config.batch_size) == (6, 7)

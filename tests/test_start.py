@@ -49,7 +49,7 @@ def prepared(finished_run, tmp_path):
 
 def begin(config, tokens, checkpoint, world):
     run = Run(config, checkpoint.parent, world)
-    found = find_checkpoint(run)
+    found = find_checkpoint(run, torch.device("cpu"))
     model = noisy_bert(config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, len(tokens.token_counts))
     return run, model, build_optimizer(model, run.config), found
 

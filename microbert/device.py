@@ -1,0 +1,133 @@
+"""The device that a process computes on: which it is, what it holds, and how it computes there.
+
+All choices that depend on the kind of device stand here: dtype, compilation, the way of data to it, the limit of its memory.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import Config, InputError
+from .distributed import World
+
+GIB = 2**30
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
+
+
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(name: str, world: World) -> torch.device:
+    """name: the constant `device`. "auto" takes CUDA, else Apple's MPS, else the CPU. Raises InputError where it is missing.
+
+    Several processes on one machine take a GPU each, or share its cores.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world.size == 1 else "cpu"
+    device = torch.device(name)
+    if world.size > 1 and (device.type == "mps" or device.index is not None):
+        raise InputError(f'device = "{name}" is one device, and torchrun has started {world.size} processes: use "cuda", "cpu" or "auto"')
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError('device = "cuda", but PyTorch sees no CUDA GPU here; use device = "auto" or "cpu"')
+    if device.type == "cuda" and world.size > 1:
+        if world.local_size > torch.cuda.device_count():
+            raise InputError(f"{world.local_size} processes on a machine where PyTorch sees {torch.cuda.device_count()} GPUs: start one for each GPU")
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f'device = "{name}", but there are {torch.cuda.device_count()} GPUs, counted from 0')
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError('device = "mps", but PyTorch sees no Apple GPU here; use device = "auto" or "cpu"')
+    if device.type == "cpu" and world.local_size > 1 and world.one_thread_asked:  # torchrun asks for one thread where nobody says how many
+        torch.set_num_threads(max(1, n_cores() // world.local_size))
+    return device
+
+
+def describe_device(device: torch.device, world: World) -> str:
+    if device.type == "cuda":
+        one = f"{device} ({torch.cuda.get_device_name(device)})" if world.size == 1 else f"{torch.cuda.get_device_name(device)} each"
+    else:
+        one = f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})" if device.type == "cpu" else str(device)
+    return one if world.size == 1 else f"{world.size} processes, {one}"
+
+
+def memory_bytes(device: torch.device, world: World) -> int | None:
+    """What the process may use at most: all of its GPU, or its share of the machine's memory. None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        machine = min(machine, int(CGROUP_LIMIT.read_text()))
+    return machine // world.local_size
+
+
+def limit_memory(device: torch.device, n_bytes: float) -> None:
+    """On CUDA, no tensor can take the process's allocator above this: it raises OutOfMemoryError instead. Elsewhere there is no such limit."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, n_bytes / memory_bytes(device, World({}))), device)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that this process has held so far, in GB: on CUDA of the GPU, as PyTorch's allocator took it; else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if os.uname().sysname == "Darwin" else peak * 1024 / 1e9
+
+
+def out_of_memory(error: BaseException) -> str:
+    """One line when the error is what torch raises when a device has no memory left, "" when it is another."""
+    text = str(error).strip()
+    is_one = isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory")))
+    return " ".join(text.split())[:200] if is_one else ""
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what no tensor holds any more."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """In which matrices are multiplied; the weights stay in fp32. "auto" takes bf16 on the GPUs that have it (Ampere and later)."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def is_compiled(config: Config, device: torch.device) -> bool:
+    """Whether torch.compile translates the model. By itself on CUDA alone: elsewhere the minutes that it takes were not seen to come back."""
+    return device.type == "cuda" if config.torch_compile is None else config.torch_compile
+
+
+def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array as a tensor on the device. To CUDA it goes from pinned memory, behind the work that is queued there and without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Fetched:
+    """Numbers on their way from the device: `read` waits for them alone, and not for the work that was queued later."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        is_cuda = numbers.device.type == "cuda"
+        self._numbers = numbers.to("cpu", non_blocking=is_cuda)
+        self._arrival = torch.cuda.current_stream(numbers.device).record_event() if is_cuda else None
+
+    def read(self) -> np.ndarray:
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._numbers.numpy()

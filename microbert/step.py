@@ -1,0 +1,174 @@
+"""One update from one batch: micro-batches, what the processes agree on, the sum of their gradients, clipping.
+
+No process sends gradients while another can still run out of memory: each adds up its micro-batches alone, then all tell how that went, then
+they reduce. And none waits for its device: what a step gives is read when the next one is under way.
+Shapes: B sequences of a process's batch, T = max_seq_len, M masked slots a sequence, W processes.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.nn.utils import get_total_norm
+
+from .config import Config
+from .counter_rng import random_bits
+from .device import Fetched, compute_dtype, free_memory, is_compiled, out_of_memory, send
+from .distributed import World
+from .loss import masked_loss
+from .masking import MaskedBatch
+from .memory import GB, Hardware, planned_training_bytes
+from .model import Bert
+from .optim import build_optimizer
+from .run import Diverged, Failed
+from .tokenizer import PAD_ID
+
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+class Step:
+    """A step that was taken. number: from 0. stopping: the ranks that were told to stop."""
+
+    def __init__(self, number: int, losses: torch.Tensor, grad_norm: torch.Tensor, stopping: list[int]) -> None:
+        """losses: [W], each process's share of the mean loss of all masked tokens, in nats. grad_norm: [], before clipping."""
+        self.number, self.stopping = number, stopping
+        self._numbers = Fetched(torch.cat([losses, grad_norm[None]]))
+
+    def read(self) -> tuple[float, float]:
+        """The mean loss in nats a masked token, and the gradient's norm before clipping.
+
+        Raises Diverged, in all processes, when one of them is not finite: then this step was not applied, nor any after it.
+        """
+        *losses, grad_norm = self._numbers.read().tolist()
+        loss = sum(losses)
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            rank = None if math.isfinite(loss) else int(np.argmin(np.isfinite(losses)))
+            where = f" (in process {rank} of {len(losses)})" if len(losses) > 1 and rank is not None else ""
+            raise Diverged(f"step {self.number}: the loss is {loss:g}{where} and the gradient's norm {grad_norm:g}, so this step was not applied. The last "
+                           "checkpoint is from before it. A lower learning_rate or a lower grad_clip usually helps", rank)
+        return loss, grad_norm
+
+
+class Learner:
+    """A model with its optimizer, and how it learns on its device, as one of the processes of `world`.
+
+    micro_batch_size: sequences computed at a time, all of a process's batch when None; halved in all processes when one runs out of memory, and
+    `ran_short` is True from then on.
+    """
+
+    def __init__(self, model: Bert, config: Config, world: World) -> None:
+        self.model, self.config, self.world = model, config, world
+        self.device = model.output_bias.device
+        self.optimizer = build_optimizer(model, config)
+        self.micro_batch_size, self.ran_short = config.micro_batch_size, False
+        self._dtype = compute_dtype(config, self.device)
+        self._forward = torch.compile(model, dynamic=False) if is_compiled(config, self.device) else model
+        self._broken = torch.zeros((), device=self.device)  # 1 from the first step on whose numbers are not finite
+        self._shortage = ""  # what torch said when memory ran out
+
+    def hidden(self, masked: MaskedBatch, dropout_keys: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the loss functions take: hidden [B * M, D], weight [V, D], bias [V], labels [B * M]. dropout_keys: int64 [B]."""
+        is_real = masked.input_ids != PAD_ID
+        attention_mask = None if is_real.all() else send(is_real, self.device)
+        keys = None if dropout_keys is None else send(dropout_keys, self.device)
+        is_narrow = self._dtype != torch.float32
+        with torch.autocast(self.device.type, self._dtype) if is_narrow else contextlib.nullcontext():
+            hidden = self._forward(send(masked.input_ids, self.device), attention_mask, send(masked.positions, self.device), keys)
+        return hidden.float(), self.model.output_weight, self.model.output_bias, send(masked.labels, self.device).reshape(-1)
+
+    def step(self, masked: MaskedBatch, number: int, learning_rate: float, is_to_stop: bool = False) -> Step:
+        """One update from one batch, of which `masked` is this process's share.
+
+        Raises Failed in all processes when one of them has no memory for a single sequence.
+        """
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        while True:
+            flat = self._add_up_micro_batches(masked, number)
+            n_masked, stopping, short = self.world.gather(masked.n_masked, is_to_stop, flat is None).T  # [W] each
+            if not short.any():
+                break
+            self._halve(number, np.flatnonzero(short).tolist())
+        self.world.add_up(flat)
+        losses, grad_norm = self._apply(flat[-self.world.size :], float(masked.labels.size / n_masked.sum()))
+        return Step(number, losses, grad_norm, np.flatnonzero(stopping).tolist())
+
+    def _add_up_micro_batches(self, masked: MaskedBatch, number: int) -> torch.Tensor | None:
+        """This process's gradients, as if each slot held a masked token, and behind them its loss among W zeros; None when memory has run out.
+
+        A process that is alone gives its loss only: its gradients need not be sent.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            return self._flat(self._backward(masked, number))
+        except RuntimeError as error:
+            self._shortage = out_of_memory(error)
+            if not self._shortage:
+                raise
+        # only here, where the error no longer holds the tensors of the step
+        self.optimizer.zero_grad(set_to_none=True)
+        free_memory(self.device)
+        return None
+
+    def _backward(self, masked: MaskedBatch, number: int) -> torch.Tensor:
+        """Leaves the gradients in the parameters, and returns the loss: []."""
+        n_slots, n_rows = masked.labels.size, len(masked.labels)
+        keys = None
+        if self.config.dropout:  # of each sequence by its place in the batch of all processes
+            keys = random_bits(self.config.seed, number, self.world.rank * n_rows + np.arange(n_rows)).astype(np.int64)
+        loss = torch.zeros((), device=self.device)
+        for rows in micro_batches(n_rows, self.micro_batch_size):
+            part = MaskedBatch(masked.input_ids[rows], masked.positions[rows], masked.labels[rows])
+            share = masked_loss(*self.hidden(part, None if keys is None else keys[rows]), n_slots, self._dtype)
+            share.backward()
+            loss += share.detach()
+        return loss
+
+    def _flat(self, loss: torch.Tensor) -> torch.Tensor:
+        losses = torch.zeros(self.world.size, device=self.device)
+        losses[self.world.rank] = loss
+        if self.world.size == 1:
+            return losses
+        parameters = list(self.model.parameters())
+        flat = torch.cat([*(parameter.grad.reshape(-1) for parameter in parameters), losses])
+        for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters] + [self.world.size])):
+            parameter.grad = part.view_as(parameter)  # so that the sum comes back into them
+        return flat
+
+    def _apply(self, losses: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips and updates. scale: what makes a mean over the masked tokens of all processes. Returns losses and norm, scaled."""
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        grad_norm = scale * get_total_norm(gradients)
+        losses = scale * losses
+        factor = scale * torch.clamp((self.config.grad_clip or math.inf) / (grad_norm + CLIP_EPS), max=1.0)
+        torch._foreach_mul_(gradients, factor)
+        is_finite = torch.isfinite(losses.sum()) & torch.isfinite(grad_norm)
+        self._broken = torch.maximum(self._broken, (~is_finite).to(self._broken.dtype))
+        self.optimizer.found_inf = self._broken  # torch's fused optimizers then leave weights and moments as they are
+        self.optimizer.step()
+        return losses, grad_norm
+
+    def _halve(self, number: int, ranks: list[int]) -> None:
+        """Of the micro-batch, in all processes; those of `ranks` have run out of memory."""
+        size = min(self.micro_batch_size or self.config.batch_size, self.config.batch_size)
+        reason = ": ".join(filter(None, (f"process {ranks[0]} of {self.world.size}" * (self.world.size > 1), self._shortage)))
+        if size == 1:
+            planned = planned_training_bytes(dataclasses.replace(self.config, micro_batch_size=1), self.model.config.vocab_size,
+                                             Hardware(self.device.type, None, self.world.size))
+            raise Failed(f"step {number}: out of memory with one sequence of {self.config.max_seq_len} tokens at a time, for which about {planned / GB:.2f} GB are "
+                         f"planned ({reason}). A smaller max_seq_len, vocab_size, n_embed or n_layers takes less", ranks[0])
+        self.micro_batch_size, self.ran_short = -(-size // 2), True
+        if self.world.rank == ranks[0]:  # which knows what torch said
+            print(f"\nstep {number}: out of memory with {size} sequences of {self.config.max_seq_len} tokens at a time ({reason}); from here on with "
+                  f"{self.micro_batch_size} at a time, and the same batch", file=sys.stderr)
+
+
+def micro_batches(n_rows: int, size: int | None) -> Iterator[slice]:
+    """The rows of a batch in parts of at most `size`; all of them when None."""
+    for start in range(0, n_rows, size or n_rows):
+        yield slice(start, min(start + (size or n_rows), n_rows))
