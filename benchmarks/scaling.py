@@ -21,15 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from microbert.batches import Batch  # noqa: E402
+from microbert.batches import random_batch  # noqa: E402
 from microbert.config import Config, read_script  # noqa: E402
 from microbert.distributed import World  # noqa: E402
 from microbert.masking import mask_batch  # noqa: E402
 from microbert.model import ModelConfig, build_model  # noqa: E402
-from microbert.tokenizer import N_SPECIAL  # noqa: E402
 from microbert.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v3.py"
@@ -50,11 +48,10 @@ class Trainee:
 
     def train(self, steps: int) -> float:
         """Takes so many steps; returns the seconds."""
-        shape = (self.config.batch_size, self.config.max_seq_len)
         start = time.perf_counter()
         for _ in range(steps):
-            rng = np.random.default_rng([self.world.rank, self.steps])
-            batch = Batch(rng.integers(N_SPECIAL, self.config.vocab_size, shape), np.arange(shape[0]), np.zeros(shape[0], np.int64), np.ones(shape[0], bool))
+            number = self.steps * self.world.size + self.world.rank
+            batch = random_batch(number, self.config.vocab_size, self.config.batch_size, self.config.max_seq_len)
             masked = mask_batch(batch, seed=self.config.seed, probability=self.config.mlm_probability, vocab_size=self.config.vocab_size)
             self.learner.step(masked, self.steps, 1e-4).read()
             self.steps += 1

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .counter_rng import permute
+from .tokenizer import N_SPECIAL
 from .tokens import Sequences
 
 EVALUATION_EPOCH = 2**32  # held-out masks are drawn as if in this epoch, which training never reaches
@@ -55,3 +56,9 @@ def evaluation_batches(sequences: Sequences, batch_size: int, rank: int = 0, wor
     for start in range(rank * batch_size, len(sequences), world_size * batch_size):
         ids = np.minimum(np.arange(start, start + batch_size), len(sequences) - 1)
         yield Batch(sequences.read(ids), ids, np.full(batch_size, EVALUATION_EPOCH), np.arange(start, start + batch_size) < len(sequences))
+
+
+def random_batch(number: int, vocab_size: int, batch_size: int, max_seq_len: int) -> Batch:
+    """A batch of random tokens, to measure with; another one for each number."""
+    input_ids = np.random.default_rng(number).integers(N_SPECIAL, vocab_size, (batch_size, max_seq_len))
+    return Batch(input_ids, np.arange(batch_size), np.full(batch_size, number), np.ones(batch_size, bool))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .batches import Batch, steps_in_run
+from .batches import random_batch, steps_in_run
 from .checkpoint import look_for_checkpoint, read_state
 from .config import Config, InputError, explain_learning_rate, fill_in, peak_learning_rate, settle_batch_size
 from .corpus import open_corpus
@@ -26,7 +26,7 @@ from .prepare import estimated_megabytes, estimated_tokens, find_tokens
 from .report import read_metrics
 from .run import BAD_INPUT, FAILED, Failed, Run, check_folder, hub_folder
 from .step import Learner
-from .tokenizer import N_SPECIAL, find_tokenizer
+from .tokenizer import find_tokenizer
 
 TIMED_STEPS, TIMED_SECONDS = 10, 5.0
 PREPARED_MEGABYTES_A_SECOND = 25.0  # on two cores
@@ -157,13 +157,11 @@ def _expected_sequences(estimate: Estimate, config: Config) -> int:
 
 def _seconds_a_step(model_config: ModelConfig, config: Config, device: torch.device) -> float:
     """Of a training step on random tokens, the first one left out."""
-    rng = np.random.default_rng(0)
     learner = Learner(build_model(model_config, config.seed).to(device), config, World({}))
-    shape = (config.batch_size, config.max_seq_len)
     seconds, begin = [], time.perf_counter()
     while len(seconds) <= TIMED_STEPS and (len(seconds) < 2 or time.perf_counter() - begin < TIMED_SECONDS):
         start = time.perf_counter()
-        batch = Batch(rng.integers(N_SPECIAL, model_config.vocab_size, shape), np.arange(shape[0]), np.zeros(shape[0], np.int64), np.ones(shape[0], bool))
+        batch = random_batch(len(seconds), model_config.vocab_size, config.batch_size, config.max_seq_len)
         masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model_config.vocab_size)
         learner.step(masked, len(seconds), 0.0).read()
         seconds.append(time.perf_counter() - start)

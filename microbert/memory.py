@@ -111,7 +111,8 @@ def plan_memory(config: Config, vocab_size: int, hardware: Hardware) -> Plan:
     if not largest:
         one = plan(1)
         raise InputError(f"one sequence of {config.max_seq_len} tokens takes {one.total / GB:.1f} GB with its model, and {one.budget / GB:.1f} GB are there: "
-                         "a smaller n_embed, n_layers, vocab_size or max_seq_len takes less")
+                         "a smaller n_embed, n_layers, vocab_size or max_seq_len takes less"
+                         + (f", or raise memory_budget_gb = {config.memory_budget_gb:g}" if budget != hardware.memory_bytes else ""))
     n_parts = -(-config.batch_size // largest)
     return plan(-(-config.batch_size // n_parts))
 
@@ -132,11 +133,11 @@ def tell_memory(plan: Plan, config: Config, hardware: Hardware) -> None:
 
 def tell_tier(config: Config, hardware: Hardware) -> None:
     """Prints what the preset made of the device."""
-    size = "" if hardware.memory_bytes is None else f" of {hardware.memory_bytes / GIB:.0f} GiB"
-    device = f"a GPU{size}" if hardware.kind == "cuda" else "the CPU" if hardware.kind == "cpu" else "an Apple GPU"
-    reason = f' on {device}, by the tier of {hardware.tier().name}' if config.preset == "auto" else ""
-    print(f'preset "{config.preset}"{reason}: {config.n_layers} layers, batch {config.batch_size} for each process; a constant that is set wins')
-    if config.preset == "auto" and hardware.is_below_tiers():
+    is_by_tier = config.preset == "auto"
+    where = f" on a GPU of {hardware.memory_bytes / GIB:.0f} GiB" if hardware.kind == "cuda" and is_by_tier else ""
+    tier = f", the tier of {hardware.tier().name}" if is_by_tier else ""
+    print(f'preset "{config.preset}"{where}{tier}: {config.n_layers} layers, batch {config.batch_size} for each process; a constant that is set wins')
+    if is_by_tier and hardware.is_below_tiers():
         print("hint: this GPU is smaller than v4 is made for; mlm_pretrain_v1.py to v3 take less")
 
 

@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np

@@ -1,0 +1,158 @@
+"""v4 as a user runs it on a CPU: its size from the tier, its plan before it begins, and everything that holds for the other versions."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import transformers
+from helpers import ROOT, result, small_flags
+from launches import ENVIRONMENT, LIMIT, launch, start, wait_for_training
+from test_config import configure_v4
+
+from microbert.checkpoint import look_for_checkpoint
+from microbert.memory import GIB, Hardware
+
+V4 = ROOT / "mlm_pretrain_v4.py"
+TABLE = ("weights", "Adam's moments", "gradients", "activations", "context and margin", "in all")
+
+
+def flags_of(folder, **constants):
+    """A run of seconds whose layers, width and batch are those of the CPU's tier."""
+    flags = small_flags(folder, **{"epochs": 12, "eval_every": 10, "save_every": 4, "learning_rate": 1e-4, **constants})
+    for name in {"--n-layers", "--batch-size"} - {"--" + name.replace("_", "-") for name in constants}:
+        at = flags.index(name)
+        del flags[at : at + 2]
+    return flags
+
+
+def run(flags):
+    return subprocess.run([sys.executable, str(V4), *flags], capture_output=True, text=True, timeout=LIMIT, env=ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("v4")
+    done = run(flags_of(folder, keep_checkpoints=100))
+    assert done.returncode == 0, done.stderr
+    (folder / "out").write_text(done.stdout)
+    return folder
+
+
+def beside(finished, folder):
+    shutil.copy(finished / "corpus.jsonl", folder)
+    shutil.copytree(finished / "cache", folder / "cache")
+
+
+def evaluations(folder):
+    return [line["eval/loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "eval/loss" in line]
+
+
+def test_it_plans_then_trains_the_tiers_model_and_transformers_loads_it(finished):
+    out = (finished / "out").read_text()
+    places = [out.index(f"\n  {name}") for name in TABLE]
+    assert places == sorted(places) and places[-1] < out.index("model: 4 layers, 8 heads, 128-dim")
+    assert "of 24.0" in out and 'preset "auto", the tier of the CPU: 4 layers, batch 32' in out
+    config = transformers.AutoModelForMaskedLM.from_pretrained(finished / "run").config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (4, 8, 128)
+    losses = evaluations(finished / "run")
+    assert losses[-1] < losses[0]
+
+
+def test_the_dry_run_says_what_the_run_does_and_writes_nothing(finished, tmp_path):
+    beside(finished, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = run([*flags_of(tmp_path), "--dry-run"])
+    assert done.returncode == 0, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    plan, out = json.loads(done.stdout.splitlines()[-1]), (finished / "out").read_text()
+    assert all(f"\n  {name}" in done.stdout for name in TABLE)
+    assert (plan["n_layers"], plan["n_heads"], plan["n_embed"], plan["batch_size"], plan["micro_batch_size"]) == (4, 8, 128, 32, 32)
+    assert f"{plan['parameters']:,} parameters" in out and f"{plan['steps']:,} steps" in out
+    table = done.stdout[done.stdout.index("memory of each process") : done.stdout.index("  in all")]
+    assert table in out  # to the last digit
+    lines = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = max(line.get("train/peak_memory_gb", 0) for line in lines)
+    assert 0.1 < measured < plan["planned_peak_gb"]
+
+
+@pytest.mark.parametrize("gb, n_layers, batch_size", [(141, 4, 16), (80, 6, 32), (24, 4, 8)])
+def test_a_plan_for_gpus_that_are_not_at_hand(gb, n_layers, batch_size, finished, tmp_path):
+    beside(finished, tmp_path)
+    done = run(["--dataset", str(tmp_path / "corpus.jsonl"), "--output-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"),
+                "--dry-run", "--gpu-memory-gb", str(gb), "--num-gpus", "8"])
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert (plan["n_layers"], plan["batch_size"], plan["global_batch_size"]) == (n_layers, batch_size, 8 * batch_size)
+    assert (plan["n_embed"], plan["n_heads"], plan["device"], plan["planned_seconds"]) == (128, 8, "cuda", None)
+    assert 1 < plan["planned_peak_gb"] < plan["memory_budget_gb"] == 24
+    assert f"8 GPUs of {gb} GB (not at hand)" in done.stdout and "memory of each GPU" in done.stdout
+
+
+def test_a_plan_for_the_large_preset_on_eight_processes(tmp_path):
+    done = run([*flags_of(tmp_path), "--preset", "large", "--dry-run", "--gpu-memory-gb", "24", "--num-gpus", "8", "--max-seq-len", "256"])
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert (plan["n_layers"], plan["n_embed"], plan["batch_size"], plan["global_batch_size"]) == (8, 256, 96, 768) and plan["planned_peak_gb"] < 24
+
+
+def test_killed_and_stopped_it_comes_to_the_same_model(finished, tmp_path):
+    beside(finished, tmp_path)
+    flags, rng = flags_of(tmp_path), random.Random(4)
+    for kill in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        n_before = len(list((tmp_path / "run").glob("checkpoint-*")))
+        process = subprocess.Popen([sys.executable, str(V4), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        begin = time.monotonic()
+        while len(list((tmp_path / "run").glob("checkpoint-*"))) <= min(n_before, 1) and process.poll() is None and time.monotonic() - begin < LIMIT:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(kill)
+        _, err = process.communicate(timeout=LIMIT)
+        assert process.returncode in (-kill, 75, 0) and "Traceback" not in err, err
+        if process.returncode == 0:  # the machine was faster than the signal
+            break
+    assert run(flags).returncode == 0
+    assert result(tmp_path / "run") == result(finished / "run")
+
+
+def test_two_processes_train_as_one_does_and_stop_and_go_on(finished, tmp_path):
+    beside(finished, tmp_path)
+    whole, stopped = (flags_of(tmp_path, batch_size=16, output_dir=tmp_path / name) for name in ("whole", "stopped"))
+    code, out, err = launch(whole, 2, script=V4)
+    assert code == 0, err
+    assert evaluations(tmp_path / "whole") == pytest.approx(evaluations(finished / "run"), abs=2e-3)
+    assert out.count("memory of each process") == 1
+    process = start(stopped, 2, script=V4)
+    wait_for_training(process, tmp_path / "stopped")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode in (75, 0), err
+    assert launch(stopped, 2, script=V4)[0] == 0
+    assert result(tmp_path / "stopped") == result(tmp_path / "whole")
+
+
+def test_on_another_device_a_run_keeps_its_shape_and_a_new_one_takes_that_devices(finished, tmp_path):
+    beside(finished, tmp_path)
+    shutil.copytree(finished / "run" / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    h100 = Hardware("cuda", 80 * GIB)
+    path, given, settled, _ = look_for_checkpoint(tmp_path / "run", configure_v4(*flags_of(tmp_path)), h100)
+    assert path and (given.n_layers, given.batch_size, settled.batch_size, settled.global_batch_size) == (4, 32, 32, 32)
+    path, given, settled, _ = look_for_checkpoint(tmp_path / "new", configure_v4(*flags_of(tmp_path)), h100)
+    assert path is None and (given.n_layers, settled.global_batch_size) == (6, 32)
+
+
+def test_what_does_not_fit_at_all_is_told_before_it_is_tried(finished, tmp_path):
+    beside(finished, tmp_path)
+    done = run(flags_of(tmp_path, memory_budget_gb=0.5))
+    assert done.returncode == 2 and "memory_budget_gb = 0.5" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_small_budget_makes_smaller_micro_batches_of_the_same_batch(finished, tmp_path):
+    beside(finished, tmp_path)
+    done = run(flags_of(tmp_path, memory_budget_gb=0.73))
+    assert done.returncode == 0, done.stderr
+    assert "times a step" in done.stdout and "steps of 32 sequences" in done.stdout
+    assert evaluations(tmp_path / "run") == pytest.approx(evaluations(finished / "run"), abs=2e-3)
