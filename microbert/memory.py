@@ -27,8 +27,9 @@ PROCESS_GB = 0.7
 # of a GPU, reckoned: what CUDA, the libraries and nccl take beside PyTorch's allocator; what the allocator loses by rounding up
 GPU_CONTEXT_GB, ALLOCATOR_GB = 1.0, 0.5
 # kept for the backward pass, in units of [B, T, D]: a layer's query, key, value, attention and a copy of it (5); sum and norm (2);
-# expansion and GELU (8); sum, which is also the norm's input (1)
-KEPT_A_LAYER = 16
+# expansion and GELU (8); sum, which is also the norm's input (1). In bf16 all but the two sums take a half, and the norm's output is only kept
+# as the copy in bf16 that the next product takes
+KEPT_A_LAYER, KEPT_A_LAYER_NARROW = 16, 9.5
 KEPT_BY_EMBEDDINGS = 4
 KEPT_BY_HEAD = 4  # [B, M, D]
 USED_BY_BACKWARD = 6  # of the last layer: gradients of the expansion and of what goes round it, less what is no longer needed
@@ -188,7 +189,8 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
     accumulated = parameters if B < config.batch_size else 0  # the gradients of the micro-batches before
     narrow_weights = (parameters - V) / 2 * is_narrow
     dropout = KEPT_BY_DROPOUT * (2 * L + 1) * (config.dropout > 0)
-    layers = B * T * (D * (KEPT_A_LAYER * L + KEPT_BY_EMBEDDINGS + dropout) + L * (H + 4) + 2)  # with attention's sums, and each norm's mean and deviation
+    kept = KEPT_A_LAYER_NARROW if is_narrow else KEPT_A_LAYER
+    layers = B * T * (D * (kept * L + KEPT_BY_EMBEDDINGS + dropout) + L * (H + 4) + 2)  # with attention's sums, and each norm's mean and deviation
     hidden = layers + N * (KEPT_BY_HEAD * D + 2) + narrow_weights
     moments = [
         {"gradients": accumulated, "activations": layers + narrow_weights + USED_BY_DROPOUT * B * T * D * (config.dropout > 0)},

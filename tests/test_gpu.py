@@ -12,10 +12,10 @@ from launches import LIMIT, launch
 from models import VOCAB_SIZE, as_batch, token_rows
 from test_config import configure, configure_v4
 
-from microbert.device import compute_dtype, is_compiled, limit_memory, peak_memory_gb
+from microbert.device import compute_dtype, is_compiled
 from microbert.distributed import World
 from microbert.masking import mask_batch
-from microbert.memory import GB, Hardware, planned_training_bytes
+from microbert.memory import Hardware, planned_training_bytes
 from microbert.model import ModelConfig, build_model
 from microbert.step import Learner
 

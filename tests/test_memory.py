@@ -1,7 +1,9 @@
 """The planned memory is what a training step takes; tiers, micro-batches and the budget follow from it."""
 
 import contextlib
+import dataclasses
 import random
+import types
 
 import pytest
 import torch
@@ -12,12 +14,14 @@ from test_config import configure
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+import microbert.memory
 from microbert.config import InputError, fill_in
 from microbert.loss import masked_loss
 from microbert.masking import n_slots
-from microbert.memory import GB, GIB, TIERS, Hardware, count_parameters, plan_memory, planned_training_bytes
+from microbert.memory import GB, GIB, TIERS, Hardware, count_parameters, hold_to_budget, plan_memory, planned_training_bytes
 from microbert.model import Bert, ModelConfig
 from microbert.optim import build_optimizer
+from microbert.run import Run
 
 SHAPES = {"v1": (10_000, 2, 2, 4, 128, 32), "v2": (10_000, 4, 4, 8, 128, 32), "v3": (10_000, 6, 8, 16, 128, 32), "wide": (25_000, 4, 8, 128, 128, 32),
           "a 140 GB GPU": (50_000, 4, 8, 128, 128, 16), "an 80 GB GPU": (50_000, 6, 8, 128, 128, 32), "a 24 GB GPU": (50_000, 4, 8, 128, 128, 8),
@@ -84,10 +88,10 @@ def test_so_it_is_with_micro_batches_and_with_dropout(shape, n_parts, dropout):
     assert AT_LEAST <= planned_training_bytes(config, shape[0]) / taken_by_a_step(shape, n_parts, dropout) <= AT_MOST
 
 
-@pytest.mark.parametrize("name", PRODUCTION)
-def test_in_bf16_a_step_takes_no_more_than_planned(name):
-    config = constants(SHAPES[name], dtype="bfloat16")
-    assert taken_by_a_step(SHAPES[name], dtype=torch.bfloat16) <= planned_training_bytes(config, SHAPES[name][0])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(4)], ids=str)
+def test_so_it_is_in_bf16(shape):
+    planned = planned_training_bytes(constants(shape, dtype="bfloat16"), shape[0])
+    assert AT_LEAST <= planned / taken_by_a_step(shape, dtype=torch.bfloat16) <= AT_MOST
 
 
 @pytest.mark.parametrize("gib, n_layers, batch_size", [(139.8, 4, 16), (94, 4, 16), (93.5, 6, 32), (79.6, 6, 32), (39.4, 6, 32), (37, 4, 8), (23.6, 4, 8),
@@ -152,3 +156,39 @@ def test_several_processes_hold_their_gradients_twice_for_a_moment():
 def test_what_a_tier_gives_is_filled_in_and_nothing_else():
     config = fill_in(configure(preset="auto", n_layers=None, batch_size=7), TIERS[1].values())
     assert (config.n_layers, config.batch_size) == (6, 7)
+
+
+@pytest.fixture
+def holds(monkeypatch, tmp_path, capsys):
+    """hold_to_budget on a GPU of 80 GiB that is not there: the settled Config, the caps that were set, and what was printed."""
+
+    def hold(given, kept=None):
+        run = Run(given, tmp_path)
+        if kept is not None:
+            run.config = dataclasses.replace(given, micro_batch_size=kept)
+        caps = []
+        monkeypatch.setattr(microbert.memory, "hardware_of", lambda device, world: Hardware("cuda", 80 * GIB))
+        monkeypatch.setattr(microbert.memory, "limit_memory", lambda device, n_bytes: caps.append(n_bytes))
+        tokens = types.SimpleNamespace(token_counts=[1] * 25_000)
+        hold_to_budget(run, tokens, torch.device("cuda"))
+        return run.config, caps, capsys.readouterr().out
+
+    return hold
+
+
+def test_a_run_is_held_to_the_budget_and_says_so(holds):
+    config, caps, out = holds(constants(SHAPES["large"], preset="large", memory_budget_gb=4.0))
+    assert config.micro_batch_size == 48 and caps == [3.0 * GB]
+    assert 'preset "large": 8 layers, batch 96' in out and "48 sequences of 256 tokens at a time, 2 times a step" in out and "of 4.0" in out
+
+
+def test_without_a_budget_there_is_no_cap(holds):
+    config, caps, _ = holds(constants(SHAPES["large"]))
+    assert config.micro_batch_size == 96 and not caps
+
+
+@pytest.mark.parametrize("asked, kept, settled", [(None, 12, 12), (None, None, 48), (96, 12, 12), (96, None, 96)])
+def test_what_is_left_of_a_micro_batch_is_kept_where_less_than_planned(asked, kept, settled, holds):
+    config, _, out = holds(constants(SHAPES["large"], memory_budget_gb=4.0, micro_batch_size=asked), kept or asked)
+    assert config.micro_batch_size == settled
+    assert ("warning: that is more than there is" in out) == (settled == 96)
