@@ -25,10 +25,10 @@ import torch  # noqa: E402
 
 from microbert.batches import random_batch  # noqa: E402
 from microbert.config import Config, fill_in, read_script  # noqa: E402
-from microbert.device import choose_device, compute_dtype, describe_device, is_compiled, limit_memory, peak_memory_gb  # noqa: E402
+from microbert.device import choose_device, compute_dtype, describe_compute, describe_device, peak_memory_gb  # noqa: E402
 from microbert.distributed import World  # noqa: E402
 from microbert.masking import mask_batch, n_slots  # noqa: E402
-from microbert.memory import GB, GPU_CONTEXT_GB, TIERS, hardware_of, plan_memory  # noqa: E402
+from microbert.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
 from microbert.model import ModelConfig, build_model  # noqa: E402
 from microbert.step import Learner  # noqa: E402
 
@@ -79,8 +79,8 @@ def measure(config: Config, steps: int) -> dict[str, float]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     config = dataclasses.replace(config, micro_batch_size=plan_memory(config, config.vocab_size, hardware_of(device, world)).micro_batch_size)
-    limit_memory(device, (config.memory_budget_gb - GPU_CONTEXT_GB) * GB)
-    model = build_model(ModelConfig(config.vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len), config.seed)
+    cap_memory(config, hardware_of(device, world), device)
+    model = build_model(ModelConfig(config.vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout), config.seed)
     learner = Learner(model.to(device), config, world)
     begin = time.perf_counter()
     for number in range(WARM_UP + steps):
@@ -107,13 +107,12 @@ def main() -> None:
         return
     config = settle(arguments.shapes[0], flags)
     device = choose_device(config.device, World({}))
-    print(f"{describe_device(device, World({}))}, torch {torch.__version__}, {str(compute_dtype(config, device)).removeprefix('torch.')}, "
-          f"{'compiled' if is_compiled(config, device) else 'not compiled'}, {arguments.steps} steps")
+    print(f"{describe_device(device, World({}))}{describe_compute(config, device)}, torch {torch.__version__}, {arguments.steps} steps")
     print(f"{'shape':<8} {'batch':>11} {'samples/s':>10} {'tokens/s':>10} {'utilisation':>12} {'peak GB':>8} {'planned':>8} {'warm-up s':>10}", flush=True)
     for shape in arguments.shapes:
         config, hardware = settle(shape, flags), hardware_of(device, World({}))
         plan = plan_memory(config, config.vocab_size, hardware)
-        planned = plan.total - (plan.parts["context and margin"] if device.type == "cuda" else 0)
+        planned = plan.total - (plan.parts[MARGIN] if device.type == "cuda" else 0)
         done = subprocess.run([sys.executable, __file__, "--measure", shape, "--steps", str(arguments.steps), *flags], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(done.returncode)

@@ -278,7 +278,7 @@ def _with_preset(values: dict[str, object]) -> dict[str, object]:
     filled = values | {name: value for name, value in PRESETS.get(preset, {}).items() if values[name] is None}
     for name in sorted(BY_PRESET):
         if filled[name] is None and preset is None:
-            raise InputError(f"{name} must not be None without a preset")
+            raise InputError(f"{name} must not be None" + " without a preset" * ("preset" in values))
     return filled
 
 
@@ -298,7 +298,7 @@ def _parse_flags(script: str, defaults: dict[str, object], argv: list[str]) -> d
         flags = [flag, "--lr"] if name == "learning_rate" else [flag]
         known += flags
         text = f"{comments.get(name, '')} [{default}]".strip().replace("%", "%%")
-        if _fields()[name] is bool:
+        if bool in (_fields()[name], *typing.get_args(_fields()[name])):
             parser.add_argument(flag, dest=name, nargs="?", const="true", metavar="true|false", default=argparse.SUPPRESS, help=text)
             parser.add_argument("--no-" + flag[2:], dest=name, action="store_const", const="false",
                                 default=argparse.SUPPRESS, help=argparse.SUPPRESS)

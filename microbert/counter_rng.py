@@ -8,7 +8,8 @@ wraps alike, and whose sign is taken off where bits move to the right.
 import numpy as np
 from torch import Tensor
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN_BITS = 0x9E3779B97F4A7C15
+GOLDEN = np.uint64(GOLDEN_BITS)
 RANDOM_BITS = 53  # of what `uniform_bits` gives
 
 
@@ -53,14 +54,14 @@ def permute(index: np.ndarray, n: int, *counters: int | np.ndarray) -> np.ndarra
 
 def uniform_bits(counters: Tensor) -> Tensor:
     """For each element an integer in [0, 2**RANDOM_BITS), as SplitMix64 gives it for that counter. int64, on any device."""
-    x = counters * _signed(GOLDEN)
+    x = counters * _signed(GOLDEN_BITS)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _moved(x, shift)) * _signed(factor)
     return _moved(x ^ _moved(x, 31), 64 - RANDOM_BITS)
 
 
-def _signed(bits: int | np.uint64) -> int:
-    return int(bits) - 2**64 if int(bits) >= 2**63 else int(bits)
+def _signed(bits: int) -> int:
+    return bits - 2**64 if bits >= 2**63 else bits
 
 
 def _moved(x: Tensor, n: int) -> Tensor:

@@ -4,7 +4,9 @@ All choices that depend on the kind of device stand here: dtype, compilation, th
 """
 
 import contextlib
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from .config import Config, InputError
 from .distributed import World
 
 GIB = 2**30
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")  # of the CPU, Windows, MPS, CUDA's libraries
+COMPILERS = ("cc", "gcc", "clang")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
 
 
@@ -34,13 +38,13 @@ def choose_device(name: str, world: World) -> torch.device:
         raise InputError(f'device = "{name}" is one device, and torchrun has started {world.size} processes: use "cuda", "cpu" or "auto"')
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError('device = "cuda", but PyTorch sees no CUDA GPU here; use device = "auto" or "cpu"')
-    if device.type == "cuda" and world.size > 1:
-        if world.local_size > torch.cuda.device_count():
+    if device.type == "cuda":
+        if world.size > 1 and world.local_size > torch.cuda.device_count():
             raise InputError(f"{world.local_size} processes on a machine where PyTorch sees {torch.cuda.device_count()} GPUs: start one for each GPU")
-        device = torch.device("cuda", world.local_rank)
+        device = torch.device("cuda", world.local_rank if world.size > 1 else device.index or 0)  # torch's settings of a device want its number
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f'device = "{name}", but there are {torch.cuda.device_count()} GPUs, counted from 0')
         torch.cuda.set_device(device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f'device = "{name}", but there are {torch.cuda.device_count()} GPUs, counted from 0')
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError('device = "mps", but PyTorch sees no Apple GPU here; use device = "auto" or "cpu"')
     if device.type == "cpu" and world.local_size > 1 and world.one_thread_asked:  # torchrun asks for one thread where nobody says how many
@@ -54,6 +58,11 @@ def describe_device(device: torch.device, world: World) -> str:
     else:
         one = f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})" if device.type == "cpu" else str(device)
     return one if world.size == 1 else f"{world.size} processes, {one}"
+
+
+def describe_compute(config: Config, device: torch.device) -> str:
+    """", in bf16, compiled", so far as it is; "" for fp32 as it stands."""
+    return ", in bf16" * (compute_dtype(config, device) == torch.bfloat16) + ", compiled" * is_compiled(config, device)
 
 
 def memory_bytes(device: torch.device, world: World) -> int | None:
@@ -91,7 +100,7 @@ def out_of_memory(error: BaseException) -> str:
     """One line when the error is what torch raises when a device has no memory left, "" when it is another."""
     text = str(error).strip()
     is_one = isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory")))
+        isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY))
     return " ".join(text.split())[:200] if is_one else ""
 
 
@@ -101,16 +110,27 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is what the device is fast in: on NVIDIA's GPUs from Ampere on. No CPU is taken for one."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """In which matrices are multiplied; the weights stay in fp32. "auto" takes bf16 on the GPUs that have it (Ampere and later)."""
+    """In which matrices are multiplied; the weights stay in fp32."""
     if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if has_bf16(device) else torch.float32
     return getattr(torch, config.dtype)
 
 
 def is_compiled(config: Config, device: torch.device) -> bool:
-    """Whether torch.compile translates the model. By itself on CUDA alone: elsewhere the minutes that it takes were not seen to come back."""
-    return device.type == "cuda" if config.torch_compile is None else config.torch_compile
+    """Whether torch.compile translates the model. Unasked on CUDA alone, and where what it needs is there: Triton and a C compiler.
+
+    On a CPU it was not seen to win back the time that it takes.
+    """
+    if config.torch_compile is not None:
+        return config.torch_compile
+    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None and any(map(shutil.which, COMPILERS))
+            and torch.cuda.get_device_capability(device) >= (7, 0))
 
 
 def send(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import time
@@ -20,7 +21,7 @@ from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from .files import read_json
 from .hub import choose_dataset
 from .masking import mask_batch
-from .memory import GB, Hardware, Plan, count_parameters, hardware_of, plan_memory, tell_memory, tell_tier
+from .memory import GB, Hardware, Plan, count_parameters, hardware_of, settle_plan, tell_memory, tell_tier
 from .model import ModelConfig, build_model
 from .prepare import estimated_megabytes, estimated_tokens, find_tokens
 from .report import read_metrics
@@ -42,7 +43,7 @@ def tell_plan(config: Config) -> None:
     if not world.is_first:
         return
     if config.num_gpus is not None:
-        world = World({"WORLD_SIZE": str(config.num_gpus)})
+        world = World({"WORLD_SIZE": str(config.num_gpus), "LOCAL_WORLD_SIZE": str(config.num_gpus)})
     try:
         print(json.dumps(_plan(config, world)))
     except InputError as error:
@@ -61,19 +62,21 @@ def _plan(config: Config, world: World) -> dict[str, object]:
         device = choose_device(config.device, World({}) if config.num_gpus is not None else world)
         hardware, described = hardware_of(device, world), describe_device(device, world)
     else:
-        device, hardware = torch.device("cuda"), Hardware("cuda", round(config.gpu_memory_gb * GIB), world.size)
+        # taken for one from Ampere on; its tier goes by the size that it is sold under, its budget by that in GB, which is a little less
+        device, hardware = torch.device("cuda"), Hardware("cuda", round(config.gpu_memory_gb * GIB), world.size, has_bf16=True)
+        config = dataclasses.replace(config, memory_budget_gb=min(config.memory_budget_gb or math.inf, config.gpu_memory_gb))
         described = f"{world.size} GPU{'s' * (world.size > 1)} of {config.gpu_memory_gb:g} GB (not at hand)"
     checkpoint = None
     if config.overwrite and folder.exists():
         print(f"--overwrite: an earlier run in {folder} would be removed first")
-        config = fill_in(config, hardware.tier().values())
-        config = settle_batch_size(config, world.size)
+        given = fill_in(config, hardware.tier().values())
+        config = settle_batch_size(given, world.size)
     else:
-        checkpoint, _, config, _ = look_for_checkpoint(folder, config, hardware)
+        checkpoint, given, config, _ = look_for_checkpoint(folder, config, hardware)
         if Run(config, folder).is_finished():
-            return _finished_plan(config, folder, hardware)
+            return _finished_plan(given, config, folder, hardware)
     if config.preset is not None:
-        tell_tier(config, hardware)
+        tell_tier(given, hardware)
     corpus = open_corpus(config, lambda: None)
     tokenizer = find_tokenizer(corpus, config)
     tokens = find_tokens(corpus, tokenizer, config) if tokenizer else None
@@ -100,7 +103,7 @@ def _plan(config: Config, world: World) -> dict[str, object]:
     if checkpoint:
         print(f"going on after step {steps_done}: {'' if tokens else 'about '}{remaining:,} steps remain, from {checkpoint}")
     print(explain_learning_rate(config))
-    memory = plan_memory(config, vocab_size, hardware)
+    memory = settle_plan(given, config, vocab_size, hardware)
     tell_memory(memory, config, hardware)
     saved = 4 * n_parameters * (1 + 3 * (config.keep_checkpoints + 1)) / 1e6  # the model, and weights with Adam's moments in each checkpoint
     _tell_disk(config, disk, saved)
@@ -115,7 +118,7 @@ def _plan(config: Config, world: World) -> dict[str, object]:
         "sequences": n_sequences, "tokens_known": tokens is not None, "planned_seconds": seconds}
 
 
-def _finished_plan(config: Config, folder: Path, hardware: Hardware) -> dict[str, object]:
+def _finished_plan(given: Config, config: Config, folder: Path, hardware: Hardware) -> dict[str, object]:
     """Of a run of which nothing is left to do. Like the run itself, this does not touch the corpus."""
     print(f"{folder} is finished: nothing would be done; --overwrite starts anew, another --output-dir keeps both")
     try:
@@ -124,7 +127,8 @@ def _finished_plan(config: Config, folder: Path, hardware: Hardware) -> dict[str
         raise InputError(f"{folder / 'config.json'} is damaged ({error}): --overwrite starts anew") from error
     steps = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
     n_parameters = count_parameters(ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len))
-    return _facts(config, vocab_size, plan_memory(config, vocab_size, hardware), hardware, steps, steps, n_parameters) | {"planned_seconds": 0.0}
+    memory = settle_plan(given, config, vocab_size, hardware)
+    return _facts(config, vocab_size, memory, hardware, steps, steps, n_parameters) | {"planned_seconds": 0.0}
 
 
 def _facts(config: Config, vocab_size: int, memory: Plan, hardware: Hardware, steps: int, steps_done: int, n_parameters: int) -> dict[str, object]:

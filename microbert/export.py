@@ -21,6 +21,7 @@ from .tokenizer import PAD_ID, save_tokenizer
 from .tokens import Tokens
 
 RELOAD_TOLERANCE = 1e-4  # of the logits, in fp32
+RELOAD_SEQUENCES = 8  # transformers computes the logits of every token of them: 0.2 GB for v4
 
 # our parameter name (without .weight and .bias) -> that of transformers.BertForMaskedLM; {} is the layer's number
 NAMES = {
@@ -139,7 +140,7 @@ def check_reload(model: Bert, batch: MaskedBatch, folder: Path) -> float:
 def export_run(run: Run, model: Bert, tokenizer: Tokenizer, tokens: Tokens, facts: dict[str, str]) -> None:
     """Makes the run's folder a Hugging Face model, and proves it. The model card comes last: it marks the run as finished."""
     save_model(model, tokenizer, run.folder)
-    batch = next(evaluation_batches(tokens.held_out, run.config.batch_size))
+    batch = next(evaluation_batches(tokens.held_out, RELOAD_SEQUENCES))
     masked = mask_batch(batch, seed=run.config.seed, probability=run.config.mlm_probability, vocab_size=model.config.vocab_size)
     difference = check_reload(model, masked, run.folder)
     write_model_card(run.folder, run.folder.name, facts)

@@ -10,8 +10,8 @@ import dataclasses
 
 import torch
 
-from .config import Config, InputError
-from .device import GIB, limit_memory, memory_bytes
+from .config import BY_TIER, Config, InputError
+from .device import GIB, has_bf16, limit_memory, memory_bytes
 from .distributed import World
 from .loss import chunk_rows
 from .masking import n_slots
@@ -21,11 +21,11 @@ from .tokens import Tokens
 
 BYTES = 4  # fp32; what is narrower is counted as a half of one
 GB = 1e9
-# of the machine's memory: Python, torch, the libraries that read and those that export. Most are loaded last, by the export, so a whole
-# run takes about 0.3 GB more than train/peak_memory_gb says of its training
-PROCESS_GB = 0.7
-# of a GPU, reckoned: what CUDA, the libraries and nccl take beside PyTorch's allocator; what the allocator loses by rounding up
-GPU_CONTEXT_GB, ALLOCATOR_GB = 1.0, 0.5
+# of the machine's memory: Python, torch, the libraries that read and those that export; and, of the tensors, what the C library keeps of those
+# that come and go
+PROCESS_GB, NOT_GIVEN_BACK = 0.8, 0.5
+# of a GPU, reckoned: what CUDA and its libraries take beside PyTorch's allocator, and nccl, for several processes; what the allocator loses by rounding up
+GPU_CONTEXT_GB, NCCL_GB, ALLOCATOR_GB = 1.0, 1.0, 0.5
 # kept for the backward pass, in units of [B, T, D]: a layer's query, key, value, attention and a copy of it (5); sum and norm (2);
 # expansion and GELU (8); sum, which is also the norm's input (1). In bf16 all but the two sums take a half, and the norm's output is only kept
 # as the copy in bf16 that the next product takes
@@ -34,6 +34,7 @@ KEPT_BY_EMBEDDINGS = 4
 KEPT_BY_HEAD = 4  # [B, M, D]
 USED_BY_BACKWARD = 6  # of the last layer: gradients of the expansion and of what goes round it, less what is no longer needed
 KEPT_BY_DROPOUT = 0.25  # a byte for each value
+MARGIN = "context and margin"
 USED_BY_DROPOUT = 8  # while random numbers of 64 bits are made
 
 
@@ -62,6 +63,11 @@ class Hardware:
     kind: str
     memory_bytes: int | None
     n_processes: int = 1
+    has_bf16: bool = False
+
+    def outside_gb(self) -> float:
+        """What a process takes beside its tensors and their allocator."""
+        return (GPU_CONTEXT_GB + NCCL_GB * (self.n_processes > 1)) if self.kind == "cuda" else PROCESS_GB
 
     def tier(self) -> Tier:
         if self.kind != "cuda":
@@ -73,7 +79,7 @@ class Hardware:
 
 
 def hardware_of(device: torch.device, world: World) -> Hardware:
-    return Hardware(device.type, memory_bytes(device, world), world.size)
+    return Hardware(device.type, memory_bytes(device, world), world.size, has_bf16(device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +108,18 @@ def plan_memory(config: Config, vocab_size: int, hardware: Hardware) -> Plan:
     budget = min(limits, default=None)
 
     def plan(size: int) -> Plan:
-        margins = {"context and margin": (GPU_CONTEXT_GB + ALLOCATOR_GB if hardware.kind == "cuda" else PROCESS_GB) * GB}
-        sized = dataclasses.replace(config, micro_batch_size=size)
-        return Plan(planned_tensors(sized, vocab_size, hardware) | margins, budget, size)
+        tensors = planned_tensors(dataclasses.replace(config, micro_batch_size=size), vocab_size, hardware)
+        margin = ALLOCATOR_GB * GB if hardware.kind == "cuda" else NOT_GIVEN_BACK * sum(tensors.values())
+        return Plan(tensors | {MARGIN: hardware.outside_gb() * GB + margin}, budget, size)
 
     if config.micro_batch_size is not None:
         return plan(min(config.micro_batch_size, config.batch_size))
-    largest = bisect.bisect_left(range(1, config.batch_size + 1), True, key=lambda size: not plan(size).fits)
+    whole = plan(config.batch_size)  # which needs no room for the gradients of micro-batches before
+    if whole.fits:
+        return whole
+    largest = bisect.bisect_left(range(1, config.batch_size), True, key=lambda size: not plan(size).fits)
     if not largest:
-        one = plan(1)
+        one = min(plan(1), whole, key=lambda plan: plan.total)
         raise InputError(f"one sequence of {config.max_seq_len} tokens takes {one.total / GB:.1f} GB with its model, and {one.budget / GB:.1f} GB are there: "
                          "a smaller n_embed, n_layers, vocab_size or max_seq_len takes less"
                          + (f", or raise memory_budget_gb = {config.memory_budget_gb:g}" if budget != hardware.memory_bytes else ""))
@@ -123,23 +132,36 @@ def tell_memory(plan: Plan, config: Config, hardware: Hardware) -> None:
     what = "each GPU" if hardware.kind == "cuda" and hardware.n_processes > 1 else "the GPU" if hardware.kind == "cuda" else "each process"
     n_parts = -(-config.batch_size // plan.micro_batch_size)
     print(f"memory of {what}, at most, with {plan.micro_batch_size} sequences of {config.max_seq_len} tokens at a time"
-          + (f", {n_parts} times a step" if n_parts > 1 else "") + ":")
+          + ", in bf16" * is_planned_in_bf16(config, hardware) + (f", {n_parts} times a step" if n_parts > 1 else "") + ":")
     for name, size in plan.parts.items():
         if size:
             print(f"  {name:<22}{size / GB:>8.2f} GB")
     print(f"  {'in all':<22}{plan.total / GB:>8.2f} GB" + (f" of {plan.budget / GB:.1f}" if plan.budget else ""))
     if not plan.fits:
-        print(f"warning: that is more than there is: leave micro_batch_size = None, which takes what fits, or make it smaller than {plan.micro_batch_size}")
+        print("warning: that is more than there is; micro_batch_size = None takes what fits")
 
 
-def tell_tier(config: Config, hardware: Hardware) -> None:
-    """Prints what the preset made of the device."""
-    is_by_tier = config.preset == "auto"
-    where = f" on a GPU of {hardware.memory_bytes / GIB:.0f} GiB" if hardware.kind == "cuda" and is_by_tier else ""
-    tier = f", the tier of {hardware.tier().name}" if is_by_tier else ""
-    print(f'preset "{config.preset}"{where}{tier}: {config.n_layers} layers, batch {config.batch_size} for each process; a constant that is set wins')
-    if is_by_tier and hardware.is_below_tiers():
-        print("hint: this GPU is smaller than v4 is made for; mlm_pretrain_v1.py to v3 take less")
+def tell_tier(given: Config, hardware: Hardware) -> None:
+    """Prints what the preset made of the device. given: filled in, before the batch is settled."""
+    size = f"{given.n_layers} layers, batch {given.batch_size} for each process"
+    if given.preset != "auto":
+        print(f'preset "{given.preset}": {size}; a constant that is set wins')
+        return
+    tier, where = hardware.tier(), f"a GPU of {hardware.memory_bytes / GIB:.0f} GiB" if hardware.kind == "cuda" else "this device"
+    if tier.values() == {name: getattr(given, name) for name in BY_TIER}:
+        print(f'preset "auto": {size}, the tier of {tier.name}; a constant that is set wins')
+    else:
+        print(f'preset "auto": {size}, as set or as in the checkpoint; the tier of {tier.name} has {tier.n_layers} and {tier.batch_size}')
+    if hardware.is_below_tiers():
+        print(f"hint: {where} is smaller than v4 is made for; mlm_pretrain_v1.py to v3 take less")
+
+
+def settle_plan(given: Config, config: Config, vocab_size: int, hardware: Hardware) -> Plan:
+    """The plan of a run whose constants were given so and are settled so: with less of a micro-batch than is planned, where memory ran out before."""
+    planned = plan_memory(dataclasses.replace(config, micro_batch_size=given.micro_batch_size), vocab_size, hardware)
+    if config.micro_batch_size is not None and config.micro_batch_size < planned.micro_batch_size:
+        return plan_memory(config, vocab_size, hardware)
+    return planned
 
 
 def hold_to_budget(run: Run, tokens: Tokens, device: torch.device) -> None:
@@ -147,20 +169,23 @@ def hold_to_budget(run: Run, tokens: Tokens, device: torch.device) -> None:
 
     The first process plans, the others follow. Raises InputError where not even one sequence fits.
     """
-    hardware, vocab_size = hardware_of(device, run.world), len(tokens.token_counts)
+    hardware = hardware_of(device, run.world)
     if run.config.preset is not None:
-        tell_tier(run.config, hardware)
+        tell_tier(run.given, hardware)
 
     def plan() -> int:
-        planned = plan_memory(dataclasses.replace(run.config, micro_batch_size=run.given.micro_batch_size), vocab_size, hardware)
-        if run.config.micro_batch_size is not None and run.config.micro_batch_size < planned.micro_batch_size:  # memory has run out before
-            planned = plan_memory(run.config, vocab_size, hardware)
-        tell_memory(planned, run.config, hardware)
-        return planned.micro_batch_size
+        settled = settle_plan(run.given, run.config, len(tokens.token_counts), hardware)
+        tell_memory(settled, run.config, hardware)
+        return settled.micro_batch_size
 
     run.config = dataclasses.replace(run.config, micro_batch_size=run.world.first_does("memory", plan, run.check_stop))
-    if run.config.memory_budget_gb is not None:
-        limit_memory(device, (run.config.memory_budget_gb - GPU_CONTEXT_GB) * GB)
+    cap_memory(run.config, hardware, device)
+
+
+def cap_memory(config: Config, hardware: Hardware, device: torch.device) -> None:
+    """Lets no tensor take the process above memory_budget_gb, where there is one and the device can be told so."""
+    if config.memory_budget_gb is not None:
+        limit_memory(device, (config.memory_budget_gb - hardware.outside_gb()) * GB)
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -170,6 +195,10 @@ def count_parameters(config: ModelConfig) -> int:
     layer = 4 * (D * D + D) + 2 * D * config.n_inner + config.n_inner + D + 4 * D
     head = D * D + D + 2 * D + V
     return embeddings + config.n_layers * layer + head
+
+
+def is_planned_in_bf16(config: Config, hardware: Hardware) -> bool:
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and hardware.has_bf16)
 
 
 def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict[str, float]:
@@ -185,7 +214,7 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
     L, H, T, D, V = config.n_layers, config.n_heads, config.max_seq_len, config.n_embed, vocab_size
     N = B * n_slots(T, config.mlm_probability)
     C = min(chunk_rows(hardware.kind, V), N)
-    is_narrow = config.dtype == "bfloat16" or (config.dtype == "auto" and hardware.kind == "cuda")
+    is_narrow = is_planned_in_bf16(config, hardware)
     accumulated = parameters if B < config.batch_size else 0  # the gradients of the micro-batches before
     narrow_weights = (parameters - V) / 2 * is_narrow
     dropout = KEPT_BY_DROPOUT * (2 * L + 1) * (config.dropout > 0)

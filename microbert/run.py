@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 
 from .config import Config, InputError, dataset_files
+from .device import out_of_memory
 from .distributed import World, lost_process
 from .files import read_json, remove_stale, write_json
 
@@ -116,7 +117,7 @@ def open_run(config: Config) -> Iterator[Run]:
     except Exception as error:
         story, is_mine = world.first_end(_story_of(error, world), for_good=(BAD_INPUT, STOPPED))
         if world.is_first if story["state"] == "stopped" else is_mine:
-            if not isinstance(error, (InputError, Stopped, Failed)) and not lost_process(error):
+            if not isinstance(error, (InputError, Stopped, Failed)) and not _known_failure(error):
                 traceback.print_exception(error)
             _tell(story, world)
         if owns_folder and world.size == 1 and new_folders and story["exit_code"] == BAD_INPUT:
@@ -157,7 +158,14 @@ def _story_of(error: Exception, world: World) -> dict[str, object]:
         return _story("stopped", STOPPED, str(error), world.rank)
     if isinstance(error, Failed):
         return _story("failed", FAILED, str(error), world.rank if error.rank is None else error.rank)
-    return _story("failed", FAILED, lost_process(error) or f"{type(error).__name__}: {error}", world.rank)
+    return _story("failed", FAILED, _known_failure(error) or f"{type(error).__name__}: {error}", world.rank)
+
+
+def _known_failure(error: Exception) -> str:
+    """What a person needs to hear of it, "" where only the error itself tells."""
+    if shortage := out_of_memory(error):
+        return (f"out of memory ({shortage}). Where nothing else holds it, a smaller micro_batch_size, vocab_size, n_embed or n_layers takes less")
+    return lost_process(error)
 
 
 def _tell(story: dict[str, object], world: World) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils import get_total_norm
 
 from .config import Config
@@ -20,7 +21,7 @@ from .counter_rng import random_bits
 from .device import Fetched, compute_dtype, free_memory, is_compiled, out_of_memory, send
 from .distributed import World
 from .loss import masked_loss
-from .masking import MaskedBatch
+from .masking import IGNORED, MaskedBatch
 from .memory import GB, Hardware, planned_training_bytes
 from .model import Bert
 from .optim import build_optimizer
@@ -56,24 +57,31 @@ class Step:
 class Learner:
     """A model with its optimizer, and how it learns on its device, as one of the processes of `world`.
 
-    micro_batch_size: sequences computed at a time, all of a process's batch when None; halved in all processes when one runs out of memory, and
-    `ran_short` is True from then on.
+    micro_batch_size: sequences computed at a time; halved in all processes when one runs out of memory, and `ran_short` is True from then on.
     """
 
     def __init__(self, model: Bert, config: Config, world: World) -> None:
         self.model, self.config, self.world = model, config, world
         self.device = model.output_bias.device
         self.optimizer = build_optimizer(model, config)
-        self.micro_batch_size, self.ran_short = config.micro_batch_size, False
-        self._dtype = compute_dtype(config, self.device)
-        self._forward = torch.compile(model, dynamic=False) if is_compiled(config, self.device) else model
+        self.micro_batch_size, self.ran_short = min(config.micro_batch_size or config.batch_size, config.batch_size), False
+        self._dtype, self._is_compiled = compute_dtype(config, self.device), is_compiled(config, self.device)
+        self._forward = self._compiled()
         self._broken = torch.zeros((), device=self.device)  # 1 from the first step on whose numbers are not finite
         self._shortage = ""  # what torch said when memory ran out
+
+    def _compiled(self) -> nn.Module:
+        """The model as it is computed: where it is compiled, for the shapes that come now, those before forgotten."""
+        if not self._is_compiled:
+            return self.model
+        torch.compiler.reset()
+        return torch.compile(self.model, dynamic=False)
 
     def hidden(self, masked: MaskedBatch, dropout_keys: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the loss functions take: hidden [B * M, D], weight [V, D], bias [V], labels [B * M]. dropout_keys: int64 [B]."""
         is_real = masked.input_ids != PAD_ID
-        attention_mask = None if is_real.all() else send(is_real, self.device)
+        is_always_masked = self._is_compiled and not self.config.packing  # each way is compiled for itself
+        attention_mask = None if is_real.all() and not is_always_masked else send(is_real, self.device)
         keys = None if dropout_keys is None else send(dropout_keys, self.device)
         is_narrow = self._dtype != torch.float32
         with torch.autocast(self.device.type, self._dtype) if is_narrow else contextlib.nullcontext():
@@ -93,6 +101,7 @@ class Learner:
             n_masked, stopping, short = self.world.gather(masked.n_masked, is_to_stop, flat is None).T  # [W] each
             if not short.any():
                 break
+            flat = None
             self._halve(number, np.flatnonzero(short).tolist())
         self.world.add_up(flat)
         losses, grad_norm = self._apply(flat[-self.world.size :], float(masked.labels.size / n_masked.sum()))
@@ -104,6 +113,7 @@ class Learner:
         A process that is alone gives its loss only: its gradients need not be sent.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self._shortage = ""
         try:
             return self._flat(self._backward(masked, number))
         except RuntimeError as error:
@@ -122,8 +132,7 @@ class Learner:
         if self.config.dropout:  # of each sequence by its place in the batch of all processes
             keys = random_bits(self.config.seed, number, self.world.rank * n_rows + np.arange(n_rows)).astype(np.int64)
         loss = torch.zeros((), device=self.device)
-        for rows in micro_batches(n_rows, self.micro_batch_size):
-            part = MaskedBatch(masked.input_ids[rows], masked.positions[rows], masked.labels[rows])
+        for part, rows in micro_batches(masked, self.micro_batch_size, is_filled=self._is_compiled):
             share = masked_loss(*self.hidden(part, None if keys is None else keys[rows]), n_slots, self._dtype)
             share.backward()
             loss += share.detach()
@@ -155,7 +164,7 @@ class Learner:
 
     def _halve(self, number: int, ranks: list[int]) -> None:
         """Of the micro-batch, in all processes; those of `ranks` have run out of memory."""
-        size = min(self.micro_batch_size or self.config.batch_size, self.config.batch_size)
+        size = self.micro_batch_size
         reason = ": ".join(filter(None, (f"process {ranks[0]} of {self.world.size}" * (self.world.size > 1), self._shortage)))
         if size == 1:
             planned = planned_training_bytes(dataclasses.replace(self.config, micro_batch_size=1), self.model.config.vocab_size,
@@ -163,12 +172,19 @@ class Learner:
             raise Failed(f"step {number}: out of memory with one sequence of {self.config.max_seq_len} tokens at a time, for which about {planned / GB:.2f} GB are "
                          f"planned ({reason}). A smaller max_seq_len, vocab_size, n_embed or n_layers takes less", ranks[0])
         self.micro_batch_size, self.ran_short = -(-size // 2), True
+        self._forward = self._compiled()
         if self.world.rank == ranks[0]:  # which knows what torch said
             print(f"\nstep {number}: out of memory with {size} sequences of {self.config.max_seq_len} tokens at a time ({reason}); from here on with "
                   f"{self.micro_batch_size} at a time, and the same batch", file=sys.stderr)
 
 
-def micro_batches(n_rows: int, size: int | None) -> Iterator[slice]:
-    """The rows of a batch in parts of at most `size`; all of them when None."""
-    for start in range(0, n_rows, size or n_rows):
-        yield slice(start, min(start + (size or n_rows), n_rows))
+def micro_batches(masked: MaskedBatch, size: int, is_filled: bool = False) -> Iterator[tuple[MaskedBatch, np.ndarray]]:
+    """The batch in parts of at most `size` sequences, each with the numbers of its rows.
+
+    is_filled: the last one has as many as the others, for the sake of fixed shapes. What fills it repeats its last row, without labels.
+    """
+    n_rows = len(masked.labels)
+    for start in range(0, n_rows, size):
+        wanted = np.arange(start, start + size if is_filled else min(start + size, n_rows))
+        rows = np.minimum(wanted, n_rows - 1)
+        yield MaskedBatch(masked.input_ids[rows], masked.positions[rows], np.where(wanted[:, None] < n_rows, masked.labels[rows], IGNORED)), rows

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from .batches import evaluation_batches, steps_in_run, training_batch
 from .checkpoint import State, save_checkpoint
 from .config import Config, explain_learning_rate, peak_learning_rate
-from .device import describe_device, out_of_memory, peak_memory_gb
+from .device import describe_compute, describe_device, out_of_memory, peak_memory_gb
 from .distributed import lost_process
 from .loss import masked_scores
 from .masking import mask_batch
@@ -61,11 +61,8 @@ def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokeni
     try:
         metrics = _train(run, state, steps, learner, tokens, tokenizer)
     except RuntimeError as error:
-        if lost := lost_process(error):
+        if not out_of_memory(error) and (lost := lost_process(error)):
             raise Failed(f"step {state.step}: {lost}") from error
-        if shortage := out_of_memory(error):
-            raise Failed(f"step {state.step}: out of memory, and not for a micro-batch of training ({shortage}). A smaller micro_batch_size, vocab_size, "
-                         "n_embed or n_layers takes less") from error
         raise
     world.leave_group()
     if world.is_first:
@@ -176,7 +173,7 @@ def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, 
 
 def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, unigram_loss: float) -> None:
     config = run.config
-    print(f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}, {config.epochs} epochs")
+    print(f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}{describe_compute(config, device)}, {config.epochs} epochs")
     print(explain_learning_rate(config))
     print(f"losses to read against: {uniform_loss:.2f} is a uniform guess, {unigram_loss:.2f} a guess by word frequency, where step 0 stands")
     if reach(config, steps) < TOO_SHORT_A_REACH:
@@ -193,7 +190,7 @@ def evaluate(learner: Learner, held_out: Sequences, run: Run) -> tuple[Evaluatio
     """
     learner.model.eval()
     loss = n_correct = n_masked = 0
-    for batch in evaluation_batches(held_out, learner.micro_batch_size or run.config.batch_size, run.world.rank, run.world.size):
+    for batch in evaluation_batches(held_out, learner.micro_batch_size, run.world.rank, run.world.size):
         if run.stop_signal:
             break
         masked = mask_batch(batch, seed=run.config.seed, probability=EVALUATION_PROBABILITY, vocab_size=learner.model.config.vocab_size)

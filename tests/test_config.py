@@ -136,6 +136,11 @@ def test_mistakes_in_what_version_4_adds(flags, told, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1 and told in error
 
 
+@pytest.mark.parametrize("flags, value", [([], None), (["--torch-compile"], True), (["--no-torch-compile"], False), (["--torch-compile", "none"], None)])
+def test_a_boolean_may_also_be_left_open(flags, value):
+    assert configure_v4(*flags, torch_compile=None).torch_compile is value
+
+
 def test_a_flag_of_another_version_is_told_as_such(capsys):
     with pytest.raises(SystemExit):
         configure("--preset", "large")

@@ -21,7 +21,7 @@ from microbert.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 V4 = ROOT / "mlm_pretrain_v4.py"
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 
 
 def masked_rows(n=8, max_seq_len=64):
@@ -30,7 +30,7 @@ def masked_rows(n=8, max_seq_len=64):
 
 def new_learner(device=CUDA, vocab_size=VOCAB_SIZE, **constants):
     config = configure(**{"n_layers": 2, "n_heads": 4, "n_embed": 64, "max_seq_len": 64, "batch_size": 8, **constants})
-    model = build_model(ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len), 0)
+    model = build_model(ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout), 0)
     return Learner(model.to(device), config, World({}))
 
 
@@ -53,13 +53,13 @@ def test_compilation_is_chosen_and_a_step_is_the_same():
         assert compiled.step(masked_rows(), number, 1e-3).read() == pytest.approx(eager.step(masked_rows(), number, 1e-3).read(), rel=1e-3)
 
 
-@pytest.mark.parametrize("constants", [{}, {"dtype": "bfloat16", "torch_compile": True}, {"micro_batch_size": 2, "dropout": 0.1}])
+@pytest.mark.parametrize("constants", [{}, {"dtype": "bfloat16", "torch_compile": True, "dropout": 0.1}, {"micro_batch_size": 20, "dropout": 0.1}])
 def test_no_step_waits_for_the_device(constants):
-    learner = new_learner(**constants)
-    steps = [learner.step(masked_rows(), number, 1e-3) for number in range(3)]  # with what is made once
+    learner, masked = new_learner(batch_size=96, **constants), masked_rows(96)
+    steps = [learner.step(masked, number, 1e-3) for number in range(3)]  # with what is made once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        steps += [learner.step(masked_rows(), number, 1e-3) for number in range(3, 6)]
+        steps += [learner.step(masked, number, 1e-3) for number in range(3, 6)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     losses = [step.read()[0] for step in steps]
@@ -77,8 +77,9 @@ def test_memory_stays_within_the_plan():
 
 CAPPED = """import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
-from test_gpu import CUDA, GB, limit_memory, masked_rows, new_learner, peak_memory_gb
-limit_memory(CUDA, 1.0 * GB)
+from test_gpu import CUDA, masked_rows, new_learner
+from microbert.device import limit_memory, peak_memory_gb
+limit_memory(CUDA, 1e9)
 learner = new_learner(n_layers=8, n_heads=8, n_embed=256, max_seq_len=256, batch_size=96)
 for number in range(3):
     learner.step(masked_rows(96, 256), number, 1e-3).read()

@@ -1,5 +1,6 @@
 """The loss: cross-entropy over masked tokens, the same however it is cut into chunks and micro-batches."""
 
+import numpy as np
 import pytest
 import torch
 from models import VOCAB_SIZE, as_batch, noisy_bert, token_rows
@@ -100,8 +101,14 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch_with_what_it_drops(s
     torch.testing.assert_close(gradients_of_a_step(size), whole, rtol=1e-3, atol=1e-5)  # fp32 sums in another order
 
 
-@pytest.mark.parametrize("size, n_parts", [(None, 1), (8, 4), (5, 7), (32, 1), (100, 1)])
-def test_micro_batches_hold_every_row_once_in_order(size, n_parts):
-    parts = list(micro_batches(32, size))
-    assert len(parts) == n_parts
-    assert [row for part in parts for row in range(32)[part]] == list(range(32))
+@pytest.mark.parametrize("size, n_parts", [(8, 4), (5, 7), (32, 1), (100, 1)])
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_micro_batches_hold_every_row_once_in_order(size, n_parts, is_filled):
+    masked = mask_batch(as_batch(token_rows(32)), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
+    parts = list(micro_batches(masked, size, is_filled))
+    assert len(parts) == n_parts and (not is_filled or {len(part.labels) for part, _ in parts} == {size})
+    for name in ("input_ids", "positions", "labels"):
+        joined = np.concatenate([getattr(part, name) for part, _ in parts])
+        assert (joined[:32] == getattr(masked, name)).all()
+    assert (joined[32:] == IGNORED).all() and len(joined) == (n_parts * size if is_filled else 32)
+    assert np.concatenate([rows for _, rows in parts])[:32].tolist() == list(range(32))

@@ -109,14 +109,15 @@ def test_the_cpu_has_a_tier_of_its_own():
 
 @pytest.mark.parametrize("name", PRODUCTION)
 @pytest.mark.parametrize("gib", [24, 80, 141])
-def test_every_tier_and_the_large_preset_stay_under_24_gb_in_one_piece(name, gib):
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_every_tier_and_the_large_preset_stay_under_24_gb_in_one_piece(name, gib, has_bf16):
     vocab_size, batch_size = SHAPES[name][0], SHAPES[name][-1]
-    plan = plan_memory(constants(SHAPES[name], memory_budget_gb=24.0, dtype="auto"), vocab_size, Hardware("cuda", gib * GIB, 8))
+    plan = plan_memory(constants(SHAPES[name], memory_budget_gb=24.0, dtype="auto"), vocab_size, Hardware("cuda", gib * GIB, 8, has_bf16))
     assert plan.fits and plan.total < 24 * GB == plan.budget and plan.micro_batch_size == batch_size
 
 
 @few_examples
-@given(budget=st.floats(0.8, 3.0), batch_size=st.integers(1, 500), kind=st.sampled_from(["cpu", "cuda"]))
+@given(budget=st.floats(0.9, 3.0), batch_size=st.integers(1, 500), kind=st.sampled_from(["cpu", "cuda"]))
 def test_the_micro_batches_are_the_fewest_that_fit(budget, batch_size, kind):
     shape = (10_000, 2, 2, 64, 128, batch_size)
 
@@ -128,6 +129,31 @@ def test_the_micro_batches_are_the_fewest_that_fit(budget, batch_size, kind):
     assert chosen.fits and chosen.micro_batch_size == -(-batch_size // n_parts)
     if n_parts > 1:
         assert not plan(micro_batch_size=-(-batch_size // (n_parts - 1))).fits
+
+
+@pytest.mark.parametrize("batch_size, between", [(32, 16), (8, None)])
+def test_a_batch_that_fits_in_one_piece_is_taken_so_also_where_less_does_not_fit(batch_size, between):
+    """Micro-batches need room for the gradients of those before, a whole batch does not."""
+    shape = (50_000, 4, 8, 128, 128, batch_size)
+
+    def total(size):
+        return plan_memory(constants(shape, micro_batch_size=size), 50_000, CPU).total
+
+    whole, one_less = total(batch_size), total(batch_size - 1)
+    assert whole < one_less
+    assert plan_memory(constants(shape, memory_budget_gb=(whole + one_less) / 2 / GB), 50_000, CPU).micro_batch_size == batch_size
+    if between:
+        assert plan_memory(constants(shape, memory_budget_gb=(whole - 1) / GB), 50_000, CPU).micro_batch_size == between
+    else:
+        with pytest.raises(InputError, match="one sequence"):
+            plan_memory(constants(shape, memory_budget_gb=(whole - 1) / GB), 50_000, CPU)
+
+
+def test_without_bf16_a_gpu_is_planned_in_fp32():
+    shape = SHAPES["large"]
+    old, new = (plan_memory(constants(shape, dtype="auto"), shape[0], Hardware("cuda", 80 * GIB, 1, has_bf16)).total for has_bf16 in (False, True))
+    assert old > new + GB
+    assert old == plan_memory(constants(shape), shape[0], Hardware("cuda", 80 * GIB, 1, True)).total
 
 
 def test_the_smaller_of_budget_and_device_counts():

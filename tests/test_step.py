@@ -69,7 +69,7 @@ def test_without_memory_for_one_sequence_the_error_names_batch_length_and_bytes(
 
 
 @pytest.mark.parametrize("message", ["[enforce fail at alloc_cpu.cpp:122] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
-                                     "MPS backend out of memory (MPS allocated: 1.00 GB)"])
+                                     "MPS backend out of memory (MPS allocated: 1.00 GB)", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
 def test_every_device_has_its_words_for_it(message, monkeypatch):
     real = microbert.step.masked_loss
 
@@ -123,12 +123,30 @@ def test_in_bf16_a_step_is_about_the_same():
 
 
 @pytest.mark.slow
-def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names():
-    eager, compiled = new_learner(), new_learner(torch_compile=True)
+@pytest.mark.parametrize("constants", [{}, {"dropout": 0.1, "micro_batch_size": 3}])
+def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(constants):
+    eager, compiled = new_learner(**constants), new_learner(torch_compile=True, **constants)
     for number in range(3):
         numbers = [learner.step(masked_rows(seed=number), number, 1e-2).read() for learner in (eager, compiled)]
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-4)
     assert list(compiled.model.state_dict()) == list(eager.model.state_dict())
+
+
+def test_every_part_of_a_batch_has_one_shape_where_it_is_compiled(monkeypatch):
+    shapes, eager = [], new_learner(micro_batch_size=3)
+    real = torch.compile
+
+    def compiled(model, **options):
+        assert options == {"dynamic": False}
+        return lambda input_ids, attention_mask, *others: shapes.append((input_ids.shape, attention_mask is None)) or model(input_ids, attention_mask, *others)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    learner = new_learner(micro_batch_size=3, torch_compile=True)
+    numbers = [one.step(masked_rows(), 0, 1e-2).read() for one in (learner, eager)]
+    assert shapes == [((3, 16), False)] * 3 and numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+    run_short(monkeypatch, 2)
+    learner.step(masked_rows(), 1, 1e-2)
+    assert set(shapes[3:]) == {((3, 16), False), ((2, 16), False)} and real is not torch.compile
 
 
 def short_of_memory(folder, name, text):

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from helpers import ROOT, TIME_LIMIT, result, run_here, small_flags, write_corpus
 
@@ -116,3 +117,14 @@ def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeyp
     monkeypatch.undo()
     assert run_here(small_flags(tmp_path), monkeypatch) == 0
     assert result(tmp_path / "run") == reference
+
+
+def test_memory_that_runs_out_beside_the_steps_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+    def masked_scores(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    monkeypatch.setattr(microbert.training, "masked_scores", masked_scores)
+    assert run_here(small_flags(tmp_path), monkeypatch) == 1
+    err = capfd.readouterr().err
+    assert "error: out of memory (CUDA out of memory. Tried to allocate 3.00 GiB)" in err and "Traceback" not in err
+    assert "out of memory" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]

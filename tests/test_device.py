@@ -1,0 +1,70 @@
+"""The device: which one it is, what it may take, and what is said when it has no more. CUDA's calls are stood in for."""
+
+import pytest
+import torch
+from test_config import configure, configure_v4
+
+import microbert.device
+from microbert.config import InputError
+from microbert.device import choose_device, compute_dtype, describe_compute, is_compiled, limit_memory, memory_bytes, out_of_memory
+from microbert.distributed import World
+
+GIB = 2**30
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """As if there were two GPUs of 40 GiB from Ampere on; returns the fractions that the allocators were told, by device."""
+    fractions = {}
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": lambda device: None, "memory._lazy_init": lambda: None,
+                        "get_device_properties": lambda device: type("properties", (), {"total_memory": 40 * GIB}),
+                        "get_device_capability": lambda device: (8, 0), "is_bf16_supported": lambda including_emulation: True}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", value)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda fraction, index: fractions.update({index: fraction}), raising=False)
+    return fractions
+
+
+@pytest.mark.parametrize("name, environment, index", [
+    ("auto", {}, 0), ("cuda", {}, 0), ("cuda:1", {}, 1), ("auto", {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 1)])
+def test_a_gpu_has_its_number_and_its_allocator_a_limit(name, environment, index, two_gpus):
+    device = choose_device(name, World(environment))
+    assert device == torch.device("cuda", index) and memory_bytes(device, World(environment)) == 40 * GIB
+    limit_memory(device, 10 * GIB)
+    assert two_gpus == {index: 0.25}
+    limit_memory(device, 50 * GIB)
+    assert two_gpus == {index: 1.0}
+
+
+@pytest.mark.parametrize("name, environment, told", [("cuda:2", {}, "there are 2 GPUs"), ("cuda", {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, "start one for each GPU")])
+def test_a_gpu_that_is_not_there_is_told(name, environment, told, two_gpus):
+    with pytest.raises(InputError, match=told):
+        choose_device(name, World(environment))
+
+
+def test_how_a_gpu_computes_is_chosen_and_what_is_asked_for_wins(two_gpus, monkeypatch):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(microbert.device.importlib.util, "find_spec", lambda name: object())
+    assert describe_compute(configure_v4(), gpu) == ", in bf16, compiled"
+    assert describe_compute(configure_v4(), cpu) == describe_compute(configure(), gpu) == ""
+    assert compute_dtype(configure_v4("--dtype", "bfloat16"), cpu) == torch.bfloat16 and compute_dtype(configure_v4("--dtype", "float32"), gpu) == torch.float32
+    assert is_compiled(configure_v4("--torch-compile"), cpu) and not is_compiled(configure_v4("--no-torch-compile"), gpu)
+    monkeypatch.setattr(microbert.device.shutil, "which", lambda name: None)  # no C compiler
+    assert not is_compiled(configure_v4(), gpu)
+
+
+def test_processes_share_the_machines_memory_or_their_containers(tmp_path, monkeypatch):
+    cpu, limit = torch.device("cpu"), tmp_path / "memory.max"
+    monkeypatch.setattr(microbert.device, "CGROUP_LIMIT", limit)
+    machine = memory_bytes(cpu, World({}))
+    assert machine > GIB and memory_bytes(cpu, World({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"})) == machine // 2
+    limit.write_text("max\n")
+    assert memory_bytes(cpu, World({})) == machine
+    limit.write_text(f"{GIB}\n")
+    assert memory_bytes(cpu, World({})) == GIB
+
+
+def test_a_real_allocation_that_cannot_be_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert "can't allocate memory" in out_of_memory(caught.value)
+    assert out_of_memory(RuntimeError("size mismatch")) == out_of_memory(ValueError("out of memory")) == ""
