@@ -30,7 +30,8 @@ from .tokens import Sequences, Tokens
 
 EVALUATION_PROBABILITY = 0.15  # whatever the run trains with, so that losses compare
 LINES_PER_RUN = 100  # of training metrics
-TOO_SHORT_A_REACH = 0.1  # sum of the learning rates: v1's shape stays at unigram entropy at 0.05, and learns at 0.5
+# sum of the learning rates, times the width: v1's four dimensions stay at unigram entropy at a sum of 0.05, and learn at 0.5; v4's 128 learn at 0.04
+TOO_SHORT_A_REACH, ENOUGH_REACH = 0.4, 4.0
 HUGS_UNIGRAM = 0.05  # nats
 POINTS_PER_RUN = 10  # evaluations and checkpoints, where eval_every and save_every are None
 
@@ -176,9 +177,9 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
     print(f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}{describe_compute(config, device)}, {config.epochs} epochs")
     print(explain_learning_rate(config))
     print(f"losses to read against: {uniform_loss:.2f} is a uniform guess, {unigram_loss:.2f} a guess by word frequency, where step 0 stands")
-    if reach(config, steps) < TOO_SHORT_A_REACH:
+    if reach(config, steps) * config.n_embed < TOO_SHORT_A_REACH:
         print(f"warning: this run cannot learn: Adam moves a weight by at most the sum of the learning rates, {reach(config, steps):.2g} "
-              f"here, and weights have to move by about 1. Train longer, or raise learning_rate"
+              f"here, and weights have to move by about {ENOUGH_REACH / config.n_embed:.1g}. Train longer, or raise learning_rate"
               + (', or set lr_scaling = "auto"' if config.lr_scaling == "none" else ""))
 
 
