@@ -58,7 +58,10 @@ CPU_TIER = Tier("the CPU", 0, 4, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What a plan is for. kind: "cuda", "mps" or "cpu". memory_bytes: of each process's device, None when unknown. n_processes: of the run."""
+    """What a plan is for. kind: "cuda", "mps" or "cpu". memory_bytes: of each process's device, None when unknown. n_processes: of the run.
+
+    has_bf16: where dtype = "auto" takes that.
+    """
 
     kind: str
     memory_bytes: int | None
@@ -102,10 +105,13 @@ class Plan:
 def plan_memory(config: Config, vocab_size: int, hardware: Hardware) -> Plan:
     """The plan with the micro-batch that the constants ask for; else with the fewest micro-batches of a size that fits, all alike.
 
-    Raises InputError where not even one sequence fits.
+    Raises InputError where not even one sequence fits, or nothing is left for tensors.
     """
     limits = [limit for limit in (config.memory_budget_gb and config.memory_budget_gb * GB, hardware.memory_bytes) if limit]
     budget = min(limits, default=None)
+    if budget is not None and budget <= hardware.outside_gb() * GB:
+        name = "of memory are too little" if budget == hardware.memory_bytes else f"(memory_budget_gb = {config.memory_budget_gb:g}) are too little"
+        raise InputError(f"{budget / GB:.1f} GB {name}: a process takes {hardware.outside_gb():.1f} GB beside its tensors")
 
     def plan(size: int) -> Plan:
         tensors = planned_tensors(dataclasses.replace(config, micro_batch_size=size), vocab_size, hardware)
@@ -147,13 +153,13 @@ def tell_tier(given: Config, hardware: Hardware) -> None:
     if given.preset != "auto":
         print(f'preset "{given.preset}": {size}; a constant that is set wins')
         return
-    tier, where = hardware.tier(), f"a GPU of {hardware.memory_bytes / GIB:.0f} GiB" if hardware.kind == "cuda" else "this device"
+    tier = hardware.tier()
     if tier.values() == {name: getattr(given, name) for name in BY_TIER}:
         print(f'preset "auto": {size}, the tier of {tier.name}; a constant that is set wins')
     else:
-        print(f'preset "auto": {size}, as set or as in the checkpoint; the tier of {tier.name} has {tier.n_layers} and {tier.batch_size}')
+        print(f'preset "auto": {size}, as set or as in the checkpoint; the tier of {tier.name} has {tier.n_layers} layers, batch {tier.batch_size}')
     if hardware.is_below_tiers():
-        print(f"hint: {where} is smaller than v4 is made for; mlm_pretrain_v1.py to v3 take less")
+        print(f"hint: a GPU of {hardware.memory_bytes / GIB:.0f} GiB is smaller than v4 is made for; mlm_pretrain_v1.py to v3 take less")
 
 
 def settle_plan(given: Config, config: Config, vocab_size: int, hardware: Hardware) -> Plan:

@@ -166,6 +166,12 @@ def test_a_model_that_does_not_fit_at_all_is_refused():
         plan_memory(constants((50_000, 4, 8, 512, 128, 8), memory_budget_gb=1.0), 50_000, CPU)
 
 
+@pytest.mark.parametrize("kind, budget", [("cuda", 1.0), ("cpu", 0.5)])
+def test_a_budget_that_leaves_nothing_for_tensors_is_refused_whatever_is_asked_for(kind, budget):
+    with pytest.raises(InputError, match=f"memory_budget_gb = {budget:g}"):
+        plan_memory(constants(SHAPES["v1"], memory_budget_gb=budget, micro_batch_size=1), 10_000, Hardware(kind, 24 * GIB))
+
+
 def test_a_micro_batch_that_is_asked_for_is_planned_as_it_is():
     plan = plan_memory(constants(SHAPES["large"], memory_budget_gb=2.0, micro_batch_size=96), 25_000, CPU)
     assert plan.micro_batch_size == 96 and not plan.fits
