@@ -6,6 +6,7 @@ All choices that depend on the kind of device stand here: dtype, compilation, th
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ GIB = 2**30
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")  # of the CPU, Windows, MPS, CUDA's libraries
 COMPILERS = ("cc", "gcc", "clang")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
+PROCESS_STATUS = Path("/proc/self/status")
 
 
 def n_cores() -> int:
@@ -88,12 +90,13 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory that this process has held so far, in GB: on CUDA of the GPU, as PyTorch's allocator took it; else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e9
+    with contextlib.suppress(OSError, TypeError):  # Linux; getrusage would count what the process that started this one held
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", PROCESS_STATUS.read_text())[1]) / 1e9
     try:
         import resource
     except ImportError:  # Windows
         return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if os.uname().sysname == "Darwin" else peak * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -1,7 +1,12 @@
 """The device: which one it is, what it may take, and what is said when it has no more. CUDA's calls are stood in for."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from test_config import configure, configure_v4
 
 import microbert.device
@@ -68,3 +73,13 @@ def test_a_real_allocation_that_cannot_be_is_recognised():
         torch.empty(2**60, dtype=torch.uint8)
     assert "can't allocate memory" in out_of_memory(caught.value)
     assert out_of_memory(RuntimeError("size mismatch")) == out_of_memory(ValueError("out of memory")) == ""
+
+
+def test_the_peak_is_of_this_process_alone():
+    """Also where the one that started it has held more."""
+    held = np.ones(60_000_000)  # half a GB
+    program = "import sys, torch; sys.path.insert(0, sys.argv[1]); from microbert.device import peak_memory_gb as peak; a = peak(torch.device('cpu'))"
+    program += "; x = torch.ones(50_000_000); print(a, peak(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert 0.05 < before < held.nbytes / 1e9 and after - before == pytest.approx(0.2, abs=0.05)
