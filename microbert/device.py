@@ -102,8 +102,7 @@ def peak_memory_gb(device: torch.device) -> float:
 def out_of_memory(error: BaseException) -> str:
     """One line when the error is what torch raises when a device has no memory left, "" when it is another."""
     text = str(error).strip()
-    is_one = isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY))
+    is_one = isinstance(error, RuntimeError) and (isinstance(error, torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY))
     return " ".join(text.split())[:200] if is_one else ""
 
 
@@ -126,10 +125,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def is_compiled(config: Config, device: torch.device) -> bool:
-    """Whether torch.compile translates the model. Unasked on CUDA alone, and where what it needs is there: Triton and a C compiler.
-
-    On a CPU it was not seen to win back the time that it takes.
-    """
+    """Whether torch.compile translates the model. Unasked on CUDA alone, and where what it needs is there: Triton and a C compiler."""
     if config.torch_compile is not None:
         return config.torch_compile
     return (device.type == "cuda" and importlib.util.find_spec("triton") is not None and any(map(shutil.which, COMPILERS))

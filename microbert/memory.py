@@ -58,7 +58,7 @@ CPU_TIER = Tier("the CPU", 0, 4, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What a plan is for. kind: "cuda", "mps" or "cpu". memory_bytes: of each process's device, None when unknown. n_processes: of the run.
+    """What a plan is for. kind: "cuda", "mps" or "cpu". memory_bytes: of each process's device, None when unknown (never for "cuda"). n_processes: of the run.
 
     has_bf16: where dtype = "auto" takes that.
     """

@@ -164,7 +164,7 @@ def _story_of(error: Exception, world: World) -> dict[str, object]:
 def _known_failure(error: Exception) -> str:
     """What a person needs to hear of it, "" where only the error itself tells."""
     if shortage := out_of_memory(error):
-        return (f"out of memory ({shortage}). Where nothing else holds it, a smaller micro_batch_size, vocab_size, n_embed or n_layers takes less")
+        return f"out of memory ({shortage}). Where nothing else holds it, a smaller micro_batch_size, vocab_size, n_embed or n_layers takes less"
     return lost_process(error)
 
 
