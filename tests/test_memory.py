@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import microbert.memory
+from microbert.checkpoint import set_optimizer_step
 from microbert.config import InputError, fill_in
 from microbert.loss import masked_loss
 from microbert.masking import n_slots
@@ -43,19 +44,18 @@ def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None):
     with FakeTensorMode():
         model = Bert(ModelConfig(vocab_size, n_layers, n_heads, n_embed, T, dropout))
         optimizer = build_optimizer(model, configure())
+        set_optimizer_step(model, optimizer, 1)  # Adam's moments are there from the second step on
         ids, positions, labels, keys = (torch.zeros(size, dtype=torch.long) for size in ((batch_size, T), (batch_size, M), batch_size * M, batch_size))
         tracker = MemTracker()
         tracker.track_external(model, optimizer, ids, positions, labels)
         with tracker:
-            for _ in range(2):  # Adam's moments are there from the second on
-                optimizer.zero_grad(set_to_none=True)
-                for _ in range(n_parts):
-                    with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
-                        hidden = model(ids, None, positions, keys if dropout else None)
-                    masked_loss(hidden.float(), model.output_weight, model.output_bias, labels, batch_size * M, dtype).backward()
-                    del hidden
-                    tracker.reset_mod_stats()
-                optimizer.step()
+            for _ in range(n_parts):
+                with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
+                    hidden = model(ids, None, positions, keys if dropout else None)
+                masked_loss(hidden.float(), model.output_weight, model.output_bias, labels, batch_size * M, dtype).backward()
+                del hidden
+                tracker.reset_mod_stats()
+            optimizer.step()
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
