@@ -39,13 +39,17 @@ global_batch_size = None  # sequences a step of all processes together; None tak
 micro_batch_size = None  # sequences computed at a time, to save memory; None takes the whole batch
 learning_rate = 3e-5  # of a 768-wide BERT at 4096 tokens a step; scaled to this run
 lr_scaling = "auto"  # "none" uses learning_rate as it stands
-warmup_ratio = 0.06  # share of the steps in which the learning rate rises
+optimizer = "adamw"  # "adamw", or "muon": Muon for the hidden matrices, AdamW for the rest
+schedule = "linear"  # the learning rate after its rise: "linear" falls; "wsd" holds (warm-up, stable, decay)
+warmup_ratio = 0.06  # share of the run in which the learning rate rises
+decay_ratio = 0.3  # with "wsd": share of the run in which it falls at the end
 weight_decay = 0.01  # of the weight matrices
 grad_clip = 1.0  # largest norm of the gradient; None leaves it
 
 # Run
 seed = 42  # another seed: other weights, order, masks and held-out documents
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is
+max_minutes = None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
 group_timeout = 600  # seconds that a process waits for the others before it gives up
 eval_every = None  # steps between evaluations; None: ten in a run
 save_every = None  # steps between checkpoints; None: ten in a run

@@ -20,6 +20,7 @@ preset = "auto"  # "auto": 8 heads, 128-dim, 128 tokens, 50K vocabulary, layers 
 memory_budget_gb = 24  # of a GPU (on a CPU of each process), at most; None takes what there is
 
 # Model
+arch = "modern"  # "modern": rotary positions, pre-norm, gated, exported as ModernBertForMaskedLM; "bert": as v1 to v3
 n_layers = None  # transformer layers
 n_heads = None  # attention heads a layer; must divide n_embed
 n_embed = None  # width of the hidden states
@@ -44,7 +45,10 @@ global_batch_size = None  # sequences a step of all processes together; None tak
 micro_batch_size = None  # sequences computed at a time, to save memory; None takes as many as fit
 learning_rate = 3e-5  # of a 768-wide BERT at 4096 tokens a step; scaled to this run
 lr_scaling = "auto"  # "none" uses learning_rate as it stands
-warmup_ratio = 0.06  # share of the steps in which the learning rate rises
+optimizer = "muon"  # "adamw", or "muon": Muon for the hidden matrices, AdamW for the rest
+schedule = "wsd"  # the learning rate after its rise: "linear" falls; "wsd" holds (warm-up, stable, decay)
+warmup_ratio = 0.06  # share of the run in which the learning rate rises
+decay_ratio = 0.3  # with "wsd": share of the run in which it falls at the end
 weight_decay = 0.01  # of the weight matrices
 grad_clip = 1.0  # largest norm of the gradient; None leaves it
 
@@ -53,6 +57,7 @@ seed = 42  # another seed: other weights, order, masks and held-out documents
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is
 dtype = "auto"  # of matrix products: "float32", "bfloat16"; "auto" takes bfloat16 on GPUs that have it
 torch_compile = None  # True or False; None compiles the model on CUDA alone
+max_minutes = None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
 group_timeout = 600  # seconds that a process waits for the others before it gives up
 eval_every = None  # steps between evaluations; None: ten in a run
 save_every = None  # steps between checkpoints; None: ten in a run

@@ -36,9 +36,10 @@ from microbert.batches import training_batch  # noqa: E402
 from microbert.config import Config, read_script  # noqa: E402
 from microbert.corpus import hold_cache, open_corpus  # noqa: E402
 from microbert.distributed import World  # noqa: E402
-from microbert.export import hugging_face_config  # noqa: E402
+from microbert.hugging_face import hugging_face_config  # noqa: E402
+from microbert.layers import MaskedLanguageModel  # noqa: E402
 from microbert.masking import mask_batch  # noqa: E402
-from microbert.model import Bert, model_for_tokens  # noqa: E402
+from microbert.model import model_for_tokens  # noqa: E402
 from microbert.tokenizer import PAD_ID, get_tokenizer, save_tokenizer  # noqa: E402
 from microbert.prepare import prepare_tokens  # noqa: E402
 from microbert.tokens import Tokens  # noqa: E402
@@ -54,7 +55,7 @@ WARM_UP = 2  # steps left out of each turn
 LEARNING_RATE = 1e-4
 
 
-def new_model(config: Config, tokens: Tokens) -> Bert:
+def new_model(config: Config, tokens: Tokens) -> MaskedLanguageModel:
     with contextlib.redirect_stdout(io.StringIO()):  # it tells its size each time
         return model_for_tokens(config, tokens)
 

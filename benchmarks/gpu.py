@@ -29,7 +29,8 @@ from microbert.device import choose_device, compute_dtype, describe_compute, des
 from microbert.distributed import World  # noqa: E402
 from microbert.masking import mask_batch, n_slots  # noqa: E402
 from microbert.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
-from microbert.model import ModelConfig, build_model  # noqa: E402
+from microbert.layers import ModelConfig  # noqa: E402
+from microbert.model import build_model  # noqa: E402
 from microbert.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v4.py"

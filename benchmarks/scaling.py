@@ -27,7 +27,8 @@ from microbert.batches import random_batch  # noqa: E402
 from microbert.config import Config, read_script  # noqa: E402
 from microbert.distributed import World  # noqa: E402
 from microbert.masking import mask_batch  # noqa: E402
-from microbert.model import ModelConfig, build_model  # noqa: E402
+from microbert.layers import ModelConfig  # noqa: E402
+from microbert.model import build_model  # noqa: E402
 from microbert.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v3.py"

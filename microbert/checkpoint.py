@@ -14,20 +14,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
-from torch import nn
 
 from .config import BY_TIER, Config, InputError, fill_in, settle_batch_size
-from .export import from_hugging_face, save_model
+from .export import save_model
 from .files import read_json, sha256, sync_folder, write_atomic, write_json
+from .hugging_face import from_hugging_face
+from .layers import MaskedLanguageModel
 from .memory import Hardware, hardware_of
-from .model import Bert
+from .optim import Optimizer
 from .run import Run, checkpoint_folders
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "state.json"}
 TEMPORARY = ".checkpoint.tmp"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
 FREE_TO_CHANGE = {"dataset", "streaming", "device", "group_timeout", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite",
                   "micro_batch_size", "prepare_only", "dry_run", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"}
@@ -39,7 +39,7 @@ class State:
     """Where a run stands: `step` steps are done, in `seconds` over all its starts.
 
     Losses are in nats a masked token. loss_sum and loss_steps belong to the line of metrics that is being gathered. micro_batch_size: what is
-    left of it where memory has run out, None where it has not.
+    left of it where memory has run out, None where it has not. prepared_seconds: from the first start to the first step.
     """
 
     tokens_key: str
@@ -52,6 +52,7 @@ class State:
     loss_sum: float = 0.0
     loss_steps: int = 0
     micro_batch_size: int | None = None
+    prepared_seconds: float = 0.0
 
 
 def find_checkpoint(run: Run, device: torch.device) -> Path | None:
@@ -117,7 +118,7 @@ def verify(path: Path) -> None:
             raise ValueError(f"{name} is not what was saved")
 
 
-def save_checkpoint(run: Run, state: State, model: Bert, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer) -> None:
+def save_checkpoint(run: Run, state: State, model: MaskedLanguageModel, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
     """Writes checkpoint-<step>, then removes the oldest beyond keep_checkpoints. Nothing happens when it is there already."""
     final = run.folder / f"checkpoint-{state.step}"
     if final.exists():
@@ -126,7 +127,7 @@ def save_checkpoint(run: Run, state: State, model: Bert, optimizer: torch.optim.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_model(model, tokenizer, temporary)
-    moments = save(optimizer_tensors(model, optimizer))
+    moments = save(optimizer.tensors())
     write_atomic(temporary / "optimizer.safetensors", lambda file: file.write(moments))
     constants = dataclasses.asdict(run.config) | {name: getattr(run.given, name) for name in ("batch_size", "micro_batch_size")}
     write_json(temporary / "state.json", {"format": FORMAT, "config": constants, "state": dataclasses.asdict(state)})
@@ -148,7 +149,7 @@ def read_state(path: Path, tokens_key: str | None) -> State:
     return state
 
 
-def load_checkpoint(path: Path, model: Bert, optimizer: torch.optim.Optimizer, tokens_key: str) -> State:
+def load_checkpoint(path: Path, model: MaskedLanguageModel, optimizer: Optimizer, tokens_key: str) -> State:
     """Sets model and optimizer as they were saved, and returns the run's state. The checkpoint must have been verified.
 
     Raises InputError when it was trained on other tokens, or does not fit the model.
@@ -158,25 +159,12 @@ def load_checkpoint(path: Path, model: Bert, optimizer: torch.optim.Optimizer, t
         from_hugging_face(model, load_file(path / "model.safetensors"))
         tensors = load_file(path / "optimizer.safetensors")
         if state.step:
-            set_optimizer_step(model, optimizer, state.step)
-            for name, moment in optimizer_tensors(model, optimizer).items():
+            optimizer.begin_after(state.step)
+            for name, moment in optimizer.tensors().items():
                 moment.copy_(tensors[name])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} does not fit this run: {error}") from error
     return state
-
-
-def set_optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Gives Adam the state of a run that has taken so many steps, with moments of zero."""
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device),
-                                      **{key: torch.zeros_like(parameter) for key in MOMENTS}}
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Adam's two moments by parameter name; its step count is the run's."""
-    return {f"{key}.{name}": optimizer.state[parameter][key]
-            for name, parameter in model.named_parameters() if parameter in optimizer.state for key in MOMENTS}
 
 
 def _compare_configs(path: Path, stored: dict, config: Config) -> None:

@@ -64,12 +64,16 @@ class Config:
     micro_batch_size: int | None
     learning_rate: float
     lr_scaling: str
+    optimizer: str
+    schedule: str
     warmup_ratio: float
+    decay_ratio: float
     weight_decay: float
     grad_clip: float | None
 
     seed: int
     device: str
+    max_minutes: float | None
     group_timeout: int
     eval_every: int | None
     save_every: int | None
@@ -81,6 +85,7 @@ class Config:
     dry_run: bool
 
     # what v4 adds; a script whose block leaves one out has this value
+    arch: str = "bert"
     preset: str | None = None
     memory_budget_gb: float | None = None
     dtype: str = "float32"
@@ -104,14 +109,20 @@ class Config:
         _require(self.lr_scaling in ("auto", "none"), "lr_scaling", 'must be "auto" or "none"', self)
         _require(0 < self.mlm_probability <= 1, "mlm_probability", "must be above 0 and at most 1", self)
         _require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1", self)
+        _require(self.arch in ("bert", "modern"), "arch", 'must be "bert" or "modern"', self)
+        if self.arch == "modern" and self.n_embed // self.n_heads % 2:
+            raise InputError(f'arch = "modern" turns pairs of numbers: n_embed / n_heads = {self.n_embed} / {self.n_heads} must be even')
+        _require(self.optimizer in ("adamw", "muon"), "optimizer", 'must be "adamw" or "muon"', self)
+        _require(self.schedule in ("linear", "wsd"), "schedule", 'must be "linear" or "wsd" (warm-up, stable, decay)', self)
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "must be at least 0 and below 1", self)
+        _require(0 < self.decay_ratio <= 1 - self.warmup_ratio, "decay_ratio", "must be above 0, and at most 1 with warmup_ratio", self)
         _require(self.weight_decay >= 0, "weight_decay", "must be at least 0", self)
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", "must be None or above 0", self)
         _require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2**63", self)
         _require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, "device",
                  'must be "auto", "cpu", "cuda", "cuda:N" or "mps"', self)
         _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", 'must be "auto", "float32" or "bfloat16"', self)
-        for name in ("memory_budget_gb", "gpu_memory_gb"):
+        for name in ("memory_budget_gb", "gpu_memory_gb", "max_minutes"):
             _require(getattr(self, name) is None or getattr(self, name) > 0, name, "must be None or above 0", self)
         for name in ("gpu_memory_gb", "num_gpus"):
             _require(getattr(self, name) is None or self.dry_run, name, "plans for a machine that is not at hand: it goes with --dry-run", self)

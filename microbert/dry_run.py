@@ -21,8 +21,9 @@ from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from .files import read_json
 from .hub import choose_dataset
 from .masking import mask_batch
-from .memory import GB, Hardware, Plan, count_parameters, hardware_of, settle_plan, tell_memory, tell_tier
-from .model import ModelConfig, build_model
+from .memory import GB, Hardware, Plan, hardware_of, settle_plan, tell_memory, tell_tier
+from .layers import ModelConfig
+from .model import build_model, count_parameters, shape_of
 from .prepare import estimated_megabytes, estimated_tokens, find_tokens
 from .report import read_metrics
 from .run import BAD_INPUT, FAILED, Failed, Run, check_folder, hub_folder
@@ -90,7 +91,7 @@ def _plan(config: Config, world: World) -> dict[str, object]:
         disk, preparation = estimated_megabytes(estimate, config), TOKENIZER_SECONDS + estimate.megabytes / PREPARED_MEGABYTES_A_SECOND
         print(f"tokens: to be prepared from {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB "
               f"of text; about {n_sequences:,} sequences to train on")
-    model = ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout)
+    model = shape_of(config, vocab_size)
     n_parameters = count_parameters(model)
     print(f"model: {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, vocabulary {vocab_size:,}{'' if tokenizer else ' at most'}, "
           f"{n_parameters:,} parameters")
@@ -112,6 +113,9 @@ def _plan(config: Config, world: World) -> dict[str, object]:
         seconds = round(_seconds_a_step(model, dataclasses.replace(config, micro_batch_size=memory.micro_batch_size), device) * remaining, 1)
         print(f"time: about {_in_words(seconds)} of training ({remaining:,} steps, one measured now on random tokens)"
               + (f", after {_in_words(preparation)} of preparation" if preparation else ""))
+        if config.max_minutes is not None and seconds > 60 * config.max_minutes:
+            seconds = 60 * config.max_minutes
+            print(f"max_minutes = {config.max_minutes:g}: the run ends sooner, with its learning rate in time")
     else:
         print("time: not known, for it is measured on the machine itself")
     return _facts(config, vocab_size, memory, hardware, steps, steps_done, n_parameters) | {
@@ -126,7 +130,7 @@ def _finished_plan(given: Config, config: Config, folder: Path, hardware: Hardwa
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder / 'config.json'} is damaged ({error}): --overwrite starts anew") from error
     steps = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
-    n_parameters = count_parameters(ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len))
+    n_parameters = count_parameters(shape_of(config, vocab_size))
     memory = settle_plan(given, config, vocab_size, hardware)
     return _facts(config, vocab_size, memory, hardware, steps, steps, n_parameters) | {"planned_seconds": 0.0}
 

@@ -10,16 +10,17 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from .config import InputError
-from .export import from_hugging_face, model_config
 from .files import read_json
-from .model import Bert
+from .hugging_face import from_hugging_face, read_hugging_face_config
+from .layers import MaskedLanguageModel
+from .model import new_model
 from .tokenizer import MASK_ID, N_SPECIAL, load_tokenizer
 
 EXAMPLES = ("this movie is [MASK] .", "the [MASK] was great .", "i have never [MASK] such a bad film .")
 
 
 @torch.no_grad()
-def fill_mask(model: Bert, tokenizer: Tokenizer, text: str, n_best: int = 5) -> list[list[tuple[str, float]]]:
+def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, n_best: int = 5) -> list[list[tuple[str, float]]]:
     """For each [MASK] of the text, the likeliest ordinary tokens and their probabilities.
 
     Raises InputError when the text has no [MASK] or is longer than the model takes.
@@ -39,18 +40,18 @@ def fill_mask(model: Bert, tokenizer: Tokenizer, text: str, n_best: int = 5) -> 
             for token_ids, probabilities in zip(best.indices.tolist(), best.values.tolist())]
 
 
-def print_fill_mask(model: Bert, tokenizer: Tokenizer, text: str) -> None:
+def print_fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str) -> None:
     print(text)
     for candidates in fill_mask(model, tokenizer, text):
         print("   " + "  ".join(f"{token} {probability:.1%}" for token, probability in candidates))
 
 
-def load_run(folder: Path) -> tuple[Bert, Tokenizer]:
+def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
     """The model and tokenizer of a run folder or a checkpoint. Raises InputError where there is none."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model yet: give a finished run's folder, or a checkpoint in it")
     try:
-        model = Bert(model_config(read_json(folder / "config.json")))
+        model = new_model(read_hugging_face_config(read_json(folder / "config.json")))
         from_hugging_face(model, load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {error}") from error

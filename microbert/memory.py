@@ -13,9 +13,10 @@ import torch
 from .config import BY_TIER, Config, InputError
 from .device import GIB, has_bf16, limit_memory, memory_bytes
 from .distributed import World
+from .layers import ModelConfig
 from .loss import chunk_rows
 from .masking import n_slots
-from .model import ModelConfig
+from .model import count_parameters, shape_of
 from .run import Run
 from .tokens import Tokens
 
@@ -26,13 +27,16 @@ GB = 1e9
 PROCESS_GB, NOT_GIVEN_BACK = 0.8, 0.5
 # of a GPU, reckoned: what CUDA and its libraries take beside PyTorch's allocator, and nccl, for several processes; what the allocator loses by rounding up
 GPU_CONTEXT_GB, NCCL_GB, ALLOCATOR_GB = 1.0, 1.0, 0.5
-# kept for the backward pass, in units of [B, T, D]: a layer's query, key, value, attention and a copy of it (5); sum and norm (2);
-# expansion and GELU (8); sum, which is also the norm's input (1). In bf16 all but the two sums take a half, and the norm's output is only kept
-# as the copy in bf16 that the next product takes
-KEPT_A_LAYER, KEPT_A_LAYER_NARROW = 16, 9.5
+# kept for the backward pass, in units of [B, T, D]; in the last layer of [B, M, D], but for keys and values. BERT's layer: query, key, value, attention and a
+# copy of it (5); sum and norm (2); expansion and GELU (8); sum, which is also the norm's input (1). A modern one: the norms (2); query, key, value, two of
+# them turned, attention and a copy of it (7); the sums (2); and in units of [B, T, n_inner] expansion (2), GELU and the gated product (2).
+# In bf16 all but the sums take a half, and BERT's norms are only kept as the copy in bf16 that the next product takes
+KEPT_A_LAYER, KEPT_A_LAYER_NARROW = {"bert": 8, "modern": 11}, {"bert": 5.5, "modern": 6.5}
+KEPT_OF_INNER, KEPT_OF_INNER_NARROW = {"bert": 2, "modern": 4}, {"bert": 1, "modern": 2}  # of [B, T, n_inner]
+KEPT_OF_ALL_TOKENS = {"bert": 2, "modern": 4}  # by the last layer: keys and values; the norm, and the keys turned
 KEPT_BY_EMBEDDINGS = 4
 KEPT_BY_HEAD = 4  # [B, M, D]
-USED_BY_BACKWARD = 6  # of the last layer: gradients of the expansion and of what goes round it, less what is no longer needed
+USED_BY_BACKWARD = 6  # of the last whole layer: gradients of the expansion and of what goes round it, less what is no longer needed
 KEPT_BY_DROPOUT = 0.25  # a byte for each value
 MARGIN = "context and margin"
 USED_BY_DROPOUT = 8  # while random numbers of 64 bits are made
@@ -194,15 +198,6 @@ def cap_memory(config: Config, hardware: Hardware, device: torch.device) -> None
         limit_memory(device, (config.memory_budget_gb - hardware.outside_gb()) * GB)
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Of the model with its tied output weights, without building it."""
-    D, V = config.n_embed, config.vocab_size
-    embeddings = (V + config.max_seq_len + 2) * D + 2 * D
-    layer = 4 * (D * D + D) + 2 * D * config.n_inner + config.n_inner + D + 4 * D
-    head = D * D + D + 2 * D + V
-    return embeddings + config.n_layers * layer + head
-
-
 def is_planned_in_bf16(config: Config, hardware: Hardware) -> bool:
     return config.dtype == "bfloat16" or (config.dtype == "auto" and hardware.has_bf16)
 
@@ -210,36 +205,50 @@ def is_planned_in_bf16(config: Config, hardware: Hardware) -> bool:
 def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict[str, float]:
     """Bytes of the tensors of a training step by purpose, when they take the most at once.
 
-    One of six moments is the fullest: the last layer's dropout; the last chunk of the loss, whose gradient grows beside the hidden states; the
+    One of seven moments is the fullest: the last layer's dropout; the last chunk of the loss, whose gradient grows beside the hidden states; the
     begin of the backward pass, when that gradient is there twice, as it is and scaled; the last layer's backward pass; its end, when the word
-    embeddings' gradient as output and as input are added up; the reduction, when all gradients are there a second time.
+    embeddings' gradient as output and as input are added up; the reduction, when all gradients are there a second time; the matrices of one
+    shape in Muon's iterations.
     """
-    model = ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len)
+    model = shape_of(config, vocab_size)
     parameters = count_parameters(model)
     B = min(config.micro_batch_size or config.batch_size, config.batch_size)
     L, H, T, D, V = config.n_layers, config.n_heads, config.max_seq_len, config.n_embed, vocab_size
     N = B * n_slots(T, config.mlm_probability)
     C = min(chunk_rows(hardware.kind, V), N)
+    hidden, iterations = _muon_numbers(model) if config.optimizer == "muon" else (0, 0)
     is_narrow = is_planned_in_bf16(config, hardware)
     accumulated = parameters if B < config.batch_size else 0  # the gradients of the micro-batches before
     narrow_weights = (parameters - V) / 2 * is_narrow
     dropout = KEPT_BY_DROPOUT * (2 * L + 1) * (config.dropout > 0)
-    kept = KEPT_A_LAYER_NARROW if is_narrow else KEPT_A_LAYER
-    layers = B * T * (D * (kept * L + KEPT_BY_EMBEDDINGS + dropout) + L * (H + 4) + 2)  # with attention's sums, and each norm's mean and deviation
-    hidden = layers + N * (KEPT_BY_HEAD * D + 2) + narrow_weights
+    kept, of_inner = (KEPT_A_LAYER_NARROW, KEPT_OF_INNER_NARROW) if is_narrow else (KEPT_A_LAYER, KEPT_OF_INNER)
+    kept_a_layer = kept[model.arch] * D + of_inner[model.arch] * model.n_inner + H + 4  # with attention's sums, and each norm's mean and deviation
+    whole_layers = B * T * (kept_a_layer * (L - 1) + KEPT_BY_EMBEDDINGS * D + 2 + dropout * D)
+    layers = whole_layers + B * T * D * KEPT_OF_ALL_TOKENS[model.arch] / (1 + is_narrow) + N * kept_a_layer
+    with_head = layers + N * (KEPT_BY_HEAD * D + 2) + narrow_weights
     moments = [
         {"gradients": accumulated, "activations": layers + narrow_weights + USED_BY_DROPOUT * B * T * D * (config.dropout > 0)},
-        {"gradients": accumulated + V * D + 2 * V + N * D, "activations": hidden,
+        {"gradients": accumulated + V * D + 2 * V + N * D, "activations": with_head,
          "logits, a chunk": C * V + 3 * C * D + is_narrow * (C * V / 2 + V * D)},
-        {"gradients": accumulated + 2 * V * D + V + 2 * N * D, "activations": hidden},
-        {"gradients": accumulated + V * D + V + 5 * D * D, "activations": layers + narrow_weights + USED_BY_BACKWARD * B * T * D},
+        {"gradients": accumulated + 2 * V * D + V + 2 * N * D, "activations": with_head},
+        {"gradients": accumulated + V * D + V + 5 * D * D, "activations": whole_layers + narrow_weights + USED_BY_BACKWARD * B * T * D},
         {"gradients": parameters + 2 * V * D + (V * D if accumulated else 0), "activations": KEPT_BY_EMBEDDINGS * B * T * D},
         {"gradients": parameters, "communication": parameters * (hardware.n_processes > 1)},
+        {"gradients": parameters + hidden, "Muon's iterations": iterations},
     ]
     fullest = max(moments, key=lambda moment: sum(moment.values()))
-    numbers = {"weights": parameters, "Adam's moments": 2 * parameters, "gradients": 0, "activations": 0, "logits, a chunk": 0, "communication": 0} | fullest
+    numbers = {"weights": parameters, "optimizer's moments": 2 * parameters - hidden, "gradients": 0, "activations": 0, "logits, a chunk": 0, "communication": 0,
+               "Muon's iterations": 0} | fullest
     numbers["activations"] += 2 * (B * T + 3 * N)  # token ids, int64
     return {name: BYTES * number for name, number in numbers.items()}
+
+
+def _muon_numbers(model: ModelConfig) -> tuple[int, int]:
+    """How many numbers the matrices have that Muon updates, and how many are there beside them and their gradients while those of one shape are iterated."""
+    D, inner = model.n_embed, model.n_inner
+    square, oblong = 4 * model.n_layers + 1, model.n_layers * {"bert": 2, "modern": 3}[model.arch]
+    iterated = (3 * n * D * columns + 2 * n * D * D for n, columns in ((square, D), (oblong, inner)))
+    return square * D * D + oblong * D * inner, max(iterated)
 
 
 def planned_training_bytes(config: Config, vocab_size: int, hardware: Hardware = Hardware("cpu", None)) -> int:

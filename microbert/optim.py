@@ -1,35 +1,141 @@
-"""Parameter groups, the optimizer and the learning-rate schedule."""
+"""Parameter groups, the optimizers and the learning-rate schedules.
+
+Shapes: n matrices of r rows and c columns.
+"""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import Config, peak_learning_rate
+from .device import has_bf16
 
 BETAS = (0.9, 0.98)  # RoBERTa's second beta (arXiv:1907.11692): steadier than 0.999 when a run has few steps
 EPS = 1e-6
+MOMENTUM = 0.95
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's polynomial, as Jordan found them
+RMS = 0.2  # of AdamW's updates, so that one learning rate suits both (Liu et al. 2025, arXiv:2502.16982)
+MUON, ADAMW, NO_DECAY = "muon", "adamw", "no decay"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; biases and norms do not, as in BERT. Every parameter is in exactly one group."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def parameter_groups(model: nn.Module, optimizer: str) -> dict[str, dict[str, nn.Parameter]]:
+    """Which parameters are treated alike: by group, then by name. Every parameter is in exactly one.
+
+    Biases and norms do not decay, as in BERT. Muon is for matrices between hidden states; word and position embeddings are none.
+    """
+    hidden = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} if optimizer == "muon" else set()
+    groups: dict[str, dict[str, nn.Parameter]] = {MUON: {}, ADAMW: {}, NO_DECAY: {}}
+    for name, parameter in model.named_parameters():
+        groups[NO_DECAY if parameter.ndim < 2 else MUON if id(parameter) in hidden else ADAMW][name] = parameter
+    return groups
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=peak_learning_rate(config), betas=BETAS, eps=EPS, fused=True)
+class Optimizer:
+    """AdamW; or Muon for the hidden matrices with AdamW for the rest: as one."""
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        groups = parameter_groups(model, config.optimizer)
+        self._named = {name: parameter for group in groups.values() for name, parameter in group.items()}
+        adamw = [{"params": list(groups[ADAMW].values()), "weight_decay": config.weight_decay}, {"params": list(groups[NO_DECAY].values()), "weight_decay": 0.0}]
+        self.members: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=peak_learning_rate(config), betas=BETAS, eps=EPS, fused=True)]
+        self._moments = {name: ("exp_avg", "exp_avg_sq") for name in self._named}
+        if groups[MUON]:
+            n_matrices = {module.weight: getattr(module, "n_matrices", 1) for module in model.modules() if isinstance(module, nn.Linear)}
+            self.members.append(Muon({parameter: n_matrices[parameter] for parameter in groups[MUON].values()}, config.weight_decay))
+            self._moments |= {name: ("momentum",) for name in groups[MUON]}
+
+    def zero_grad(self) -> None:
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+    def step(self, learning_rate: float, is_broken: Tensor) -> None:
+        """is_broken: [], 1.0 where weights and moments are to stay as they are. The device need not be waited for."""
+        for member in self.members:
+            member.found_inf = is_broken  # which torch's fused optimizers read
+            for group in member.param_groups:
+                group["lr"] = learning_rate
+            member.step()
+
+    def begin_after(self, step: int) -> None:
+        """Takes the state of a run that has taken so many steps, with moments of zero."""
+        for name, parameter in self._named.items():
+            state = self._state(name)
+            state |= {key: torch.zeros_like(parameter) for key in self._moments[name]}
+            if "exp_avg" in state:
+                state["step"] = torch.tensor(float(step), device=parameter.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments by kind and parameter, from the first step on. Adam's count of steps is the run's."""
+        return {f"{key}.{name}": self._state(name)[key] for name, keys in self._moments.items() for key in keys if key in self._state(name)}
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        return self.members["momentum" in self._moments[name]].state[self._named[name]]
 
 
-def learning_rate_share(step: int, total_steps: int, warmup_ratio: float) -> float:
-    """The share of the peak for a step (from 0): linear warm-up to 1, then linear decay, which would reach 0 at total_steps."""
-    warmup = int(total_steps * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return (total_steps - step) / (total_steps - warmup)
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, so that it moves all directions of a matrix alike (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    The same as `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", but for what these models need: all matrices of a shape are taken at once;
+    query, key and value are matrices of their own; bf16 only where the device is fast in it, for torch's way is eight times slower on most CPUs;
+    and `found_inf`.
+    """
+
+    found_inf: Tensor
+
+    def __init__(self, n_matrices: dict[nn.Parameter, int], weight_decay: float) -> None:
+        """n_matrices: how many lie over each other in a parameter."""
+        super().__init__(list(n_matrices), {"lr": 0.0, "weight_decay": weight_decay})
+        self._n_matrices = n_matrices
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (group,) = self.param_groups
+        is_broken = self.found_inf.bool()
+        weight = torch.where(is_broken, 0.0, 1 - MOMENTUM)
+        rate = torch.where(is_broken, 0.0, group["lr"])
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # weights and updates, both as wide matrices
+        for parameter in group["params"]:
+            gradient = torch.where(is_broken, 0.0, parameter.grad)
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"].lerp_(gradient, weight)
+            parts = zip(parameter.chunk(self._n_matrices[parameter]), gradient.lerp_(momentum, MOMENTUM).chunk(self._n_matrices[parameter]))
+            for weights, update in parts:
+                if weights.shape[0] > weights.shape[1]:
+                    weights, update = weights.T, update.T
+                by_shape.setdefault(weights.shape, []).append((weights, update))
+        for shape, pairs in by_shape.items():
+            updates = orthogonalise(torch.stack([update for _, update in pairs]))
+            updates *= RMS * max(shape) ** 0.5 * rate
+            for (weights, _), update in zip(pairs, updates):
+                weights.mul_(1 - rate * group["weight_decay"]).sub_(update)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Brings the singular values of each near 1 by Newton and Schulz's iteration. [n, r, c], with r at most c; returns fp32."""
+    a, b, c = COEFFICIENTS
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    if has_bf16(x.device):
+        x = x.bfloat16()
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT  # [n, r, r]
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.float()
+
+
+def learning_rate_share(position: float, total_steps: int, config: Config) -> float:
+    """The share of the peak at a position of the run, from 0 to total_steps: linear warm-up to 1, then by `schedule`.
+
+    "linear" falls from there on; "wsd" (warm-up, stable, decay) holds the peak and falls in the last `decay_ratio`. Both would reach 0 at total_steps.
+    """
+    warmup = int(total_steps * config.warmup_ratio)
+    if position < warmup:
+        return (position + 1) / (warmup + 1)
+    falling = total_steps - warmup if config.schedule == "linear" else max(1, int(total_steps * config.decay_ratio))
+    return min(1.0, (total_steps - position) / falling)
 
 
 def reach(config: Config, total_steps: int) -> float:
     """The sum of the learning rates of a run: Adam moves no weight by more than about this."""
-    return peak_learning_rate(config) * sum(learning_rate_share(step, total_steps, config.warmup_ratio) for step in range(total_steps))
+    return peak_learning_rate(config) * sum(learning_rate_share(step, total_steps, config) for step in range(total_steps))

@@ -50,10 +50,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def progress_bar(total: int, done: int, description: str, unit: str, leave: bool = True, shown: bool = True) -> tqdm:
+def progress_bar(total: int | None, done: int, description: str, unit: str, leave: bool = True, shown: bool = True) -> tqdm:
     """Shows progress, ETA and what `set_postfix_str` is given; in a log file, where each update stays, twice a minute."""
     interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=done, desc=description, unit=unit, unit_scale=total >= 1_000_000, dynamic_ncols=True, mininterval=interval,
+    return tqdm(total=total, initial=done, desc=description, unit=unit, unit_scale=(total or 0) >= 1_000_000, dynamic_ncols=True, mininterval=interval,
                 smoothing=0.05, leave=leave, disable=not shown)
 
 

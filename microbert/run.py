@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ class Run:
     """The folder of a run, and this process among those that work on it. The first of them holds the folder's lock, and writes.
 
     config: settled, once the run's checkpoint is known; `given` is it as the user gave it, with the device's tier where a preset asks for that.
-    stop_signal: what told this process to stop, if anything did.
+    stop_signal: what told this process to stop, if anything did. started: the time then, by time.perf_counter.
     """
 
     def __init__(self, config: Config, folder: Path, world: World | None = None) -> None:
@@ -58,6 +59,7 @@ class Run:
         self.folder = folder
         self.world = world or World({})
         self.stop_signal: str | None = None
+        self.started = time.perf_counter()
 
     def is_finished(self) -> bool:
         """True when the folder holds a whole run: the model card is the last file that a run writes."""

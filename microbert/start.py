@@ -3,13 +3,15 @@
 import dataclasses
 import hashlib
 import socket
+import time
 from pathlib import Path
 
 import torch
 
-from .checkpoint import State, load_checkpoint, optimizer_tensors, set_optimizer_step
+from .checkpoint import State, load_checkpoint
 from .config import InputError
-from .model import Bert
+from .layers import MaskedLanguageModel
+from .optim import Optimizer
 from .run import Run, checkpoint_folders
 from .tokens import Tokens
 
@@ -17,7 +19,7 @@ from .tokens import Tokens
 OF_THE_MACHINE = {"dataset", "output_dir", "cache_dir", "device"}
 
 
-def start_together(run: Run, checkpoint: Path | None, model: Bert, optimizer: torch.optim.Optimizer, tokens: Tokens) -> State:
+def start_together(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, optimizer: Optimizer, tokens: Tokens) -> State:
     """Where the run goes on, with model and optimizer as they are in the checkpoint, in every process alike.
 
     The first process reads the checkpoint, so only its machine needs to hold it. Raises InputError where a process has other constants or
@@ -27,7 +29,7 @@ def start_together(run: Run, checkpoint: Path | None, model: Bert, optimizer: to
     device = next(model.parameters()).device
 
     def begin() -> dict[str, object]:
-        state = State(tokens.key) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, tokens.key)
+        state = State(tokens.key, prepared_seconds=time.perf_counter() - run.started) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, tokens.key)
         return {"state": dataclasses.asdict(state), "facts": _facts(run, device, tokens)}
 
     first = world.first_does("start", begin, run.check_stop)
@@ -37,8 +39,8 @@ def start_together(run: Run, checkpoint: Path | None, model: Bert, optimizer: to
     world.broadcast(list(model.parameters()))
     if state.step:
         if not world.is_first:
-            set_optimizer_step(model, optimizer, state.step)
-        world.broadcast(list(optimizer_tensors(model, optimizer).values()))
+            optimizer.begin_after(state.step)
+        world.broadcast(list(optimizer.tensors().values()))
     if state.micro_batch_size != run.config.micro_batch_size:  # another was asked for, or planned
         state.micro_batch_size = None
     return state

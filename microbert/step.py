@@ -20,11 +20,11 @@ from .config import Config
 from .counter_rng import random_bits
 from .device import Fetched, compute_dtype, free_memory, is_compiled, out_of_memory, send
 from .distributed import World
+from .layers import MaskedLanguageModel
 from .loss import masked_loss
 from .masking import IGNORED, MaskedBatch
 from .memory import GB, Hardware, planned_training_bytes
-from .model import Bert
-from .optim import build_optimizer
+from .optim import Optimizer
 from .run import Diverged, Failed
 from .tokenizer import PAD_ID
 
@@ -32,11 +32,11 @@ CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class Step:
-    """A step that was taken. number: from 0. stopping: the ranks that were told to stop."""
+    """A step that was taken. number: from 0. stopping: the ranks that were told to stop. time_used: as the first process gave it."""
 
-    def __init__(self, number: int, losses: torch.Tensor, grad_norm: torch.Tensor, stopping: list[int]) -> None:
+    def __init__(self, number: int, losses: torch.Tensor, grad_norm: torch.Tensor, stopping: list[int], time_used: float) -> None:
         """losses: [W], each process's share of the mean loss of all masked tokens, in nats. grad_norm: [], before clipping."""
-        self.number, self.stopping = number, stopping
+        self.number, self.stopping, self.time_used = number, stopping, time_used
         self._numbers = Fetched(torch.cat([losses, grad_norm[None]]))
 
     def read(self) -> tuple[float, float]:
@@ -60,10 +60,10 @@ class Learner:
     micro_batch_size: sequences computed at a time; halved in all processes when one runs out of memory, and `ran_short` is True from then on.
     """
 
-    def __init__(self, model: Bert, config: Config, world: World) -> None:
+    def __init__(self, model: MaskedLanguageModel, config: Config, world: World) -> None:
         self.model, self.config, self.world = model, config, world
         self.device = model.output_bias.device
-        self.optimizer = build_optimizer(model, config)
+        self.optimizer = Optimizer(model, config)
         self.micro_batch_size, self.ran_short = min(config.micro_batch_size or config.batch_size, config.batch_size), False
         self._dtype, self._is_compiled = compute_dtype(config, self.device), is_compiled(config, self.device)
         self._forward = self._compiled()
@@ -88,31 +88,29 @@ class Learner:
             hidden = self._forward(send(masked.input_ids, self.device), attention_mask, send(masked.positions, self.device), keys)
         return hidden.float(), self.model.output_weight, self.model.output_bias, send(masked.labels, self.device).reshape(-1)
 
-    def step(self, masked: MaskedBatch, number: int, learning_rate: float, is_to_stop: bool = False) -> Step:
-        """One update from one batch, of which `masked` is this process's share.
+    def step(self, masked: MaskedBatch, number: int, learning_rate: float, is_to_stop: bool = False, time_used: float = 0.0) -> Step:
+        """One update from one batch, of which `masked` is this process's share. is_to_stop, time_used: for the others to know.
 
         Raises Failed in all processes when one of them has no memory for a single sequence.
         """
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         while True:
             flat = self._add_up_micro_batches(masked, number)
-            n_masked, stopping, short = self.world.gather(masked.n_masked, is_to_stop, flat is None).T  # [W] each
+            n_masked, stopping, short, times = self.world.gather(masked.n_masked, is_to_stop, flat is None, time_used).T  # [W] each
             if not short.any():
                 break
             flat = None
             self._halve(number, np.flatnonzero(short).tolist())
         self.world.add_up(flat)
-        losses, grad_norm = self._apply(flat[-self.world.size :], float(masked.labels.size / n_masked.sum()))
-        return Step(number, losses, grad_norm, np.flatnonzero(stopping).tolist())
+        losses, grad_norm = self._apply(flat[-self.world.size :], float(masked.labels.size / n_masked.sum()), learning_rate)
+        return Step(number, losses, grad_norm, np.flatnonzero(stopping).tolist(), times[0])
 
     def _add_up_micro_batches(self, masked: MaskedBatch, number: int) -> torch.Tensor | None:
         """This process's gradients, as if each slot held a masked token, and behind them its loss among W zeros; None when memory has run out.
 
         A process that is alone gives its loss only: its gradients need not be sent.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self._shortage = ""
         try:
             return self._flat(self._backward(masked, number))
@@ -121,7 +119,7 @@ class Learner:
             if not self._shortage:
                 raise
         # only here, where the error no longer holds the tensors of the step
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         free_memory(self.device)
         return None
 
@@ -149,7 +147,7 @@ class Learner:
             parameter.grad = part.view_as(parameter)  # so that the sum comes back into them
         return flat
 
-    def _apply(self, losses: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _apply(self, losses: torch.Tensor, scale: float, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips and updates. scale: what makes a mean over the masked tokens of all processes. Returns losses and norm, scaled."""
         gradients = [parameter.grad for parameter in self.model.parameters()]
         grad_norm = scale * get_total_norm(gradients)
@@ -158,8 +156,7 @@ class Learner:
         torch._foreach_mul_(gradients, factor)
         is_finite = torch.isfinite(losses.sum()) & torch.isfinite(grad_norm)
         self._broken = torch.maximum(self._broken, (~is_finite).to(self._broken.dtype))
-        self.optimizer.found_inf = self._broken  # torch's fused optimizers then leave weights and moments as they are
-        self.optimizer.step()
+        self.optimizer.step(learning_rate, self._broken)
         return losses, grad_norm
 
     def _halve(self, number: int, ranks: list[int]) -> None:

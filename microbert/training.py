@@ -16,11 +16,13 @@ from tokenizers import Tokenizer
 from .batches import evaluation_batches, steps_in_run, training_batch
 from .checkpoint import State, save_checkpoint
 from .config import Config, explain_learning_rate, peak_learning_rate
+from .course import Course
 from .device import describe_compute, describe_device, out_of_memory, peak_memory_gb
 from .distributed import lost_process
+from .layers import MaskedLanguageModel
 from .loss import masked_scores
 from .masking import mask_batch
-from .model import Bert, unigram_entropy
+from .model import unigram_entropy
 from .optim import learning_rate_share, reach
 from .report import Metrics, draw_training_curve, progress_bar
 from .run import Failed, Run, Stopped, stopped_by
@@ -29,22 +31,22 @@ from .step import Learner, Step
 from .tokens import Sequences, Tokens
 
 EVALUATION_PROBABILITY = 0.15  # whatever the run trains with, so that losses compare
-LINES_PER_RUN = 100  # of training metrics
+LINES_PER_RUN = 100  # of training metrics, at most
 # sum of the learning rates, times the width: v1's four dimensions stay at unigram entropy at a sum of 0.05, and learn at 0.5; v4's 128 learn at 0.04
 TOO_SHORT_A_REACH, ENOUGH_REACH = 0.4, 4.0
 HUGS_UNIGRAM = 0.05  # nats
-POINTS_PER_RUN = 10  # evaluations and checkpoints, where eval_every and save_every are None
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """loss: nats a masked token. accuracy: the share of masked tokens guessed right."""
+    """loss: nats a masked token. accuracy: the share of masked tokens guessed right. seconds: that it took."""
 
     loss: float
     accuracy: float
+    seconds: float
 
 
-def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokenizer: Tokenizer) -> State:
+def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens: Tokens, tokenizer: Tokenizer) -> State:
     """Trains from the checkpoint (from scratch when None) to the last step, and returns where the run stands then.
 
     Raises Stopped after a signal, with everything saved; Diverged when loss or gradient stop being finite, before that step is applied;
@@ -56,11 +58,12 @@ def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokeni
     _announce(run, device, steps, uniform_loss, unigram_loss)
     learner = Learner(model, config, world)
     state = start_together(run, checkpoint, model, learner.optimizer, tokens)
+    course = Course(config, steps, state.step, state.prepared_seconds)
     learner.ran_short = state.micro_batch_size is not None
     if checkpoint is not None:
         print(f"going on after step {state.step}, from {checkpoint}" + learner.ran_short * f", with {state.micro_batch_size} sequences at a time")
     try:
-        metrics = _train(run, state, steps, learner, tokens, tokenizer)
+        metrics = _train(run, state, course, learner, tokens, tokenizer)
     except RuntimeError as error:
         if not out_of_memory(error) and (lost := lost_process(error)):
             raise Failed(f"step {state.step}: {lost}") from error
@@ -77,12 +80,9 @@ def train(run: Run, checkpoint: Path | None, model: Bert, tokens: Tokens, tokeni
     return state
 
 
-def _train(run: Run, state: State, steps: int, learner: Learner, tokens: Tokens, tokenizer: Tokenizer) -> Metrics:
+def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tokens, tokenizer: Tokenizer) -> Metrics:
     """The loop, from where `state` stands, which it moves on. Returns the metrics, which the first process alone writes."""
     config, world = run.config, run.world
-    eval_every = config.eval_every or -(-steps // POINTS_PER_RUN)
-    save_every = config.save_every or -(-steps // POINTS_PER_RUN)
-    log_every = max(1, steps // LINES_PER_RUN)
     peak = peak_learning_rate(config)
     metrics = Metrics(run.folder, state.step, writes=world.is_first)
     seconds_before, start = state.seconds, time.perf_counter()
@@ -90,28 +90,29 @@ def _train(run: Run, state: State, steps: int, learner: Learner, tokens: Tokens,
     unread: collections.deque[Step] = collections.deque()  # at most one behind the step that is under way, so that the device need not wait
     grad_norm = 0.0
 
-    def line(**values: float) -> dict[str, float]:
+    def seconds_now() -> float:
         state.seconds = seconds_before + time.perf_counter() - start
+        return state.seconds
+
+    def line(**values: float) -> dict[str, float]:
         n_sequences = min(state.step * config.global_batch_size, len(tokens.train) * config.epochs)
         return {"step": state.step, "epoch": round(n_sequences / len(tokens.train), 4), "tokens": n_sequences * config.max_seq_len,
-                "seconds": round(state.seconds, 3), **values}
+                "seconds": round(seconds_now(), 3), **values}
 
-    def evaluate_if_due() -> list[int]:
+    def evaluate_now() -> list[int]:
         """Returns the ranks that were told to stop."""
-        if state.step % eval_every and state.step != steps:
-            return []
         result, stopping = evaluate(learner, tokens.held_out, run)
         if result is not None:
             if result.loss < state.best_eval_loss:
                 state.best_eval_loss, state.best_step = result.loss, state.step
-            state.last_eval_loss, state.last_eval_accuracy = result.loss, result.accuracy
+            state.last_eval_loss, state.last_eval_accuracy, course.eval_seconds = result.loss, result.accuracy, result.seconds
             metrics.write(line(**{"eval/loss": result.loss, "eval/accuracy": result.accuracy}))
-            bar.write(f"step {state.step:>6}/{steps}  held-out loss {result.loss:.4f}  accuracy {result.accuracy:.1%}")
+            bar.write(f"step {state.step:>6}{of_steps}  held-out loss {result.loss:.4f}  accuracy {result.accuracy:.1%}")
         return stopping
 
     def save() -> None:
         if world.is_first:
-            line()
+            seconds_now()
             save_checkpoint(run, state, learner.model, learner.optimizer, tokenizer)
 
     def stop() -> None:
@@ -122,27 +123,33 @@ def _train(run: Run, state: State, steps: int, learner: Learner, tokens: Tokens,
         world.leave_group()
         raise Stopped(stopped_by(run.stop_signal if len(told) == world.size else f"a signal to process {told[0]} of {world.size}"))
 
-    with progress_bar(steps, state.step, "training", " steps", shown=world.is_first) as bar:
+    of_steps = f"/{course.steps}" if config.max_minutes is None else ""
+    with progress_bar(course.steps if of_steps else None, state.step, "training", " steps", shown=world.is_first) as bar:
         evaluated = world.gather(metrics.has_evaluation(state.step))[0, 0]
-        stopping = [] if evaluated else evaluate_if_due()
-        while state.step < steps and not stopping:
+        stopping = [] if evaluated else evaluate_now()
+        time_used = world.gather(course.time_used(seconds_now()))[0, 0]
+        course.move(state.step, time_used)
+        while not course.is_over and not stopping:
             step_start = time.perf_counter()
             batch = training_batch(tokens.train, step=state.step, epochs=config.epochs, global_batch_size=config.global_batch_size,
                                    seed=config.seed, rank=world.rank, world_size=world.size)
             masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=tokenizer.get_vocab_size())
-            learning_rate = peak * learning_rate_share(state.step, steps, config.warmup_ratio)
-            unread.append(learner.step(masked, state.step, learning_rate, run.stop_signal is not None))
+            learning_rate = peak * learning_rate_share(course.position, course.steps, config)
+            unread.append(learner.step(masked, state.step, learning_rate, run.stop_signal is not None, course.time_used(seconds_now())))
             stopping = unread[-1].stopping
             state.step += 1
+            course.move(state.step, unread[-1].time_used)
             state.micro_batch_size = learner.micro_batch_size if learner.ran_short else None
-            is_pause = bool(stopping) or state.step == steps or any(state.step % every == 0 for every in (log_every, eval_every, save_every))
+            is_log_due = course.is_due(state.step, None, LINES_PER_RUN)
+            is_eval_due, is_save_due = course.is_due(state.step, config.eval_every, course.evaluations()), course.is_due(state.step, config.save_every)
+            is_pause = bool(stopping) or is_log_due or is_eval_due or is_save_due
             while len(unread) > (0 if is_pause else 1):
                 loss, grad_norm = unread.popleft().read()
                 state.loss_sum += loss
                 state.loss_steps += 1
             step_seconds += time.perf_counter() - step_start
             bar.update(1)
-            if state.step % log_every == 0 or state.step == steps:
+            if is_log_due:
                 samples_per_second = (state.step - logged_step) * config.global_batch_size / step_seconds
                 mean_loss = state.loss_sum / state.loss_steps
                 metrics.write(line(**{
@@ -150,10 +157,11 @@ def _train(run: Run, state: State, steps: int, learner: Learner, tokens: Tokens,
                     "train/samples_per_second": round(samples_per_second, 1),
                     "train/tokens_per_second": round(samples_per_second * config.max_seq_len),
                     "train/peak_memory_gb": round(peak_memory_gb(learner.device), 3)}))
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, {samples_per_second * config.max_seq_len / 1000:.0f}k tokens/s", refresh=False)
+                bar.set_postfix_str(("" if of_steps else f"{course.position / course.steps:.0%} of the time, ") + f"loss {mean_loss:.3f}, {samples_per_second * config.max_seq_len / 1000:.0f}k tokens/s", refresh=False)
                 logged_step, step_seconds, state.loss_sum, state.loss_steps = state.step, 0.0, 0.0, 0
-            stopping = stopping or evaluate_if_due()
-            if state.step % save_every == 0 or state.step == steps:
+            if is_eval_due and not stopping:
+                stopping = evaluate_now()
+            if is_save_due:
                 save()
         if stopping:
             stop()
@@ -162,10 +170,11 @@ def _train(run: Run, state: State, steps: int, learner: Learner, tokens: Tokens,
 
 def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, str]:
     """What the model card tells of a finished run."""
+    epochs = min(config.epochs, state.step * config.global_batch_size / len(tokens.train))
     return {
-        "trained on": f"{config.dataset}, {len(tokens.train):,} sequences of {config.max_seq_len} tokens, {config.epochs} epochs",
-        "shape": f"{config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, {len(tokens.token_counts):,} tokens in the vocabulary",
-        "steps": f"{state.step:,} of {config.global_batch_size} sequences, peak learning rate {peak_learning_rate(config):.3g}",
+        "trained on": f"{config.dataset}, {len(tokens.train):,} sequences of {config.max_seq_len} tokens, {epochs:.3g} epochs",
+        "shape": f"{config.arch}, {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, {len(tokens.token_counts):,} tokens in the vocabulary",
+        "steps": f"{state.step:,} of {config.global_batch_size} sequences, {config.optimizer}, peak learning rate {peak_learning_rate(config):.3g}",
         "held-out MLM loss": f"{state.last_eval_loss:.4f} nats a masked token",
         "held-out MLM accuracy": f"{state.last_eval_accuracy:.1%}",
         "seed": str(config.seed),
@@ -174,7 +183,9 @@ def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, 
 
 def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, unigram_loss: float) -> None:
     config = run.config
-    print(f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}{describe_compute(config, device)}, {config.epochs} epochs")
+    limit = "" if config.max_minutes is None else f", or as far as {config.max_minutes:g} minutes reach"
+    print(f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}{describe_compute(config, device)}, "
+          f"{config.epochs} epochs{limit}")
     print(explain_learning_rate(config))
     print(f"losses to read against: {uniform_loss:.2f} is a uniform guess, {unigram_loss:.2f} a guess by word frequency, where step 0 stands")
     if reach(config, steps) * config.n_embed < TOO_SHORT_A_REACH:
@@ -189,6 +200,7 @@ def evaluate(learner: Learner, held_out: Sequences, run: Run) -> tuple[Evaluatio
 
     No result where there are such.
     """
+    start = time.perf_counter()
     learner.model.eval()
     loss = n_correct = n_masked = 0
     for batch in evaluation_batches(held_out, learner.micro_batch_size, run.world.rank, run.world.size):
@@ -197,7 +209,7 @@ def evaluate(learner: Learner, held_out: Sequences, run: Run) -> tuple[Evaluatio
         masked = mask_batch(batch, seed=run.config.seed, probability=EVALUATION_PROBABILITY, vocab_size=learner.model.config.vocab_size)
         batch_loss, batch_correct = masked_scores(*learner.hidden(masked))
         loss, n_correct, n_masked = loss + batch_loss, n_correct + batch_correct, n_masked + masked.n_masked
-    losses, corrects, counts, stopping = run.world.gather(loss, n_correct, n_masked, run.stop_signal is not None).T
+    losses, corrects, counts, stopping, seconds = run.world.gather(loss, n_correct, n_masked, run.stop_signal is not None, time.perf_counter() - start).T
     if stopping.any():
         return None, np.flatnonzero(stopping).tolist()
-    return Evaluation(losses.sum() / counts.sum(), corrects.sum() / counts.sum()), []
+    return Evaluation(losses.sum() / counts.sum(), corrects.sum() / counts.sum(), seconds[0]), []

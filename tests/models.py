@@ -5,7 +5,8 @@ import torch
 from hypothesis import settings
 
 from microbert.batches import Batch
-from microbert.model import Bert, ModelConfig
+from microbert.layers import ModelConfig
+from microbert.model import new_model
 from microbert.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
 from microbert.tokens import Sequences
 
@@ -46,5 +47,5 @@ def noise_(model, std=0.3, seed=0):
     return model.eval()
 
 
-def noisy_bert(n_layers=2, n_heads=2, n_embed=8, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, dropout=0.0):
-    return noise_(Bert(ModelConfig(vocab_size, n_layers, n_heads, n_embed, max_seq_len, dropout)), seed=seed)
+def noisy_model(n_layers=2, n_heads=2, n_embed=8, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, dropout=0.0, arch="bert"):
+    return noise_(new_model(ModelConfig(vocab_size, n_layers, n_heads, n_embed, max_seq_len, dropout, arch)), seed=seed)

@@ -79,6 +79,11 @@ BAD = [
     (["--dataset", "no/such/file.txt"], ["no/such/file.txt"]),
     (["--device", "tpu"], ["device"]),
     (["--lr-scaling", "often"], ["lr_scaling"]),
+    (["--optimizer", "sgd"], ["optimizer", '"adamw" or "muon"']),
+    (["--schedule", "cosine"], ["schedule", '"linear" or "wsd"']),
+    (["--decay-ratio", "0"], ["decay_ratio"]),
+    (["--decay-ratio", "0.95"], ["decay_ratio", "warmup_ratio"]),
+    (["--max-minutes", "0"], ["max_minutes"]),
     (["--seed", "-1"], ["seed"]),
     (["--output-dir", ""], ["output_dir"]),
     (["--n-layers"], ["--n-layers"]),
@@ -122,13 +127,14 @@ def test_a_preset_gives_what_is_none_and_what_is_set_wins(preset, shape, batch_s
 
 def test_version_4_has_the_constants_of_version_3_and_more():
     v3, v4 = set(constants(ROOT / "mlm_pretrain_v3.py")), set(constants(V4))
-    assert v4 - v3 == {"preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"} and v3 < v4
+    assert v4 - v3 == {"arch", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"} and v3 < v4
 
 
 @pytest.mark.parametrize("flags, told", [
     (["--preset", "huge"], 'preset = \'huge\' must be "auto" or "large"'), (["--preset", "none"], "must not be None without a preset"),
     (["--memory-budget-gb", "0"], "memory_budget_gb"), (["--dtype", "float16"], "dtype"), (["--gpu-memory-gb", "24"], "goes with --dry-run"),
-    (["--num-gpus", "8"], "goes with --dry-run"), (["--dry-run", "--num-gpus", "0"], "num_gpus"), (["--batch-size", "auto"], "batch_size")])
+    (["--num-gpus", "8"], "goes with --dry-run"), (["--arch", "gpt"], 'arch = \'gpt\' must be "bert" or "modern"'),
+    (["--n-heads", "128"], "n_embed / n_heads = 128 / 128 must be even"), (["--dry-run", "--num-gpus", "0"], "num_gpus"), (["--batch-size", "auto"], "batch_size")])
 def test_mistakes_in_what_version_4_adds(flags, told, capsys):
     with pytest.raises(SystemExit) as stop:
         configure_v4(*flags)

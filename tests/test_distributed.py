@@ -16,7 +16,7 @@ import torch
 from helpers import result
 from launches import (LIMIT, SCRIPT, all_gone, end_tree, faulty_script, finish, flags_of, free_port, launch, ranks, start, status, wait_for_training,
                       wait_until)
-from models import VOCAB_SIZE, as_batch, in_shards, noisy_bert, token_rows
+from models import VOCAB_SIZE, as_batch, in_shards, noisy_model, token_rows
 from safetensors.torch import load_file
 from test_config import configure
 
@@ -81,7 +81,7 @@ def gradients(rank, size, port, micro_batch_size, results):
     rows[20:, 2] = 3
     mine = slice(rank * 32 // size, (rank + 1) * 32 // size)
     masked = mask_batch(as_batch(rows[mine], sequence_ids=np.arange(32)[mine]), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
-    model = noisy_bert(dropout=0.2)
+    model = noisy_model(dropout=0.2)
     world.meet(lambda: None)
     world.form_group(torch.device("cpu"), 60, lambda: None)
     learner = Learner(model, configure(micro_batch_size=micro_batch_size, grad_clip=None, dropout=0.2), world)

@@ -16,7 +16,8 @@ from microbert.device import compute_dtype, is_compiled
 from microbert.distributed import World
 from microbert.masking import mask_batch
 from microbert.memory import Hardware, planned_training_bytes
-from microbert.model import ModelConfig, build_model
+from microbert.layers import ModelConfig
+from microbert.model import build_model
 from microbert.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

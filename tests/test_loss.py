@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import VOCAB_SIZE, as_batch, noisy_bert, token_rows
+from models import VOCAB_SIZE, as_batch, noisy_model, token_rows
 from test_config import configure
 from torch.nn import functional as F
 
@@ -91,7 +91,7 @@ def test_scores_without_a_masked_token_are_zero():
 
 def gradients_of_a_step(micro_batch_size):
     masked = mask_batch(as_batch(token_rows(32)), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
-    model = noisy_bert(dropout=0.2)
+    model = noisy_model(dropout=0.2)
     learner = Learner(model, configure(micro_batch_size=micro_batch_size, grad_clip=None, dropout=0.2), World({}))
     return [*map(torch.tensor, learner.step(masked, 0, 0.0).read()), *(parameter.grad for parameter in model.parameters())]
 

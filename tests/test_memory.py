@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import microbert.memory
-from microbert.checkpoint import set_optimizer_step
 from microbert.config import InputError, fill_in
+from microbert.layers import ModelConfig
 from microbert.loss import masked_loss
 from microbert.masking import n_slots
-from microbert.memory import GB, GIB, TIERS, Hardware, count_parameters, hold_to_budget, plan_memory, planned_training_bytes
-from microbert.model import Bert, ModelConfig
-from microbert.optim import build_optimizer
+from microbert.memory import GB, GIB, TIERS, Hardware, hold_to_budget, plan_memory, planned_training_bytes
+from microbert.model import count_parameters, new_model
+from microbert.optim import Optimizer
 from microbert.run import Run
 
 SHAPES = {"v1": (10_000, 2, 2, 4, 128, 32), "v2": (10_000, 4, 4, 8, 128, 32), "v3": (10_000, 6, 8, 16, 128, 32), "wide": (25_000, 4, 8, 128, 128, 32),
@@ -37,17 +37,17 @@ def constants(shape, **others):
     return configure(**{"n_layers": n_layers, "n_heads": n_heads, "n_embed": n_embed, "max_seq_len": max_seq_len, "batch_size": batch_size, **others})
 
 
-def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None):
+def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, **recipe):
     """Bytes of the tensors that are alive at the peak of a training step of micro-batches. Nothing is computed: the tensors are fake."""
     vocab_size, n_layers, n_heads, n_embed, T, batch_size = shape
     M = n_slots(T, 0.15)
     with FakeTensorMode():
-        model = Bert(ModelConfig(vocab_size, n_layers, n_heads, n_embed, T, dropout))
-        optimizer = build_optimizer(model, configure())
-        set_optimizer_step(model, optimizer, 1)  # Adam's moments are there from the second step on
+        model = new_model(ModelConfig(vocab_size, n_layers, n_heads, n_embed, T, dropout, recipe.get("arch", "bert")))
+        optimizer = Optimizer(model, configure(**recipe))
+        optimizer.begin_after(1)  # the moments are there from the second step on
         ids, positions, labels, keys = (torch.zeros(size, dtype=torch.long) for size in ((batch_size, T), (batch_size, M), batch_size * M, batch_size))
         tracker = MemTracker()
-        tracker.track_external(model, optimizer, ids, positions, labels)
+        tracker.track_external(model, *optimizer.members, ids, positions, labels)
         with tracker:
             for _ in range(n_parts):
                 with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
@@ -55,16 +55,8 @@ def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None):
                 masked_loss(hidden.float(), model.output_weight, model.output_bias, labels, batch_size * M, dtype).backward()
                 del hidden
                 tracker.reset_mod_stats()
-            optimizer.step()
+            optimizer.step(1e-3, torch.zeros(()))
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-
-
-@given(heads=st.integers(1, 4), head_width=st.integers(1, 8), layers=st.integers(1, 4), vocab_size=st.integers(6, 500), max_seq_len=st.integers(3, 64))
-def test_the_parameters_are_counted_as_the_model_has_them(heads, head_width, layers, vocab_size, max_seq_len):
-    config = ModelConfig(vocab_size, layers, heads, heads * head_width, max_seq_len)
-    with torch.device("meta"):
-        model = Bert(config)
-    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def random_shapes(n):
@@ -92,6 +84,23 @@ def test_so_it_is_with_micro_batches_and_with_dropout(shape, n_parts, dropout):
 def test_so_it_is_in_bf16(shape):
     planned = planned_training_bytes(constants(shape, dtype="bfloat16"), shape[0])
     assert AT_LEAST <= planned / taken_by_a_step(shape, dtype=torch.bfloat16) <= AT_MOST
+
+
+RECIPES = {"v4": {"arch": "modern", "optimizer": "muon"}, "modern with AdamW": {"arch": "modern"}, "BERT with Muon": {"optimizer": "muon"}}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(10)], ids=str)
+def test_so_it_is_with_each_architecture_and_optimizer(shape, recipe):
+    planned = planned_training_bytes(constants(shape, **recipe), shape[0])
+    assert AT_LEAST <= planned / taken_by_a_step(shape, **recipe) <= AT_MOST
+
+
+@pytest.mark.parametrize("n_parts, dropout, dtype", [(2, 0.1, None), (1, 0.0, torch.bfloat16), (2, 0.1, torch.bfloat16)])
+@pytest.mark.parametrize("shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["large"], SHAPES["one sequence"], SHAPES["long"]], ids=str)
+def test_so_it_is_with_all_of_that_together(shape, n_parts, dropout, dtype):
+    config = constants(shape, batch_size=n_parts * shape[-1], micro_batch_size=shape[-1], dropout=dropout, dtype="bfloat16" if dtype else "float32", **RECIPES["v4"])
+    assert AT_LEAST <= planned_training_bytes(config, shape[0]) / taken_by_a_step(shape, n_parts, dropout, dtype, **RECIPES["v4"]) <= AT_MOST
 
 
 @pytest.mark.parametrize("gib, n_layers, batch_size", [(139.8, 4, 16), (94, 4, 16), (93.5, 6, 32), (79.6, 6, 32), (39.4, 6, 32), (37, 4, 8), (23.6, 4, 8),

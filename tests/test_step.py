@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ROOT, result
 from launches import faulty_script, flags_of, launch
-from models import VOCAB_SIZE, as_batch, noisy_bert, token_rows
+from models import VOCAB_SIZE, as_batch, noisy_model, token_rows
 from test_config import configure
 
 import microbert.step
@@ -26,7 +26,7 @@ def masked_rows(n=8, seed=0):
 
 
 def new_learner(**constants):
-    return Learner(noisy_bert(dropout=constants.get("dropout", 0.0)), configure(batch_size=8, **constants), World({}))
+    return Learner(noisy_model(dropout=constants.get("dropout", 0.0)), configure(batch_size=8, **constants), World({}))
 
 
 def run_short(monkeypatch, capacity, message=NO_MEMORY, after=0):

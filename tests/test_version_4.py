@@ -12,13 +12,14 @@ import pytest
 import transformers
 from helpers import ROOT, result, small_flags
 from launches import ENVIRONMENT, LIMIT, launch, start, wait_for_training
+from safetensors.torch import load_file
 from test_config import configure_v4
 
 from microbert.checkpoint import look_for_checkpoint
 from microbert.memory import GIB, Hardware
 
 V4 = ROOT / "mlm_pretrain_v4.py"
-TABLE = ("weights", "Adam's moments", "gradients", "activations", "context and margin", "in all")
+TABLE = ("weights", "optimizer's moments", "gradients", "activations", "context and margin", "in all")
 
 
 def flags_of(folder, **constants):
@@ -57,7 +58,9 @@ def test_it_plans_then_trains_the_tiers_model_and_transformers_loads_it(finished
     places = [out.index(f"\n  {name}") for name in TABLE]
     assert places == sorted(places) and places[-1] < out.index("model: 4 layers, 8 heads, 128-dim")
     assert "of 24.0" in out and 'preset "auto": 4 layers, batch 32 for each process, the tier of the CPU' in out
-    config = transformers.AutoModelForMaskedLM.from_pretrained(finished / "run").config
+    model = transformers.AutoModelForMaskedLM.from_pretrained(finished / "run")
+    config = model.config
+    assert type(model).__name__ == "ModernBertForMaskedLM"
     assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (4, 8, 128)
     losses = evaluations(finished / "run")
     assert losses[-1] < losses[0]
@@ -97,6 +100,30 @@ def test_a_plan_for_the_large_preset_on_eight_processes(tmp_path):
     done = run([*flags_of(tmp_path), "--preset", "large", "--dry-run", "--gpu-memory-gb", "24", "--num-gpus", "8", "--max-seq-len", "256"])
     plan = json.loads(done.stdout.splitlines()[-1])
     assert (plan["n_layers"], plan["n_embed"], plan["batch_size"], plan["global_batch_size"]) == (8, 256, 96, 768) and plan["planned_peak_gb"] < 24
+
+
+def test_muons_momentum_is_in_the_checkpoint(finished):
+    kinds = {name.split(".")[0] for name in load_file(next((finished / "run").glob("checkpoint-*")) / "optimizer.safetensors")}
+    assert kinds == {"exp_avg", "exp_avg_sq", "momentum"}
+
+
+def test_a_run_of_so_many_minutes_ends_in_time_with_a_model_and_goes_on_after_a_kill(finished, tmp_path):
+    beside(finished, tmp_path)
+    minutes = 0.6
+    flags = [*flags_of(tmp_path, epochs=10_000, save_every=5, eval_every=None), "--max-minutes", str(minutes)]
+    process = subprocess.Popen([sys.executable, str(V4), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    wait_for_training(process, tmp_path / "run")
+    process.kill()
+    process.communicate()
+    begin = time.monotonic()
+    done = run(flags)
+    assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
+    assert time.monotonic() - begin < 60 * minutes + 60  # what was trained before counts, and reading the libraries does not
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "eval/loss" in lines[-1] and 10 < lines[-1]["seconds"] < 60 * minutes
+    rates = [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
+    assert rates[-1] < 0.3 * max(rates)  # it fell in time
+    assert (tmp_path / "run" / "README.md").exists()
 
 
 def test_killed_and_stopped_it_comes_to_the_same_model(finished, tmp_path):

@@ -1,0 +1,138 @@
+"""How transformers names and describes the model: its parameters and its configuration, to and fro.
+
+One class for each architecture: `BertForMaskedLM` and `ModernBertForMaskedLM`, both as they stand.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from . import bert, modern
+from .layers import ROTARY_BASE, MaskedLanguageModel, ModelConfig
+from .model import INIT_STD
+from .tokenizer import CLS_ID, PAD_ID, SEP_ID
+
+# our module's name -> that of transformers, or those of several that are one here; {} is the layer's number
+NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "bert": {
+        "embeddings.word": "bert.embeddings.word_embeddings",
+        "embeddings.position": "bert.embeddings.position_embeddings",
+        "embeddings.token_type": "bert.embeddings.token_type_embeddings",
+        "embeddings.norm": "bert.embeddings.LayerNorm",
+        "layers.{}.attention.query_key_value": tuple("bert.encoder.layer.{}.attention.self." + part for part in ("query", "key", "value")),
+        "layers.{}.attention.output": "bert.encoder.layer.{}.attention.output.dense",
+        "layers.{}.attention_norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
+        "layers.{}.expand": "bert.encoder.layer.{}.intermediate.dense",
+        "layers.{}.contract": "bert.encoder.layer.{}.output.dense",
+        "layers.{}.output_norm": "bert.encoder.layer.{}.output.LayerNorm",
+        "head.transform": "cls.predictions.transform.dense",
+        "head.norm": "cls.predictions.transform.LayerNorm",
+        "head": "cls.predictions",
+    },
+    "modern": {
+        "embeddings.word": "model.embeddings.tok_embeddings",
+        "embeddings.norm": "model.embeddings.norm",
+        "layers.{}.attention_norm": "model.layers.{}.attn_norm",
+        "layers.{}.attention.query_key_value": "model.layers.{}.attn.Wqkv",
+        "layers.{}.attention.output": "model.layers.{}.attn.Wo",
+        "layers.{}.feed_forward_norm": "model.layers.{}.mlp_norm",
+        "layers.{}.expand": "model.layers.{}.mlp.Wi",
+        "layers.{}.contract": "model.layers.{}.mlp.Wo",
+        "head.input_norm": "model.final_norm",
+        "head.transform": "head.dense",
+        "head.norm": "head.norm",
+        "head": "decoder",
+    },
+}
+
+
+def _hugging_face_names(arch: str, name: str) -> list[str]:
+    """Under which names a parameter is stored."""
+    module, kind = name.rsplit(".", 1)
+    number = re.search(r"\.(\d+)\.", module)
+    general = NAMES[arch][re.sub(r"\.\d+\.", ".{}.", module)]
+    return [f"{one.format(number and number[1])}.{kind}" for one in ([general] if isinstance(general, str) else general)]
+
+
+def to_hugging_face(model: MaskedLanguageModel) -> dict[str, Tensor]:
+    """The weights under the names of transformers. The tied output matrix is stored once, as embedding."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        names = _hugging_face_names(model.config.arch, name)
+        for stored_name, part in zip(names, parameter.detach().cpu().chunk(len(names))):
+            weights[stored_name] = part.contiguous()
+    return weights
+
+
+@torch.no_grad()
+def from_hugging_face(model: MaskedLanguageModel, weights: dict[str, Tensor]) -> None:
+    """Copies weights as `to_hugging_face` gives them into the model. Raises KeyError or RuntimeError where they do not fit."""
+    for name, parameter in model.named_parameters():
+        stored = torch.cat([weights[stored_name] for stored_name in _hugging_face_names(model.config.arch, name)])
+        if stored.shape != parameter.shape:
+            raise RuntimeError(f"{name} has the shape {list(stored.shape)}, not {list(parameter.shape)}")
+        parameter.copy_(stored)
+
+
+def hugging_face_config(config: ModelConfig) -> dict:
+    """The fields of `transformers.BertConfig` or `ModernBertConfig`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embed,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "intermediate_size": config.n_inner,
+        "max_position_embeddings": config.max_seq_len,
+        "initializer_range": INIT_STD,
+        "pad_token_id": PAD_ID,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    } | {"bert": _bert_config, "modern": _modern_config}[config.arch](config)
+
+
+def _bert_config(config: ModelConfig) -> dict:
+    return {
+        "architectures": ["BertForMaskedLM"],
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "type_vocab_size": bert.N_TOKEN_TYPES,
+        "layer_norm_eps": bert.NORM_EPS,
+    }
+
+
+def _modern_config(config: ModelConfig) -> dict:
+    """What ModernBERT's own defaults would get wrong is said: ids, rotary base, and layers that see a window only."""
+    return {
+        "architectures": ["ModernBertForMaskedLM"],
+        "model_type": "modernbert",
+        "hidden_activation": "gelu",
+        "classifier_activation": "gelu",
+        "layer_types": ["full_attention"] * config.n_layers,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": ROTARY_BASE} for kind in ("full_attention", "sliding_attention")},
+        "norm_eps": modern.NORM_EPS,
+        "norm_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "classifier_bias": False,
+        "decoder_bias": True,
+        "embedding_dropout": config.dropout,
+        "attention_dropout": 0.0,
+        "mlp_dropout": config.dropout,
+        "bos_token_id": CLS_ID,
+        "cls_token_id": CLS_ID,
+        "eos_token_id": SEP_ID,
+        "sep_token_id": SEP_ID,
+    }
+
+
+def read_hugging_face_config(stored: dict) -> ModelConfig:
+    """The inverse of `hugging_face_config`. Raises KeyError where a field is missing, ValueError for another model."""
+    architectures = {"bert": ("bert", "hidden_dropout_prob"), "modernbert": ("modern", "mlp_dropout")}
+    if stored["model_type"] not in architectures:
+        raise ValueError(f"a model of the type {stored['model_type']!r}, which this suite does not make")
+    arch, dropout = architectures[stored["model_type"]]
+    return ModelConfig(vocab_size=stored["vocab_size"], n_layers=stored["num_hidden_layers"], n_heads=stored["num_attention_heads"],
+                       n_embed=stored["hidden_size"], max_seq_len=stored["max_position_embeddings"], dropout=stored[dropout], arch=arch)
