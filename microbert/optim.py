@@ -69,14 +69,15 @@ class Optimizer:
         return {f"{key}.{name}": self._state(name)[key] for name, keys in self._moments.items() for key in keys if key in self._state(name)}
 
     def _state(self, name: str) -> dict[str, Tensor]:
-        return self.members["momentum" in self._moments[name]].state[self._named[name]]
+        member = self.members[-1 if "momentum" in self._moments[name] else 0]
+        return member.state[self._named[name]]
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, so that it moves all directions of a matrix alike (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     The same as `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", but for what these models need: all matrices of a shape are taken at once;
-    query, key and value are matrices of their own; bf16 only where the device is fast in it, for torch's way is eight times slower on most CPUs;
+    query, key and value are matrices of their own; bf16 only where the device is fast in it, which CPUs without instructions for it are not;
     and `found_inf`.
     """
 
