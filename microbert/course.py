@@ -16,7 +16,7 @@ class Course:
 
     def __init__(self, config: Config, steps: int, step: int, prepared_seconds: float) -> None:
         """Raises InputError where max_minutes leaves no time to train."""
-        self.steps, self.position, self._before = steps, float(step), float(step)
+        self.steps, self.position, self._before = steps, float(step), float(step) - 1  # what was due here, and not done, still is
         self._config, self.eval_seconds = config, 0.0
         self._seconds = None if config.max_minutes is None else 60 * config.max_minutes - prepared_seconds - EXPORT_SECONDS
         if self._seconds is not None and self._seconds <= 0:

@@ -126,7 +126,7 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
     of_steps = f"/{course.steps}" if config.max_minutes is None else ""
     with progress_bar(course.steps if of_steps else None, state.step, "training", " steps", shown=world.is_first) as bar:
         evaluated = world.gather(metrics.has_evaluation(state.step))[0, 0]
-        stopping = [] if evaluated else evaluate_now()
+        stopping = evaluate_now() if not evaluated and course.is_due(state.step, config.eval_every, course.evaluations()) else []
         time_used = world.gather(course.time_used(seconds_now()))[0, 0]
         course.move(state.step, time_used)
         while not course.is_over and not stopping:

@@ -1,5 +1,10 @@
+import os
+
 import pytest
 from helpers import result, run, small_flags
+
+# before torch is loaded, for this process and those that it starts: on few cores, more threads than tests mostly wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs of the real script on a small corpus, as a user starts them."""
+"""Runs of the real script on a small corpus, as a user starts them: how to start, watch and end them."""
 
 import hashlib
 import json
@@ -6,13 +6,16 @@ import random
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "mlm_pretrain_v1.py"
-TIME_LIMIT = 120  # seconds for one run: a hang is a failure
+TIME_LIMIT = 240  # seconds for one run, many times what it takes: a hang is a failure, and a busy machine is none
 TIMES = {"seconds", "train/samples_per_second", "train/tokens_per_second", "train/peak_memory_gb"}  # what a clock decides
 WORDS = "the a film actor story was is great bad slow and it of scene music end plot never always funny".split()
 
@@ -34,16 +37,36 @@ def small_flags(folder: Path, **constants: object) -> list[str]:
     return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def command(flags: list[str]) -> list[str]:
-    return [sys.executable, str(SCRIPT), *flags]
+def start(flags: list[str], script: Path = SCRIPT, **options: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(script), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def start(flags: list[str], **options: object) -> subprocess.Popen:
-    return subprocess.Popen(command(flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def run(flags: list[str], script: Path = SCRIPT, **options: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, timeout=TIME_LIMIT, **options)
 
 
-def run(flags: list[str], **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(flags), capture_output=True, text=True, timeout=TIME_LIMIT, **options)
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, limit: float = TIME_LIMIT) -> None:
+    """Polls until the condition holds, and fails where the process ends, or the limit is reached, before it does."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        if time.monotonic() > deadline:
+            end_tree(process)
+            raise AssertionError(f"not so after {limit} s: {process.communicate()}")
+        time.sleep(0.01)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
+    wait_until(lambda: any(folder.glob("checkpoint-*")), process)
+
+
+def end_tree(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            try:
+                one.kill()
+            except psutil.NoSuchProcess:
+                pass
 
 
 def run_here(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -54,6 +77,16 @@ def run_here(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def patched_script(path: Path, patch: str, script: Path = SCRIPT) -> Path:
+    """A script that runs another one after some lines of Python."""
+    path.write_text(f"""import os, runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+{patch}
+runpy.run_path({str(script)!r}, run_name="__main__")
+""")
+    return path
 
 
 def result(folder: Path) -> dict[str, object]:

@@ -1,20 +1,26 @@
 """Launches of several processes, as torchrun makes them, on a small corpus: how to start, watch, find and end them."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
-from helpers import ROOT, small_flags
+from helpers import ROOT, TIME_LIMIT, end_tree, patched_script, small_flags, wait_for_checkpoint
 
 SCRIPT = ROOT / "mlm_pretrain_v3.py"
-LIMIT = 150  # seconds for a launch: a hang is a failure
-# each test's processes on cores of their own would be faster; on two cores more threads than these only wait for each other
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# torchrun, or a module around it, that waits so many seconds, and not 30, between the signal to end and the kill
+WITH_PATIENCE = """import os, runpy, sys
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import PContext
+seconds, module = int(sys.argv.pop(1)), sys.argv.pop(1)
+os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(seconds)
+for end in (LocalElasticAgent._shutdown, PContext.close):
+    end.__defaults__ = (end.__defaults__[0], seconds)
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+FOREVER = 10 * TIME_LIMIT  # as patience: what has to be killed is a hang
 
 
 def flags_of(folder: Path, n_processes: int, **constants: object) -> list[str]:
@@ -23,17 +29,19 @@ def flags_of(folder: Path, n_processes: int, **constants: object) -> list[str]:
     return small_flags(folder, **{**shape, **constants})
 
 
-def torchrun_command(flags: list[str], n_processes: int, *options: str, script: Path = SCRIPT, module: str = "microbert.torchrun") -> list[str]:
+def torchrun_command(flags: list[str], n_processes: int, *options: str, script: Path = SCRIPT, module: str = "microbert.torchrun",
+                     patience: int | None = None) -> list[str]:
+    program = ("-m", module) if patience is None else ("-c", WITH_PATIENCE, str(patience), module)
     where = () if any(option.startswith("--nnodes") for option in options) else ("--standalone",)
-    return [sys.executable, "-m", module, *where, f"--nproc-per-node={n_processes}", *options, str(script), *flags]
+    return [sys.executable, *program, *where, f"--nproc-per-node={n_processes}", *options, str(script), *flags]
 
 
 def start(flags: list[str], n_processes: int = 2, *options: str, **keywords: object) -> subprocess.Popen:
     command = torchrun_command(flags, n_processes, *options, **keywords)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-def finish(process: subprocess.Popen, limit: float = LIMIT) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen, limit: float = TIME_LIMIT) -> tuple[int, str, str]:
     """Exit code, output and errors. A launch that does not end in time is ended, with its processes, and fails the test."""
     try:
         out, err = process.communicate(timeout=limit)
@@ -46,15 +54,6 @@ def finish(process: subprocess.Popen, limit: float = LIMIT) -> tuple[int, str, s
 
 def launch(flags: list[str], n_processes: int = 2, *options: str, **keywords: object) -> tuple[int, str, str]:
     return finish(start(flags, n_processes, *options, **keywords))
-
-
-def end_tree(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            try:
-                one.kill()
-            except psutil.NoSuchProcess:
-                pass
 
 
 def free_port() -> int:
@@ -77,20 +76,9 @@ def ranks(process: subprocess.Popen) -> dict[int, psutil.Process]:
     return found
 
 
-def wait_until(condition, process: subprocess.Popen, limit: float = LIMIT) -> None:
-    """Polls until the condition holds, and fails where the launch ends, or the limit is reached, before it does."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        if time.monotonic() > deadline:
-            end_tree(process)
-            raise AssertionError(f"not so after {limit} s: {process.communicate()}")
-        time.sleep(0.01)
-
-
 def wait_for_training(process: subprocess.Popen, folder: Path) -> dict[int, psutil.Process]:
     """Waits for the first checkpoint; returns the processes by rank."""
-    wait_until(lambda: any(folder.glob("checkpoint-*")), process)
+    wait_for_checkpoint(process, folder)
     return ranks(process)
 
 
@@ -109,10 +97,4 @@ def status(folder: Path) -> dict:
 
 def faulty_script(path: Path, patch: str, script: Path = SCRIPT) -> Path:
     """A script that runs v3 after some lines of Python, in which `rank` is the process's."""
-    path.write_text(f"""import os, runpy, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-rank = int(os.environ["RANK"])
-{patch}
-runpy.run_path({str(script)!r}, run_name="__main__")
-""")
-    return path
+    return patched_script(path, f'rank = int(os.environ["RANK"])\n{patch}', script)

@@ -1,21 +1,18 @@
 """Several processes train as one would, and end as one: what one of them meets, all of them do, and nothing is lost or left running."""
 
+import concurrent.futures
 import json
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import result
-from launches import (LIMIT, SCRIPT, all_gone, end_tree, faulty_script, finish, flags_of, free_port, launch, ranks, start, status, wait_for_training,
-                      wait_until)
+from helpers import TIME_LIMIT, end_tree, result, run, wait_for_checkpoint, wait_until
+from launches import FOREVER, SCRIPT, all_gone, faulty_script, finish, flags_of, free_port, launch, ranks, start, status, wait_for_training
 from models import VOCAB_SIZE, as_batch, in_shards, noisy_model, token_rows
 from safetensors.torch import load_file
 from test_config import configure
@@ -42,7 +39,7 @@ def one(two, tmp_path_factory):
     """The same of one process, by the same command without torchrun."""
     folder = tmp_path_factory.mktemp("one")
     beside(two, folder)
-    done = subprocess.run([sys.executable, str(SCRIPT), *flags_of(folder, 1)], capture_output=True, text=True, timeout=LIMIT)
+    done = run(flags_of(folder, 1), SCRIPT)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -71,47 +68,37 @@ def test_two_processes_train_as_one_does(two, one):
     assert status(two / "run")["exit_code"] == 0
 
 
-def gradients(rank, size, port, micro_batch_size, results):
+def gradients(rank, size, port, micro_batch_size):
     """Of one process's share of a batch of 32, with rows of very different lengths, so that the masked tokens are not shared equally."""
     world = World({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
-    torch.set_num_threads(1)
     rows = token_rows(32)
     rows[20:, 3:] = 0
     rows[20:, 2] = 3
     mine = slice(rank * 32 // size, (rank + 1) * 32 // size)
     masked = mask_batch(as_batch(rows[mine], sequence_ids=np.arange(32)[mine]), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
     model = noisy_model(dropout=0.2)
-    world.meet(lambda: None)
-    world.form_group(torch.device("cpu"), 60, lambda: None)
+    if size > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+        world.meet(lambda: None)
+        world.form_group(torch.device("cpu"), 60, lambda: None)
     learner = Learner(model, configure(micro_batch_size=micro_batch_size, grad_clip=None, dropout=0.2), world)
     numbers = learner.step(masked, 0, 0.0).read()
-    if rank == 0:
-        results.put((numbers, [parameter.grad.numpy().copy() for parameter in model.parameters()], masked.n_masked))
     world.gather(0.0)  # the first process holds the store
     world.leave_group()
-
-
-def gradients_of(size, micro_batch_size=None):
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    port = free_port()
-    processes = [context.Process(target=gradients, args=(rank, size, port, micro_batch_size, results)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    found = results.get(timeout=LIMIT)
-    for process in processes:
-        process.join(LIMIT)
-        assert process.exitcode == 0
-    return found
+    return numbers, [parameter.grad.numpy().copy() for parameter in model.parameters()], masked.n_masked
 
 
 def test_one_process_of_32_four_micro_batches_of_8_and_two_processes_of_16_give_the_same_gradients():
-    (numbers, whole, n_masked) = gradients_of(1)
+    numbers, whole, n_masked = gradients(0, 1, None, None)
     assert numbers[1] > 0.01
-    for size, micro_batch_size in ((1, 8), (2, None), (2, 8)):
-        others, parts, of_first = gradients_of(size, micro_batch_size)
-        assert size == 1 or of_first > 0.6 * n_masked  # the processes have different numbers of masked tokens
+    found = [gradients(0, 1, None, 8)]
+    with concurrent.futures.ProcessPoolExecutor(2, torch.multiprocessing.get_context("spawn")) as pool:
+        for micro_batch_size in (None, 8):
+            port = free_port()
+            of_first, _ = [pool.submit(gradients, rank, 2, port, micro_batch_size) for rank in range(2)]
+            found.append(of_first.result(TIME_LIMIT))
+            assert found[-1][2] > 0.6 * n_masked  # the processes have different numbers of masked tokens
+    for others, parts, _ in found:
         np.testing.assert_allclose(others, numbers, rtol=1e-5)  # fp32 sums in another order, here and below
         for part, of_whole in zip(parts, whole):
             np.testing.assert_allclose(part, of_whole, rtol=1e-3, atol=1e-5)
@@ -132,13 +119,11 @@ def test_sequences_that_do_not_divide_give_equal_steps_and_each_once_an_epoch(n_
 def test_sigterm_to_torchrun_saves_and_ends_with_75_and_the_same_command_comes_to_the_same_model(two, tmp_path):
     beside(two, tmp_path)
     flags = flags_of(tmp_path, 2)
-    process = start(flags)
+    process = start(flags, patience=FOREVER)
     workers = wait_for_training(process, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
-    begin = time.monotonic()
     code, out, err = finish(process)
     assert code == 75, err
-    assert time.monotonic() - begin < 30
     assert all_gone(list(workers.values()), 1)
     assert "Traceback" not in err and err.count("stopped by SIGTERM") == 1
     assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["exit_code"]) == ("stopped", 75)
@@ -149,7 +134,7 @@ def test_sigterm_to_torchrun_saves_and_ends_with_75_and_the_same_command_comes_t
 
 def test_a_signal_to_one_process_stops_all_and_nothing_starts_again(two, tmp_path):
     beside(two, tmp_path)
-    process = start(flags_of(tmp_path, 2), 2, "--max-restarts=2", module="torch.distributed.run")
+    process = start(flags_of(tmp_path, 2), 2, "--max-restarts=1", module="torch.distributed.run")
     wait_for_training(process, tmp_path / "run")[1].terminate()
     code, out, err = finish(process)
     assert code == 1  # of torchrun itself
@@ -161,13 +146,11 @@ def test_a_signal_to_one_process_stops_all_and_nothing_starts_again(two, tmp_pat
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_run_with_an_error(rank, two, tmp_path):
     beside(two, tmp_path)
-    process = start(flags_of(tmp_path, 2, epochs=20))
+    process = start(flags_of(tmp_path, 2, epochs=20), patience=FOREVER)
     workers = wait_for_training(process, tmp_path / "run")
     workers[rank].kill()
-    begin = time.monotonic()
     code, out, err = finish(process)
     assert code == 1
-    assert time.monotonic() - begin < 30
     assert all_gone(list(workers.values()), 1)
     assert "Traceback" not in err
     assert err.strip().splitlines()[-1] == f"error: process {rank} was ended by SIGKILL"
@@ -189,29 +172,27 @@ def test_a_killed_process_with_a_restart_comes_to_the_same_model(two, tmp_path):
 
 def test_a_silent_process_is_given_up_after_the_time_limit_at_a_step_that_is_named(two, tmp_path):
     beside(two, tmp_path)
-    process = start(flags_of(tmp_path, 2, epochs=200, group_timeout=5))
+    process = start(flags_of(tmp_path, 2, epochs=200, group_timeout=10), patience=3)
     workers = wait_for_training(process, tmp_path / "run")
     workers[1].suspend()
-    code, out, err = finish(process)  # torchrun waits 30 seconds for the silent one before it kills it
+    code, out, err = finish(process)
     assert code == 1
     assert all_gone(list(workers.values()), 1)
     assert "Traceback" not in err and "does not answer" in err
     assert status(tmp_path / "run")["reason"].startswith("step ")
 
 
-@pytest.mark.parametrize("is_killed", [False, True])
-def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(is_killed, two, tmp_path):
-    """Also when a process is killed on one of them, and both start theirs again."""
+def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(two, tmp_path):
+    """Also where a process is killed on one of them, and both start theirs again."""
     beside(two, tmp_path)
     options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=pair", "--local-addr=127.0.0.1", "--max-restarts=1")
     agents = [start([*flags_of(tmp_path, 2), "--overwrite"], 1, *options) for _ in range(2)]
     try:
-        if is_killed:
-            wait_until(lambda: any((tmp_path / "run").glob("checkpoint-*")), agents[0])
-            {rank: worker for agent in agents for rank, worker in ranks(agent).items()}[1].kill()  # the first process's torchrun counts no restart
+        wait_for_checkpoint(agents[0], tmp_path / "run")
+        {rank: worker for agent in agents for rank, worker in ranks(agent).items()}[1].kill()  # the first process's torchrun counts no restart
         ends = [finish(agent) for agent in agents]
         assert [code for code, _, _ in ends] == [0, 0], ends
-        assert is_killed == any("going on after step" in out for _, out, _ in ends)
+        assert any("going on after step" in out for _, out, _ in ends)
     finally:
         for agent in agents:
             end_tree(agent)
@@ -278,11 +259,11 @@ def test_preparation_that_takes_longer_than_the_group_waits_is_waited_for(two, t
 real = prepare.prepare_tokens
 def slow(*arguments):
     if rank == 0:
-        time.sleep(12)
+        time.sleep(18)
     return real(*arguments)
 prepare.prepare_tokens = slow"""
     script = faulty_script(tmp_path / "slow.py", patch)
-    code, out, err = launch(flags_of(tmp_path, 2, group_timeout=8), script=script, module="torch.distributed.run")
+    code, out, err = launch(flags_of(tmp_path, 2, group_timeout=12), script=script, module="torch.distributed.run")
     assert code == 0, err
     assert result(tmp_path / "run") == result(two / "run")
 
@@ -313,13 +294,12 @@ def long(corpus, tokenizer, config, check_stop):
         check_stop()
         time.sleep(0.1)
 prepare.prepare_tokens = long"""
-    process = start(flags_of(tmp_path, 2), script=faulty_script(tmp_path / "long.py", patch), module="torch.distributed.run")
+    process = start(flags_of(tmp_path, 2), script=faulty_script(tmp_path / "long.py", patch), module="torch.distributed.run", patience=FOREVER)
     wait_until((tmp_path / "preparing").exists, process)
     workers = ranks(process)
     workers[1].kill()
-    begin = time.monotonic()
     code, out, err = finish(process)
-    assert code == 1 and time.monotonic() - begin < 30
+    assert code == 1
     assert all_gone(list(workers.values()), 1)
     found = status(tmp_path / "run")
     assert (found["exit_code"], found["rank"]) == (1, 0) and "another process was killed" in found["reason"]
@@ -352,18 +332,16 @@ def test_two_launches_at_once_with_the_usual_ports_taken_both_finish(two, tmp_pa
 
 def test_a_second_launch_in_the_folder_is_refused_and_torchruns_death_orphans_nobody(two, tmp_path):
     beside(two, tmp_path)
-    flags = flags_of(tmp_path, 2, epochs=200)
+    flags = flags_of(tmp_path, 2, epochs=2000)
     first = start(flags)
     workers = wait_for_training(first, tmp_path / "run")
-    begin = time.monotonic()
     code, out, err = launch(flags)
-    assert code == 2 and f"process {workers[0].pid}" in err
-    assert time.monotonic() - begin < 15  # 5 seconds on a machine that has nothing else to do
+    assert code == 2 and err.startswith("error: output_dir") and f"process {workers[0].pid}" in err  # of torchrun: its processes give their number
     assert status(tmp_path / "run")["state"] == "running"
 
     first.kill()
     first.communicate()
-    assert all_gone(list(workers.values()), 10)
+    assert all_gone(list(workers.values()), TIME_LIMIT)
     assert status(tmp_path / "run")["exit_code"] == 75
     third = start(flags)
     try:

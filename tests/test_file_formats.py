@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from helpers import ROOT
+from helpers import ROOT, TIME_LIMIT
 
 from microbert.config import InputError
 from microbert.documents import clean
@@ -161,5 +161,5 @@ def test_a_large_parquet_file_that_is_left_unfinished_does_not_hang_the_process(
     pa.parquet.write_table(pa.table({"text": texts, "other": [text[::-1] for text in texts]}), tmp_path / "a.parquet", row_group_size=2000)
     program = f"from microbert.file_formats import read_rows\nprint(len(next(read_rows({str(tmp_path / 'a.parquet')!r}, 'text', 5000))))"
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20)
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
         assert (done.returncode, done.stdout) == (0, "200\n"), done.stderr

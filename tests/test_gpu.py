@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, small_flags
-from launches import LIMIT, launch
+from helpers import ROOT, TIME_LIMIT, run, small_flags
+from launches import launch
 from models import VOCAB_SIZE, as_batch, token_rows
 from test_config import configure, configure_v4
 
@@ -90,7 +90,7 @@ print(learner.micro_batch_size, learner.ran_short, peak_memory_gb(CUDA))
 
 def test_under_a_cap_the_micro_batch_is_halved_until_it_fits():
     program = CAPPED.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stderr
     size, ran_short, peak = done.stdout.split()
     assert int(size) < 96 and ran_short == "True" and float(peak) <= 1.0
@@ -106,7 +106,7 @@ def evaluations(folder):
 
 def test_v4_trains_and_goes_on_after_a_kill_on_a_gpu(tmp_path):
     flags = flags_of(tmp_path, keep_checkpoints=100)
-    done = subprocess.run([sys.executable, str(V4), *flags], capture_output=True, text=True, timeout=LIMIT)
+    done = run(flags, V4)
     assert done.returncode == 0, done.stderr
     assert "memory of the GPU" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -115,7 +115,7 @@ def test_v4_trains_and_goes_on_after_a_kill_on_a_gpu(tmp_path):
     newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     os.rename(newest, tmp_path / "away")
     (tmp_path / "run" / "README.md").unlink()
-    done = subprocess.run([sys.executable, str(V4), *flags], capture_output=True, text=True, timeout=LIMIT)
+    done = run(flags, V4)
     assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
     assert evaluations(tmp_path / "run") == pytest.approx(expected, abs=0.02)  # not bit for bit: a GPU's attention adds in the order that comes
 

@@ -9,9 +9,7 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
+import threading
 
 import pyarrow
 import pyarrow.parquet
@@ -19,16 +17,17 @@ import pytest
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.packaged_modules.text.text import TextConfig
-from helpers import ROOT, TIME_LIMIT, WORDS, run, small_flags, start
+from helpers import ROOT, TIME_LIMIT, WORDS, run, small_flags, start, wait_until
 from hub_server import HubServer
 from test_config import configure
 
 from microbert.config import InputError
 from microbert.files import fingerprint
-from microbert.hub import LARGE_CHOICE, SMALL_CHOICE, choose_dataset
+from microbert.hub import LARGE_CHOICE, PROBE_SECONDS, SMALL_CHOICE, choose_dataset
 from microbert.hub_reader import HubReader, is_network_trouble, stoppable
 from microbert.run import Stopped
 
+NO_TIME_OUTS = {"HF_HUB_ETAG_TIMEOUT": "100000", "HF_HUB_DOWNLOAD_TIMEOUT": "100000"}  # of the libraries: what waits for them hangs
 rng = random.Random(5)
 TEXTS = [f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for number in range(600)]
 README = """---
@@ -86,10 +85,7 @@ def flags(folder, *more, **constants):
 
 
 def launch(hub, tmp_path, name="run", *more, home="home", environment=None, **constants):
-    begin = time.monotonic()
-    done = run(flags(tmp_path / name, *more, **constants), cwd=tmp_path / name, env=hub.env(tmp_path / home) | (environment or {}))
-    done.seconds = time.monotonic() - begin
-    return done
+    return run(flags(tmp_path / name, *more, **constants), cwd=tmp_path / name, env=hub.env(tmp_path / home) | (environment or {}))
 
 
 def launch_all(hub, tmp_path, runs):
@@ -112,13 +108,6 @@ def report(done):
     return [line for line in done.stdout.splitlines() if line.startswith("documents: ")]
 
 
-def wait_until(condition, process):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def local_shards(tmp_path_factory):
     """What the same documents give as a local file: the tokens must not depend on the way by which the text came."""
@@ -132,8 +121,7 @@ def test_v2_trains_on_a_streamed_dataset_which_is_transferred_once_and_the_netwo
     def launch_v2(name, prepare_only):
         constants = {"n_heads": 1, "n_embed": 4, "batch_size": 64, "epochs": 2, "eval_every": 1000, "save_every": 1000, "packing": False}
         command = flags(tmp_path / "run", prepare_only=prepare_only, output_dir=tmp_path / "run" / name, **constants)
-        return subprocess.run([sys.executable, str(ROOT / "mlm_pretrain_v2.py"), *command], cwd=tmp_path / "run", env=hub.env(tmp_path / "home"),
-                              capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
+        return run(command, ROOT / "mlm_pretrain_v2.py", cwd=tmp_path / "run", env=hub.env(tmp_path / "home"))
 
     done = launch_v2("first", prepare_only=False)
     assert done.returncode == 0, done.stderr
@@ -255,21 +243,20 @@ def test_a_signal_ends_a_transfer_that_hangs(kind, hub, tmp_path):
     hub.add("org/slow", {f"data/train-{n:02d}.{name}": lines(part) if kind == "jsonl" else parquet(part) for n, part in enumerate(parts)})
     hub.fail("GET .*/resolve/.*train-", "timeout", times=100)
     command = flags(tmp_path / "run", dataset="org/slow", streaming=kind != "downloaded")
-    options = {"cwd": tmp_path / "run", "env": hub.env(tmp_path / "home")}
+    options = {"cwd": tmp_path / "run", "env": hub.env(tmp_path / "home") | NO_TIME_OUTS}
     process = start(command, **options)
     wait_until(lambda: any(request.method == "GET" and "train-" in request.path for request in hub.log), process)
-    begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=TIME_LIMIT)
     assert process.returncode == 75 and "Traceback" not in errors, errors
-    assert time.monotonic() - begin < 5
     if kind == "downloaded":
         hub.answer_again()
         again = run(command, **options)
         assert again.returncode == 0 and "600 read" in again.stdout, again.stderr
 
 
-def test_without_a_network_the_error_comes_within_ten_seconds_and_says_what_to_do(hub, tmp_path):
+def test_without_a_network_the_error_comes_after_one_wait_of_seconds_and_says_what_to_do(hub, tmp_path):
+    """Within ten seconds on an idle machine: five of them wait, and about as many load the libraries."""
     record = {"dataset": "org/plain", "configuration": None, "revision": "0" * 40, "documents": 600, "megabytes": 0.1, "is_exact": True}
     for name in ("recorded", "recorded, offline"):
         path = tmp_path / name / "cache" / f"hub-{fingerprint('org/plain', None)}.json"
@@ -278,15 +265,19 @@ def test_without_a_network_the_error_comes_within_ten_seconds_and_says_what_to_d
     hub.fail(".*", "timeout", times=100)
     runs = {"never answers": {}, "refuses": {"HF_ENDPOINT": "http://127.0.0.1:9"}, "does not resolve": {"HF_ENDPOINT": "http://hub.invalid"},
             "recorded": {}, "recorded, offline": {"HF_HUB_OFFLINE": "1"}, "offline": {"HF_DATASETS_OFFLINE": "1"}}
-    for name, done in launch_all(hub, tmp_path, {name: {"environment": environment} for name, environment in runs.items()}).items():
+    assert PROBE_SECONDS == 5
+    for name, done in launch_all(hub, tmp_path, {name: {"environment": environment | NO_TIME_OUTS} for name, environment in runs.items()}).items():
         words = "org/plain", "hf download --repo-type dataset org/plain", '"plain/**/*train*"', "--prepare-only", "--dataset imdb"
-        assert is_plain(done, *words) and done.seconds < 10, (name, done.seconds, done.stderr)
+        assert is_plain(done, *words), (name, done.stderr)
         assert not (tmp_path / name / "run").exists()
         if "recorded" in name:
             assert "as recorded" in done.stdout
         else:
             assert not (tmp_path / name / "cache").exists()
     assert sum(request.method == "GET" for request in hub.log) == 2  # of the two that are not set to be offline
+    done = launch(hub, tmp_path, "offline", environment={"HF_DATASETS_OFFLINE": "1", "PYTHONPROFILEIMPORTTIME": "1"})
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "datasets" in loaded and not {"transformers", "matplotlib", "torch._dynamo"} & loaded  # they would take seconds more
 
 
 def test_a_bad_card_costs_only_what_it_would_have_said(hub, tmp_path):
@@ -410,10 +401,11 @@ def test_a_call_is_left_behind_when_the_run_stops():
     def check_stop():
         raise Stopped("now")
 
-    begin = time.monotonic()
+    let_go, ended = threading.Event(), []
     with pytest.raises(Stopped):
-        stoppable(lambda: time.sleep(3), check_stop)
-    assert time.monotonic() - begin < 1
+        stoppable(lambda: ended.append(let_go.wait(TIME_LIMIT)), check_stop)
+    assert not ended
+    let_go.set()
     assert stoppable(lambda: 5, lambda: None) == 5
     with pytest.raises(ZeroDivisionError):
         stoppable(lambda: 1 / 0, lambda: None)

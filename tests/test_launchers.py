@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, write_corpus
-from launches import LIMIT, end_tree, finish, flags_of, status, wait_until
+from helpers import ROOT, TIME_LIMIT, end_tree, wait_for_checkpoint, write_corpus
+from launches import finish, flags_of, status
 
 SCRIPTS = ROOT / "scripts"
 LAUNCHERS = ("train_1gpu.sh", "train_24gb.sh", "train_h200_8gpu_standard.sh", "train_h200_8gpu_v4.sh", "train_multinode.sh")
@@ -37,10 +37,10 @@ def stub(path, text):
     return path
 
 
-def call(script, *flags, cwd=None, timeout=60, **variables):
+def call(script, *flags, cwd=None, **variables):
     """A launcher in an environment in which none of its variables is set, but those that are given."""
     environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
-    return subprocess.run([str(script), *flags], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment | {"PYTHON": sys.executable} | variables)
+    return subprocess.run([str(script), *flags], capture_output=True, text=True, timeout=TIME_LIMIT, cwd=cwd, env=environment | {"PYTHON": sys.executable} | variables)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -122,11 +122,11 @@ def test_a_run_through_the_launcher_stops_goes_on_and_says_that_it_is_finished(c
     """Exit codes 75, 0 and 0; a signal to the launcher reaches the run."""
     write_corpus(tmp_path / "corpus.jsonl")
     flags = flags_of(tmp_path, 2)
-    environment = {**os.environ, "DEVICE": "cpu", "NUM_GPUS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "DEVICE": "cpu", "NUM_GPUS": "2", "PYTHON": sys.executable}
     command = [str(checkout / "train_h200_8gpu_standard.sh"), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
     try:
-        wait_until(lambda: any((tmp_path / "run").glob("checkpoint-*")), process)
+        wait_for_checkpoint(process, tmp_path / "run")
         os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, the log's process included
         code, out, _ = finish(process)
     finally:
@@ -134,7 +134,7 @@ def test_a_run_through_the_launcher_stops_goes_on_and_says_that_it_is_finished(c
     assert code == 75, out
     assert out.count("stopped by SIGTERM") == 1 and "Traceback" not in out
     for told in ("going on after step", "is finished"):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIME_LIMIT)
         assert done.returncode == 0 and told in done.stdout, done.stdout
     assert status(tmp_path / "run")["exit_code"] == 0
     logs = sorted((checkout / "logs").iterdir(), key=lambda path: path.stat().st_mtime)

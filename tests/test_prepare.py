@@ -1,35 +1,29 @@
 """Preparation as whole processes: killed anywhere, two at once, other languages, a line of 50 MB."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
-from helpers import ROOT, SCRIPT, TIME_LIMIT, run, small_flags, start
+from helpers import TIME_LIMIT, patched_script, run, small_flags, start, wait_until
 from test_tokens import all_rows, prepare
 
 from microbert.documents import clean
 from microbert.tokenizer import N_SPECIAL
 
-N_KILLS = 20
-IN_SMALL_BLOCKS = f"""
-import runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-from microbert import prepare, workers
+N_KILLS = 10
+IN_SMALL_BLOCKS = """from microbert import prepare, workers
 prepare.BLOCK_CHARACTERS = 200_000
-workers.WORTH_MEGABYTES = 0  # so that processes encode
-sys.argv = [{str(SCRIPT)!r}, *sys.argv[1:]]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+workers.WORTH_MEGABYTES = 0  # so that processes encode"""
 
 
 def start_in_small_blocks(folder):
     flags = small_flags(folder, dataset="imdb", max_samples=4000, vocab_size=3000, max_seq_len=64, packing=True, prepare_only=True)
-    return subprocess.Popen([sys.executable, "-c", IN_SMALL_BLOCKS, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start(flags, patched_script(folder.parent / "in_small_blocks.py", IN_SMALL_BLOCKS))
 
 
 def shards(folder):
@@ -37,7 +31,7 @@ def shards(folder):
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_times_give_the_same_shards(tmp_path):
+def test_ten_kills_at_random_times_give_the_same_shards(tmp_path):
     begin = time.monotonic()
     assert start_in_small_blocks(tmp_path / "whole").wait(TIME_LIMIT) == 0
     length = time.monotonic() - begin
@@ -61,15 +55,29 @@ def test_twenty_kills_at_random_times_give_the_same_shards(tmp_path):
 
 
 def test_of_two_runs_at_once_one_prepares_and_the_other_waits_and_uses_it(tmp_path):
-    runs = []
-    for name in ("one", "two"):
-        flags = small_flags(tmp_path, dataset="imdb", max_samples=6000, vocab_size=3000, prepare_only=True, output_dir=tmp_path / name)
-        runs.append(start(flags))
-    outputs = [process.communicate(timeout=TIME_LIMIT)[0] for process in runs]
-    assert [process.returncode for process in runs] == [0, 0]
-    assert sorted("waiting for another run" in output for output in outputs) == [False, True]
-    assert sorted("prepared in" in output for output in outputs) == [False, True]
-    assert all("6,000 read" in output for output in outputs)
+    """The first one waits in the midst of it, until the second has come."""
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    patch = f"""import microbert.prepare as prepare
+real = prepare.prepare_tokens
+def patient(*arguments):
+    open({str(begun)!r}, "w")
+    while not os.path.exists({str(go_on)!r}):
+        time.sleep(0.01)
+    return real(*arguments)
+prepare.prepare_tokens = patient"""
+    flags = small_flags(tmp_path, prepare_only=True)
+    first = start(flags, patched_script(tmp_path / "patient.py", patch))
+    wait_until(begun.exists, first)
+    second = start([*flags, "--output-dir", str(tmp_path / "second")], env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    try:
+        while "waiting for another run" not in (line := second.stdout.readline()):
+            assert line, second.stderr.read()
+    finally:
+        go_on.touch()
+    (output, errors), (others, _) = (process.communicate(timeout=TIME_LIMIT) for process in (first, second))
+    assert (first.returncode, second.returncode) == (0, 0), errors
+    assert "prepared in" in output and "prepared in" not in others
+    assert "300 read" in output and "300 read" in others
 
 
 def test_a_changed_file_is_prepared_anew_and_an_unchanged_one_is_not(tmp_path):

@@ -96,7 +96,7 @@ def test_another_error_is_raised_as_it_is(monkeypatch):
 def test_after_numbers_that_are_not_finite_no_step_is_applied_whenever_that_is_noticed(monkeypatch):
     learner = new_learner()
     learner.step(masked_rows(), 0, 1e-2).read()
-    before = [tensor.clone() for parameter in learner.model.parameters() for tensor in (parameter, *learner.optimizer.state[parameter].values())]
+    before = [tensor.clone() for tensor in (*learner.model.parameters(), *learner.optimizer.tensors().values())]
     real = microbert.step.masked_loss
     monkeypatch.setattr(microbert.step, "masked_loss", lambda *arguments: real(*arguments) * float("nan"))
     broken = learner.step(masked_rows(), 1, 1e-2)
@@ -105,7 +105,7 @@ def test_after_numbers_that_are_not_finite_no_step_is_applied_whenever_that_is_n
     with pytest.raises(Diverged, match="step 1: the loss is nan"):
         broken.read()
     assert all(np.isfinite(later.read()))
-    after = [tensor for parameter in learner.model.parameters() for tensor in (parameter, *learner.optimizer.state[parameter].values())]
+    after = [*learner.model.parameters(), *learner.optimizer.tensors().values()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 

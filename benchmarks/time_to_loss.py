@@ -1,0 +1,212 @@
+"""How soon this project and transformers' Trainer come to the same held-out loss, from raw text, on the same cores.
+
+    python benchmarks/time_to_loss.py                          about 70 minutes on an otherwise idle machine; draws time_to_loss.png
+    python benchmarks/time_to_loss.py --minutes 3 --search-minutes 1     to see that it works
+
+The Trainer gets BertForMaskedLM of the same shape, this project's tokenizer, packed sequences, no dropout, and the best of three learning rates that
+bracket its optimum, as found in shorter runs. This project runs v4 as it stands, for a tenth of the time. Both are charged with the preparation, both
+are scored on the same held-out masks, and neither for the time that scoring takes.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from microbert.batches import evaluation_batches, steps_in_run, training_batch  # noqa: E402
+from microbert.config import Config, peak_learning_rate, read_script  # noqa: E402
+from microbert.corpus import hold_cache, open_corpus  # noqa: E402
+from microbert.distributed import World  # noqa: E402
+from microbert.hugging_face import hugging_face_config  # noqa: E402
+from microbert.loss import masked_scores  # noqa: E402
+from microbert.masking import MaskedBatch, mask_batch  # noqa: E402
+from microbert.model import model_for_tokens  # noqa: E402
+from microbert.optim import learning_rate_share  # noqa: E402
+from microbert.prepare import prepare_tokens  # noqa: E402
+from microbert.step import Learner  # noqa: E402
+from microbert.tokenizer import get_tokenizer, save_tokenizer  # noqa: E402
+from microbert.tokens import Tokens  # noqa: E402
+
+RATES = (5e-4, 1e-3, 2e-3)
+SCORED_BATCHES = 16  # of 32 held-out sequences
+POINTS = 60  # scores in a run
+TIMED_STEPS = 10  # from which the Trainer's number of steps in the time is reckoned
+OURS_SHARE = 0.1  # of the Trainer's time
+Curve = list[tuple[float, float]]  # seconds and held-out loss
+
+
+class Clock:
+    """Counts from the begin of the preparation, but for the time that scoring takes."""
+
+    def __init__(self, prepared: float) -> None:
+        self.start = time.perf_counter() - prepared
+        self.curve: Curve = []
+
+    def now(self) -> float:
+        return time.perf_counter() - self.start
+
+    def score(self, loss: Callable[[], float]) -> None:
+        before = self.now()
+        self.curve.append((before, loss()))
+        self.start += self.now() - before
+
+
+def prepared(folder: Path) -> tuple[Config, Tokens, float]:
+    """v4 at 10K words on raw IMDB, and the seconds from text to tokens, the tokenizer's training included."""
+    config = read_script(ROOT / "mlm_pretrain_v4.py", ["--vocab-size", "10000", "--n-layers", "4", "--batch-size", "32", "--device", "cpu",
+                                                       "--cache-dir", str(folder / "cache")])
+    start = time.perf_counter()
+    corpus = open_corpus(config, lambda: None)
+    with hold_cache(corpus, config, lambda: None):
+        tokenizer = get_tokenizer(corpus, config, lambda: None)
+        tokens = prepare_tokens(corpus, tokenizer, config, lambda: None)
+    seconds = time.perf_counter() - start
+    save_tokenizer(tokenizer, folder, config.max_seq_len)
+    return config, tokens, seconds
+
+
+def held_out(config: Config, tokens: Tokens) -> list[MaskedBatch]:
+    batches = evaluation_batches(tokens.held_out, 32)
+    return [mask_batch(next(batches), seed=config.seed, probability=0.15, vocab_size=len(tokens.token_counts)) for _ in range(SCORED_BATCHES)]
+
+
+def ours(config: Config, tokens: Tokens, seconds: float, minutes: float) -> Curve:
+    """v4's recipe, its learning rate falling in the time that is there."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        learner = Learner(model_for_tokens(config, tokens), config, World({}))
+    batches = held_out(config, tokens)
+
+    def loss() -> float:
+        learner.model.eval()
+        with torch.no_grad():
+            return sum(masked_scores(*learner.hidden(batch))[0] for batch in batches) / sum(batch.n_masked for batch in batches)
+
+    clock, steps, step = Clock(seconds), steps_in_run(len(tokens.train), config.epochs, config.batch_size), 0
+    clock.score(loss)
+    while (used := (clock.now() - seconds) / (60 * minutes - seconds)) < 1:
+        rate = peak_learning_rate(config) * learning_rate_share(max(step, used * steps), steps, config)
+        batch = training_batch(tokens.train, step=step, epochs=config.epochs, global_batch_size=config.batch_size, seed=config.seed)
+        masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=len(tokens.token_counts))
+        learner.step(masked, step, rate).read()
+        step += 1
+        if used * POINTS >= len(clock.curve):
+            clock.score(loss)
+    clock.score(loss)
+    return clock.curve
+
+
+class Scores(transformers.TrainerCallback):
+    def __init__(self, clock: Clock, loss: Callable[[], float], every: int) -> None:
+        self.clock, self.loss, self.every = clock, loss, every
+
+    def on_step_end(self, arguments, state, control, **_):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.clock.score(self.loss)
+
+
+def theirs(config: Config, tokens: Tokens, folder: Path, seconds: float, minutes: float, rate: float) -> Curve:
+    """transformers' Trainer on the same rows, with as many steps as the time takes."""
+    timed = _their_run(config, tokens, folder, 0.0, TIMED_STEPS, rate)
+    a_step = (timed[-1][0] - timed[0][0]) / (TIMED_STEPS - 1)
+    return _their_run(config, tokens, folder, seconds, math.ceil((60 * minutes - seconds) / a_step), rate)
+
+
+def _their_run(config: Config, tokens: Tokens, folder: Path, seconds: float, steps: int, rate: float) -> Curve:
+    transformers.set_seed(config.seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        shape = model_for_tokens(dataclasses.replace(config, arch="bert"), tokens).config
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**hugging_face_config(shape)))
+    batches = held_out(config, tokens)
+
+    def loss() -> float:
+        model.eval()
+        total = 0.0
+        with torch.no_grad():
+            for batch in batches:
+                hidden = model.cls.predictions.transform(model.bert(torch.from_numpy(batch.input_ids)).last_hidden_state)
+                hidden = hidden.take_along_dim(torch.from_numpy(batch.positions)[:, :, None], dim=1).flatten(0, 1)
+                total += masked_scores(hidden, model.get_output_embeddings().weight, model.cls.predictions.bias, torch.from_numpy(batch.labels).reshape(-1))[0]
+        model.train()
+        return total / sum(batch.n_masked for batch in batches)
+
+    n_rows = steps * config.batch_size
+    input_ids = torch.from_numpy(training_batch(tokens.train, step=0, epochs=10_000, global_batch_size=n_rows, seed=config.seed).input_ids.astype("int32"))
+    rows = [{"input_ids": row.long(), "attention_mask": torch.ones_like(row)} for row in input_ids]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=config.batch_size, max_steps=steps, learning_rate=rate, warmup_steps=math.ceil(0.06 * steps),
+        weight_decay=config.weight_decay, max_grad_norm=config.grad_clip, optim="adamw_torch_fused", use_cpu=True, report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, seed=config.seed)
+    clock = Clock(seconds)
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=rows, callbacks=[Scores(clock, loss, max(1, steps // POINTS) if steps > TIMED_STEPS else 1)],
+        data_collator=transformers.DataCollatorForLanguageModeling(transformers.AutoTokenizer.from_pretrained(folder), mlm_probability=0.15))
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    clock.start = time.perf_counter() - seconds  # what was laid out for the Trainer is not its time
+    trainer.train()
+    return clock.curve
+
+
+def first_at(curve: Curve, loss: float) -> float:
+    """Seconds at which the curve first stands at the loss or below it; infinity where it never does."""
+    return next((seconds for seconds, value in curve if value <= loss), math.inf)
+
+
+def draw(curves: dict[str, Curve], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot([seconds / 60 for seconds, _ in curve], [loss for _, loss in curve], label=name)
+    axes.set(xscale="log", xlabel="minutes from raw text", ylabel="held-out MLM loss (nats)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30, help="of the Trainer's run")
+    parser.add_argument("--search-minutes", type=float, default=10, help="of each of its three runs before, which choose the learning rate")
+    parser.add_argument("--picture", type=Path, default=Path("time_to_loss.png"))
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config, tokens, seconds = prepared(folder)
+        print(f"preparation: {seconds:.0f} s")
+        ends = {}
+        for rate in RATES:
+            ends[rate] = theirs(config, tokens, folder, seconds, arguments.search_minutes, rate)[-1][1]
+            print(f"Trainer, {arguments.search_minutes:g} minutes at {rate:g}: {ends[rate]:.4f}", flush=True)
+        rate = min(ends, key=ends.get)
+        if rate in (RATES[0], RATES[-1]):
+            print(f"note: the best of them, {rate:g}, is at the edge")
+        curves = {f"Trainer, BertForMaskedLM, {rate:g}": theirs(config, tokens, folder, seconds, arguments.minutes, rate),
+                  "MicroBERT v4": ours(config, tokens, seconds, OURS_SHARE * arguments.minutes)}
+    baseline, own = curves.values()
+    print(f"\n{'seconds':>9} {'loss':>8}   " + "   ".join(curves))
+    for name, curve in curves.items():
+        print("\n".join(f"{at:>9.1f} {loss:>8.4f}   {name}" for at, loss in curve[:: max(1, len(curve) // 12)]))
+    loss = baseline[-1][1]
+    times = first_at(baseline, loss), first_at(own, loss)
+    print(f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"the Trainer ends at {loss:.4f}, where it first stands after {times[0]:.0f} s, and this project after {times[1]:.0f} s: {times[0] / times[1]:.1f} times sooner")
+    draw(curves, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
