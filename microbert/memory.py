@@ -13,7 +13,7 @@ import torch
 from .config import BY_TIER, Config, InputError
 from .device import GIB, has_bf16, limit_memory, memory_bytes
 from .distributed import World
-from .loss import chunk_rows
+from .loss import THIN, chunk_rows
 from .masking import n_slots
 from .model import ModelConfig
 from .run import Run
@@ -219,7 +219,7 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
     B = min(config.micro_batch_size or config.batch_size, config.batch_size)
     L, H, T, D, V = config.n_layers, config.n_heads, config.max_seq_len, config.n_embed, vocab_size
     N = B * n_slots(T, config.mlm_probability)
-    C = min(chunk_rows(hardware.kind, V), N)
+    C = min(chunk_rows(hardware.kind, V, D), N)
     is_narrow = is_planned_in_bf16(config, hardware)
     accumulated = parameters if B < config.batch_size else 0  # the gradients of the micro-batches before
     narrow_weights = (parameters - V) / 2 * is_narrow
@@ -230,7 +230,7 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
     moments = [
         {"gradients": accumulated, "activations": layers + narrow_weights + USED_BY_DROPOUT * B * T * D * (config.dropout > 0)},
         {"gradients": accumulated + V * D + 2 * V + N * D, "activations": hidden,
-         "logits, a chunk": C * V + 3 * C * D + is_narrow * (C * V / 2 + V * D)},
+         "logits, a chunk": C * V + 3 * C * D + V + V * D * (D <= THIN) + is_narrow * (C * V / 2 + V * D)},
         {"gradients": accumulated + 2 * V * D + V + 2 * N * D, "activations": hidden},
         {"gradients": accumulated + V * D + V + 5 * D * D, "activations": layers + narrow_weights + USED_BY_BACKWARD * B * T * D},
         {"gradients": parameters + 2 * V * D + (V * D if accumulated else 0), "activations": KEPT_BY_EMBEDDINGS * B * T * D},
