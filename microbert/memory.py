@@ -14,7 +14,7 @@ from .config import BY_TIER, Config, InputError
 from .device import GIB, has_bf16, limit_memory, memory_bytes
 from .distributed import World
 from .layers import ModelConfig
-from .loss import chunk_rows
+from .loss import THIN, chunk_rows
 from .masking import n_slots
 from .model import count_parameters, shape_of
 from .run import Run
@@ -215,7 +215,7 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
     B = min(config.micro_batch_size or config.batch_size, config.batch_size)
     L, H, T, D, V = config.n_layers, config.n_heads, config.max_seq_len, config.n_embed, vocab_size
     N = B * n_slots(T, config.mlm_probability)
-    C = min(chunk_rows(hardware.kind, V), N)
+    C = min(chunk_rows(hardware.kind, V, D), N)
     hidden, iterations = _muon_numbers(model) if config.optimizer == "muon" else (0, 0)
     is_narrow = is_planned_in_bf16(config, hardware)
     accumulated = parameters if B < config.batch_size else 0  # the gradients of the micro-batches before
@@ -229,7 +229,7 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
     moments = [
         {"gradients": accumulated, "activations": layers + narrow_weights + USED_BY_DROPOUT * B * T * D * (config.dropout > 0)},
         {"gradients": accumulated + V * D + 2 * V + N * D, "activations": with_head,
-         "logits, a chunk": C * V + 3 * C * D + is_narrow * (C * V / 2 + V * D)},
+         "logits, a chunk": C * V + 3 * C * D + V + V * D * (D <= THIN) + is_narrow * (C * V / 2 + V * D)},
         {"gradients": accumulated + 2 * V * D + V + 2 * N * D, "activations": with_head},
         {"gradients": accumulated + V * D + V + 5 * D * D, "activations": whole_layers + narrow_weights + USED_BY_BACKWARD * B * T * D},
         {"gradients": parameters + 2 * V * D + (V * D if accumulated else 0), "activations": KEPT_BY_EMBEDDINGS * B * T * D},

@@ -1,0 +1,133 @@
+"""Our kernel for narrow heads computes what PyTorch's attention computes, and stands back where it cannot."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import many_examples
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+import microbert.attention
+from microbert.attention import attend, compiled_kernel
+from microbert.device import NARROW_HEAD, find_compiler, is_for_narrow_heads
+
+needs_kernel = pytest.mark.skipif(compiled_kernel(2) is None, reason="no C compiler with OpenMP")
+
+
+def inputs(B=2, H=3, M=5, T=7, d=2, seed=0, scale=2.0, is_masked=False, dtype=torch.float32):
+    """Query, key, value as views of one projection, a mask of each kind of row, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape):
+        return scale * torch.randn(shape, generator=generator, dtype=dtype)
+
+    query = numbers(B, M, H, d).transpose(1, 2).requires_grad_()
+    key, value = (x.detach().requires_grad_() for x in numbers(B, T, 2, H, d).permute(2, 0, 3, 1, 4))
+    mask = torch.rand(B, 1, 1, T, generator=generator) < 0.6
+    mask[..., T // 2] = True
+    return (query, key, value), mask if is_masked else None, numbers(B, H, M, d)
+
+
+def output_and_gradients(function, tensors, mask, output_grad):
+    output = function(*tensors, mask)
+    return output.detach(), *torch.autograd.grad(output, tensors, output_grad)
+
+
+def pytorch_attention(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def is_ours(output):
+    return "NarrowAttention" in output.grad_fn.name()
+
+
+@needs_kernel
+@many_examples
+@given(B=st.integers(1, 4), H=st.integers(1, 4), M=st.integers(1, 20), T=st.integers(1, 40), d=st.integers(1, NARROW_HEAD), seed=st.integers(0, 100),
+       scale=st.sampled_from([0.01, 1.0, 3.0]), is_masked=st.booleans())
+def test_output_and_gradients_are_those_of_pytorch(d, scale, is_masked, **sizes):
+    tensors, mask, output_grad = inputs(d=d, scale=scale, is_masked=is_masked, **sizes)
+    assert is_ours(attend(*tensors, mask))
+    in_doubles = output_and_gradients(pytorch_attention, [x.detach().double().requires_grad_() for x in tensors], mask, output_grad.double())
+    for ours, exact in zip(output_and_gradients(attend, tensors, mask, output_grad), in_doubles):
+        assert (ours - exact).abs().max() <= 1e-5 * scale * max(1, d * scale**2)  # what is summed up in a gradient is a product of three
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["contiguous", "numbers apart"])
+def test_any_layout_will_do(layout):
+    tensors, mask, output_grad = inputs(is_masked=True)
+    expected = output_and_gradients(attend, tensors, mask, output_grad)
+    change = torch.Tensor.contiguous if layout == "contiguous" else lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    *tensors, output_grad = map(change, (*tensors, output_grad))
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    for a, b in zip(output_and_gradients(attend, tensors, mask.expand(2, 1, 1, 7), output_grad), expected):
+        assert torch.equal(a, b)
+
+
+@needs_kernel
+def test_the_numbers_are_the_same_each_time_and_on_any_number_of_threads():
+    tensors, mask, output_grad = inputs(B=8, H=4, M=64, T=64, is_masked=True)
+    n_threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 2, 3):
+            torch.set_num_threads(n)
+            results.append(output_and_gradients(attend, tensors, mask, output_grad))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0]))
+
+
+@needs_kernel
+def test_large_scores_stay_finite_and_what_is_not_a_number_stays_so():
+    tensors, mask, output_grad = inputs(scale=1e4)
+    assert all(torch.isfinite(x).all() for x in output_and_gradients(attend, tensors, mask, output_grad))
+    for number in range(3):
+        with torch.no_grad():
+            spoilt = [x.clone() for x in tensors]
+            spoilt[number][1, 1, 3, 0] = float("nan")
+        output, *gradients = output_and_gradients(attend, [x.requires_grad_() for x in spoilt], mask, output_grad)
+        assert output[1, 1].isnan().any() and all(x[1, 1].isnan().any() for x in gradients[:2]) and output[0].isfinite().all()
+
+
+@needs_kernel
+def test_denormal_numbers_are_not_lost_to_the_process():
+    compiled_kernel(2)
+    assert torch.tensor(1e-40) * 1.0 > 0
+
+
+def test_wide_heads_other_types_and_what_is_only_looked_at_are_left_to_pytorch():
+    def takes(**others):
+        (query, key, _), *_ = inputs(**others)
+        return is_for_narrow_heads(query, key)
+
+    assert takes() and takes(d=NARROW_HEAD)
+    assert not takes(d=NARROW_HEAD + 1) and not takes(dtype=torch.float64)
+    (query, key, value), *_ = inputs()
+    assert not is_for_narrow_heads(query.to("meta"), key.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_for_narrow_heads(query, key)
+    with FakeTensorMode():
+        assert attend(*(torch.empty(2, 3, 7, 2) for _ in range(3)), None).shape == (2, 3, 7, 2)
+    assert torch.equal(torch.compile(attend, backend="eager", fullgraph=True)(query, key, value, None), pytorch_attention(query, key, value, None))
+
+
+@pytest.mark.parametrize("broken", ["no compiler", "fails", "cannot be loaded"])
+def test_without_the_kernel_it_is_pytorch_that_computes(broken, monkeypatch):
+    compiler = {"no compiler": None, "fails": "false", "cannot be loaded": "true"}[broken]  # `true` writes no library
+    monkeypatch.setattr(microbert.attention, "find_compiler", lambda: compiler)
+    compiled_kernel.cache_clear()
+    try:
+        tensors, mask, _ = inputs(is_masked=True)
+        assert not is_ours(attend(*tensors, mask))
+        assert torch.equal(attend(*tensors, mask), pytorch_attention(*tensors, mask))
+    finally:
+        compiled_kernel.cache_clear()
+
+
+def test_a_compiler_is_found_by_any_of_its_names(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/gcc" if name == "gcc" else None)
+    assert find_compiler() == "/bin/gcc"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert find_compiler() is None
