@@ -232,14 +232,20 @@ def stoppable(call: Callable[[], object], check_stop: Callable[[], None]) -> obj
             check_stop()
             thread.join(0.2)
     except BaseException:
-        # at its end the process would wait for the threads with which `datasets` downloads many files, and for all that they are still to do
-        queues = getattr(concurrent.futures.thread, "_threads_queues", {})
-        for left_behind in [thread for thread in list(queues) if thread.daemon]:
-            del queues[left_behind]
+        # at its end the process would wait for the threads with which `datasets` downloads many files, and for all that they are still to do;
+        # until then it may start more of them
+        threading._register_atexit(_forget_daemon_threads)
         raise
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _forget_daemon_threads() -> None:
+    queues = concurrent.futures.thread._threads_queues
+    for thread in [reference() for reference in queues.keyrefs()]:
+        if thread is not None and thread.daemon:
+            queues.pop(thread, None)
 
 
 def wait(seconds: float, check_stop: Callable[[], None]) -> None:

@@ -9,6 +9,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 
 import pyarrow
@@ -409,6 +411,28 @@ def test_a_call_is_left_behind_when_the_run_stops():
     assert stoppable(lambda: 5, lambda: None) == 5
     with pytest.raises(ZeroDivisionError):
         stoppable(lambda: 1 / 0, lambda: None)
+
+
+def test_threads_that_a_call_starts_after_it_was_left_behind_keep_no_process_from_ending():
+    program = """import concurrent.futures, threading
+from microbert.hub_reader import stoppable
+stopped, working = threading.Event(), threading.Event()
+def work():
+    working.set()
+    threading.Event().wait()
+def call():
+    stopped.wait()
+    concurrent.futures.ThreadPoolExecutor(1).submit(work).result()
+def check_stop():
+    raise InterruptedError
+try:
+    stoppable(call, check_stop)
+except InterruptedError:
+    stopped.set()
+    working.wait()
+    print("left")"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
 
 @pytest.mark.parametrize("max_samples, streaming, chosen", [("500K", False, (SMALL_CHOICE, False)), ("1M", True, (SMALL_CHOICE, True)), (None, False, (SMALL_CHOICE, False)),
