@@ -20,6 +20,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+PRETRAINING = 128  # times the learning rate of fine-tuning
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
 # what a preset gives to constants that are None; "auto" leaves those of BY_TIER to the device (memory.py)
 PRESETS: dict[str, dict[str, int]] = {
@@ -225,12 +226,13 @@ def tokens_per_step(config: Config) -> int:
 def peak_learning_rate(config: Config) -> float:
     """The peak that the optimizer gets.
 
-    `learning_rate` is read as that of a 768-wide BERT at 4,096 tokens a step, and carried over to this width (Adam's width
-    transfer, as in muP, arXiv:2203.03466) and to this number of tokens a step (the square-root batch rule, arXiv:2205.10287).
+    `learning_rate` is read as that with which one fine-tunes a 768-wide BERT. Training from scratch takes PRETRAINING times as much, a narrower model
+    more, by the fourth root of the width, and a larger batch more, by the square-root rule (arXiv:2205.10287). Factor and root are fitted to
+    sweeps (docs/experiments.md).
     """
     if config.lr_scaling == "none":
         return config.learning_rate
-    return config.learning_rate * (768 / config.n_embed) * math.sqrt(tokens_per_step(config) / 4096)
+    return config.learning_rate * PRETRAINING * (768 / config.n_embed) ** 0.25 * math.sqrt(tokens_per_step(config) / 4096)
 
 
 def explain_learning_rate(config: Config) -> str:
@@ -238,8 +240,8 @@ def explain_learning_rate(config: Config) -> str:
     peak = peak_learning_rate(config)
     if config.lr_scaling == "none":
         return f"learning rate: {peak:g} as it stands (lr_scaling = none)"
-    return (f"learning rate: {config.learning_rate:g} is for a 768-wide BERT at 4096 tokens a step; here the peak is "
-            f"{config.learning_rate:g} x 768/{config.n_embed} x sqrt({tokens_per_step(config)}/4096) = {peak:.3g}")
+    return (f"learning rate: {config.learning_rate:g} is what fine-tunes a 768-wide BERT; from scratch, at this width and batch, the peak is "
+            f"{config.learning_rate:g} x {PRETRAINING} x (768/{config.n_embed})^(1/4) x sqrt({tokens_per_step(config)}/4096) = {peak:.3g}")
 
 
 def read_config(script: str, constants: dict[str, object], argv: list[str] | None = None) -> Config:

@@ -138,5 +138,5 @@ def learning_rate_share(position: float, total_steps: int, config: Config) -> fl
 
 
 def reach(config: Config, total_steps: int) -> float:
-    """The sum of the learning rates of a run: Adam moves no weight by more than about this."""
+    """The sum of the learning rates of a run: no weight moves by more than about this."""
     return peak_learning_rate(config) * sum(learning_rate_share(step, total_steps, config) for step in range(total_steps))

@@ -189,7 +189,7 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
     print(explain_learning_rate(config))
     print(f"losses to read against: {uniform_loss:.2f} is a uniform guess, {unigram_loss:.2f} a guess by word frequency, where step 0 stands")
     if reach(config, steps) * config.n_embed < TOO_SHORT_A_REACH:
-        print(f"warning: this run cannot learn: Adam moves a weight by at most the sum of the learning rates, {reach(config, steps):.2g} "
+        print(f"warning: this run cannot learn: a weight moves by about the sum of the learning rates at most, {reach(config, steps):.2g} "
               f"here, and weights have to move by about {ENOUGH_REACH / config.n_embed:.1g}. Train longer, or raise learning_rate"
               + (', or set lr_scaling = "auto"' if config.lr_scaling == "none" else ""))
 

@@ -63,7 +63,7 @@ def test_before_preparing_it_tells_everything_and_writes_nothing(tmp_path):
     plan = json.loads(done.stdout.splitlines()[-1])
     assert {"n_layers": 1, "n_heads": 2, "n_embed": 4, "max_seq_len": 32, "vocab_size": 300, "batch_size": 8, "micro_batch_size": 8,
             "steps_done": 0, "tokens_known": False}.items() <= plan.items()
-    assert plan["peak_learning_rate"] == pytest.approx(5e-5 * 768 / 4 * (8 * 32 / 4096) ** 0.5)
+    assert plan["peak_learning_rate"] == pytest.approx(5e-5 * 128 * (768 / 4) ** 0.25 * (8 * 32 / 4096) ** 0.5)
     assert 0 < plan["planned_peak_gb"] < 2 and plan["planned_seconds"] > 0
 
 

@@ -34,7 +34,8 @@ CPU = Hardware("cpu", None)
 
 def constants(shape, **others):
     _, n_layers, n_heads, n_embed, max_seq_len, batch_size = shape
-    return configure(**{"n_layers": n_layers, "n_heads": n_heads, "n_embed": n_embed, "max_seq_len": max_seq_len, "batch_size": batch_size, **others})
+    return configure(**{"n_layers": n_layers, "n_heads": n_heads, "n_embed": n_embed, "max_seq_len": max_seq_len, "batch_size": batch_size,
+                        "optimizer": "adamw", **others})
 
 
 def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, **recipe):
@@ -43,7 +44,7 @@ def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, **recipe):
     M = n_slots(T, 0.15)
     with FakeTensorMode():
         model = new_model(ModelConfig(vocab_size, n_layers, n_heads, n_embed, T, dropout, recipe.get("arch", "bert")))
-        optimizer = Optimizer(model, configure(**recipe))
+        optimizer = Optimizer(model, configure(optimizer=recipe.get("optimizer", "adamw")))
         optimizer.begin_after(1)  # the moments are there from the second step on
         ids, positions, labels, keys = (torch.zeros(size, dtype=torch.long) for size in ((batch_size, T), (batch_size, M), batch_size * M, batch_size))
         tracker = MemTracker()

@@ -172,7 +172,8 @@ def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_
     stops = short_of_memory(tmp_path, "stops.py", "if number == 23: os.kill(os.getpid(), signal.SIGTERM)")  # heard at the next step, the 25th
 
     def begin(name, script, **constants):
-        flags = flags_of(tmp_path, n_processes, **{"output_dir": tmp_path / name, "micro_batch_size": 4 // n_processes, "dropout": 0.1, "keep_checkpoints": 100, **constants})
+        flags = flags_of(tmp_path, n_processes, **{"output_dir": tmp_path / name, "micro_batch_size": 4 // n_processes, "dropout": 0.1, "mlm_probability": 0.15, "keep_checkpoints": 100,
+                                            **constants})
         return launch(flags, n_processes, script=script, module="torch.distributed.run")
 
     code, out, err = begin("short", runs_out)
