@@ -106,7 +106,7 @@ def _plan(config: Config, world: World) -> dict[str, object]:
     print(explain_learning_rate(config))
     memory = settle_plan(given, config, vocab_size, hardware)
     tell_memory(memory, config, hardware)
-    saved = 4 * n_parameters * (1 + 3 * (config.keep_checkpoints + 1)) / 1e6  # the model, and weights with Adam's moments in each checkpoint
+    saved = 4 * n_parameters * (1 + 3 * (config.keep_checkpoints + 1)) / 1e6  # the model, and weights with two moments in each checkpoint
     _tell_disk(config, disk, saved)
     seconds = None
     if is_at_hand:
