@@ -37,7 +37,7 @@ def open_pool(megabytes: float, initializer: Callable[..., None], *arguments: ob
             try:
                 yield pool
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # what has not begun need not be waited for
+                pool.shutdown(cancel_futures=True)  # what has not begun need not be waited for
                 raise
     except BrokenProcessPool as error:
         raise Failed("a process that prepares text was killed, perhaps because memory ran out. What is prepared stays: the same command goes on "

@@ -19,7 +19,7 @@ from test_config import configure
 from microbert.config import InputError
 from microbert.run import open_run
 
-N_SERIES, KILLS_A_SERIES = 2, 5
+KILLS_A_SERIES = 5
 # processes that have their libraries loaded when they begin, so that kills at random times fall on what the run does
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["matplotlib.figure", "pyarrow", "tokenizers", "torch._dynamo", "transformers.models.bert.modeling_bert"])
@@ -43,6 +43,9 @@ def test_ten_kills_at_random_times_change_nothing(tmp_path):
         return small_flags(tmp_path, dataset="imdb", max_samples=1200, vocab_size=1000, epochs=2, save_every=20, eval_every=200,
                            output_dir=tmp_path / name, cache_dir=tmp_path / f"{name}_cache")
 
+    def newest_step(folder):
+        return max((int(path.name[11:]) for path in folder.glob("checkpoint-*")), default=0)
+
     def launch(name):
         process = FORKS.Process(target=run_script, args=(flags(name), tmp_path / "log"))
         process.start()
@@ -59,29 +62,31 @@ def test_ten_kills_at_random_times_change_nothing(tmp_path):
         time.sleep(0.005)
     until_checkpoint = time.monotonic() - begin
     end(process)
-    longest = 0.6 * (time.monotonic() - begin)  # of a later launch: it goes on where the last one was, so kills reach the end all the same
 
     rng = random.Random(2)
     where = []
-    for _ in range(N_SERIES):
+    for share in (0.4, 1.0):  # of the time to the first checkpoint: in the first, also a machine that has become faster is killed before it
         shutil.rmtree(killed, ignore_errors=True)
         shutil.rmtree(tmp_path / "killed_cache", ignore_errors=True)
         kills = 0
         while kills < KILLS_A_SERIES:
+            wanted = newest_step(killed) + (20 * rng.randint(0, 3) if kills else 0)
             process = launch("killed")
-            process.join(rng.uniform(0, longest if kills else until_checkpoint))
+            while process.is_alive() and newest_step(killed) < wanted:
+                time.sleep(0.005)
+            process.join(rng.uniform(0, share * until_checkpoint))
             if process.is_alive():
                 process.kill()
                 process.join()
                 kills += 1
-                where.append("training" if list(killed.glob("checkpoint-*")) else "before the first checkpoint")
+                where.append("training" if newest_step(killed) else "before the first checkpoint")
                 continue
             end(process)
             assert result(killed) == result(whole)
             shutil.rmtree(killed)  # it reached the end before its kill: that one is still to come
             if not kills:
                 shutil.rmtree(tmp_path / "killed_cache")
-            longest, until_checkpoint = 0.7 * longest, 0.7 * until_checkpoint  # the machine is faster than when they were measured
+                until_checkpoint *= 0.7  # the machine is faster than when it was measured
         end(launch("killed"))
         assert result(killed) == result(whole)
         assert not list(killed.glob(".checkpoint*"))
