@@ -23,7 +23,7 @@ TABLE = ("weights", "optimizer's moments", "gradients", "activations", "context 
 
 def flags_of(folder, **constants):
     """A run of seconds whose layers, width and batch are those of the CPU's tier."""
-    flags = small_flags(folder, **{"epochs": 12, "eval_every": 10, "save_every": 4, "learning_rate": 1e-4, **constants})
+    flags = small_flags(folder, **{"epochs": 12, "eval_every": 10, "save_every": 4, "learning_rate": 3e-6, **constants})
     for name in {"--n-layers", "--batch-size"} - {"--" + name.replace("_", "-") for name in constants}:
         at = flags.index(name)
         del flags[at : at + 2]
