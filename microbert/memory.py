@@ -231,7 +231,7 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
         {"gradients": accumulated + V * D + 2 * V + N * D, "activations": with_head,
          "logits, a chunk": C * V + 3 * C * D + V + V * D * (D <= THIN) + is_narrow * (C * V / 2 + V * D)},
         {"gradients": accumulated + 2 * V * D + V + 2 * N * D, "activations": with_head},
-        {"gradients": accumulated + V * D + V + 5 * D * D, "activations": whole_layers + narrow_weights + USED_BY_BACKWARD * B * T * D},
+        {"gradients": accumulated + V * D + V + D * (10 * D + 3 * model.n_inner), "activations": whole_layers + narrow_weights + USED_BY_BACKWARD * B * T * D},
         {"gradients": parameters + 2 * V * D + (V * D if accumulated else 0), "activations": (KEPT_BY_EMBEDDINGS + 3) * B * T * D},
         {"gradients": parameters, "communication": parameters * (hardware.n_processes > 1)},
         {"gradients": parameters + hidden, "Muon's iterations": iterations},
