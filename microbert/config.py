@@ -1,13 +1,12 @@
 """Constants block -> flags -> one frozen, validated Config; the learning-rate rule.
 
 A script's constants are plain lower-case globals. `read_config` takes them, lets flags of the same names override them, and
-checks every value. Only the standard library is imported here, so that `--help` and a mistake are answered at once.
+checks every value. Nothing heavy is imported here, so that `--help` and a mistake are answered at once.
 """
 
 import argparse
 import dataclasses
 import difflib
-import glob
 import io
 import math
 import os
@@ -17,8 +16,9 @@ import sys
 import tokenize
 import types
 import typing
-from collections.abc import Iterator
 from pathlib import Path
+
+from .dataset_names import FILE_KINDS, InputError, hub_id, named_files
 
 PRETRAINING = 128  # times the learning rate of fine-tuning
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
@@ -29,10 +29,6 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 BY_TIER = ("n_layers", "batch_size")
 BY_PRESET = {name for values in PRESETS.values() for name in values}
-
-
-class InputError(Exception):
-    """Something that the user can fix: told in one or two plain lines, exit code 2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,60 +131,9 @@ class Config:
                                  f'"org/name" or "org/name:config", or paths, folders and globs of {", ".join(FILE_KINDS)} files')
 
 
-FILE_KINDS = {".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-DATASET_CARD = "dataset_infos.json"  # which the Hub lays beside the data
-
-
-def file_kind(path: str) -> str | None:
-    """The format of a file by its name, compressed or not; None for an unknown one."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return FILE_KINDS.get(suffixes[-1]) if suffixes else None
-
-
 def dataset_files(config: Config) -> list[str]:
-    """The files that paths, folders and globs name, parted by commas; each part's files sorted, so that every run reads them in one order.
-
-    A folder stands for all files of a known kind in and below it, hidden ones and this suite's own left out. Empty for what is no path.
-    Raises InputError when one part of several names no file.
-    """
-    if _is_file(config.dataset):  # its name may hold a comma
-        return [config.dataset]
-    files, parts = [], [os.path.expanduser(part.strip()) for part in config.dataset.split(",") if part.strip()]
-    for part in parts:
-        if _is_file(part):
-            found = [part]
-        elif os.path.isdir(part):
-            found = sorted(_files_below(Path(part), {Path(config.cache_dir).resolve(), Path(config.output_dir).resolve()}))
-        else:
-            found = sorted(file for file in glob.glob(part, recursive=True) if _is_file(file))
-        if not found and len(parts) > 1:
-            raise InputError(f'dataset: no file at "{part}"')
-        files += found
-    return list(dict.fromkeys(files))  # a file that two globs name is read once
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # many names in one are too long for one
-        return False
-
-
-def _files_below(folder: Path, leave_out: set[Path]) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and Path(parent, name).resolve() not in leave_out]
-        yield from (str(Path(parent, name)) for name in names if not name.startswith(".") and file_kind(name) and name != DATASET_CARD)
-
-
-def hub_id(dataset: str) -> tuple[str, str | None] | None:
-    """("org/name", configuration or None) of a Hugging Face Hub id, None where `dataset` cannot be one."""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", dataset)
-    if not match or file_kind(dataset) or dataset[0] == "." or match[1].endswith("."):
-        return None
-    return match[1], match[2]
+    """The files that `dataset` names, none of this suite's own among them. Empty for what is no path. Raises InputError as `named_files` does."""
+    return named_files(config.dataset, config.cache_dir, config.output_dir)
 
 
 def fill_in(config: Config, values: dict[str, int]) -> Config:

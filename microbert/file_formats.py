@@ -22,7 +22,8 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet
 
-from .config import InputError, file_kind
+from .config import InputError
+from .dataset_names import file_kind
 from .documents import READ_CHARACTERS, READ_ROWS
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what a damaged compressed file raises

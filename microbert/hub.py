@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .config import Config, InputError, hub_id
+from .config import Config, InputError
+from .dataset_names import hub_id
 from .documents import Corpus, Estimate, Part
 from .files import fingerprint, read_json, write_json
 from .hub_reader import TABLE_PARTS, HubReader, first_line, is_network_trouble, refusal, stoppable, wait

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .config import FILE_KINDS, InputError, file_kind
+from .config import InputError
+from .dataset_names import FILE_KINDS, file_kind
 from .documents import READ_ROWS, Part
 from .file_formats import find_text_column, parquet_text_column, read_parquet, read_rows, table_rows, table_text_column
 from .files import read_json, write_json

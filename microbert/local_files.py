@@ -5,7 +5,8 @@ import functools
 import time
 from pathlib import Path
 
-from .config import COMPRESSIONS, FILE_KINDS, Config, InputError, dataset_files, file_kind
+from .config import Config, InputError, dataset_files
+from .dataset_names import COMPRESSIONS, FILE_KINDS, file_kind
 from .documents import Corpus, Estimate, Part, clean
 from .file_formats import find_text_column, read_rows
 from .files import fingerprint, read_json, sha256, write_json

@@ -37,6 +37,7 @@ KEPT_OF_ALL_TOKENS = {"bert": 2, "modern": 4}  # by the last layer: keys and val
 KEPT_BY_EMBEDDINGS = 4
 KEPT_BY_HEAD = 4  # [B, M, D]
 USED_BY_BACKWARD = 6  # of the last whole layer: gradients of the expansion and of what goes round it, less what is no longer needed
+USED_AT_THE_END = 3  # gradients of the first layer's query, key and value
 KEPT_BY_DROPOUT = 0.25  # a byte for each value
 MARGIN = "context and margin"
 USED_BY_DROPOUT = 8  # while random numbers of 64 bits are made
@@ -206,8 +207,8 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
     """Bytes of the tensors of a training step by purpose, when they take the most at once.
 
     One of seven moments is the fullest: the last layer's dropout; the last chunk of the loss, whose gradient grows beside the hidden states; the
-    begin of the backward pass, when that gradient is there twice, as it is and scaled; the last layer's backward pass; its end, when the word
-    embeddings' gradient as output and as input are added up; the reduction, when all gradients are there a second time; the matrices of one
+    begin of the backward pass, when that gradient is there twice, as it is and scaled; the backward pass of the last layer that has all tokens; its
+    end, when the word embeddings' gradient as output and as input are added up; the reduction, when all gradients are there a second time; the matrices of one
     shape in Muon's iterations.
     """
     model = shape_of(config, vocab_size)
@@ -232,7 +233,7 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
          "logits, a chunk": C * V + 3 * C * D + V + V * D * (D <= THIN) + is_narrow * (C * V / 2 + V * D)},
         {"gradients": accumulated + 2 * V * D + V + 2 * N * D, "activations": with_head},
         {"gradients": accumulated + V * D + V + D * (10 * D + 3 * model.n_inner), "activations": whole_layers + narrow_weights + USED_BY_BACKWARD * B * T * D},
-        {"gradients": parameters + 2 * V * D + (V * D if accumulated else 0), "activations": (KEPT_BY_EMBEDDINGS + 3) * B * T * D},
+        {"gradients": parameters + 2 * V * D + (V * D if accumulated else 0), "activations": (KEPT_BY_EMBEDDINGS + USED_AT_THE_END) * B * T * D},
         {"gradients": parameters, "communication": parameters * (hardware.n_processes > 1)},
         {"gradients": parameters + hidden, "Muon's iterations": iterations},
     ]

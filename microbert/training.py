@@ -157,7 +157,8 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
                     "train/samples_per_second": round(samples_per_second, 1),
                     "train/tokens_per_second": round(samples_per_second * config.max_seq_len),
                     "train/peak_memory_gb": round(peak_memory_gb(learner.device), 3)}))
-                bar.set_postfix_str(("" if of_steps else f"{course.position / course.steps:.0%} of the time, ") + f"loss {mean_loss:.3f}, {samples_per_second * config.max_seq_len / 1000:.0f}k tokens/s", refresh=False)
+                share = "" if of_steps else f"{course.position / course.steps:.0%} of the time, "
+                bar.set_postfix_str(f"{share}loss {mean_loss:.3f}, {samples_per_second * config.max_seq_len / 1000:.0f}k tokens/s", refresh=False)
                 logged_step, step_seconds, state.loss_sum, state.loss_steps = state.step, 0.0, 0.0, 0
             if is_eval_due and not stopping:
                 stopping = evaluate_now()
