@@ -38,11 +38,14 @@ class Course:
         return self.position >= self.steps
 
     def is_due(self, step: int, every: int | None, n_points: int = POINTS_PER_RUN) -> bool:
-        """Whether something is due now that comes every so many steps; or n_points times in the run, where `every` is None; and at its end."""
+        """Whether something is due now that comes every so many steps; or n_points times in the run, where `every` is None; and at its end.
+
+        Of the n_points none comes shortly before the end: what is gathered from one to the next would be from a few steps there.
+        """
         if every is not None:
             return self.is_over or step % every == 0
         interval = max(1, -(-self.steps // n_points))
-        return self.is_over or self.position // interval > self._before // interval
+        return self.is_over or (self.position // interval > self._before // interval and self.steps - self.position >= interval / 2)
 
     def evaluations(self) -> int:
         """How many there are in a run, where eval_every is None."""

@@ -23,10 +23,11 @@ def walk(course, seconds_a_step=0.0, every=None, n_points=POINTS_PER_RUN):
 
 @many_examples
 @given(st.integers(1, 500), st.integers(1, 120))
-def test_without_a_limit_a_run_has_all_its_steps_and_its_points_at_equal_distances(steps, n_points):
+def test_without_a_limit_a_run_has_all_its_steps_and_its_points_at_equal_distances_and_one_at_its_end(steps, n_points):
     due, n_steps = walk(Course(configure(), steps, 0, 1e9), 1e9, n_points=n_points)
     interval = -(-steps // n_points)
-    assert n_steps == steps and due == sorted({*range(interval, steps, interval), steps}) and len(due) <= n_points
+    assert n_steps == steps and due == [*(step for step in range(interval, steps, interval) if steps - step >= interval / 2), steps]
+    assert len(due) <= n_points and due[-1] - ([0, *due][-2]) >= min(steps, interval / 2)
 
 
 @many_examples
