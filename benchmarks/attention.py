@@ -21,7 +21,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from microbert.attention import _NarrowAttention, compiled_kernel  # noqa: E402
+from microbert.attention import SOURCE, _NarrowAttention  # noqa: E402
+from microbert.kernels import compiled_kernel  # noqa: E402
 
 B, T = 32, 128
 SHAPES = {"v1": (2, 2), "v2": (4, 2), "v3": (8, 2), "heads of 4": (8, 4), "heads of 8": (8, 8), "heads of 16": (8, 16)}  # heads, numbers of each
@@ -43,7 +44,7 @@ def compare(name: str, n_queries: int, is_masked: bool, rounds: int) -> str:
     tensors = [x.requires_grad_() for x in (query, key, value)]
     lengths = torch.randint(T // 4, T + 1, (B, 1), generator=generator)
     mask = (torch.arange(T) < lengths)[:, None, None] if is_masked else None
-    kernel = compiled_kernel(d)
+    kernel = compiled_kernel(SOURCE, HEAD=d)
     sides = [lambda: _NarrowAttention.apply(*tensors, mask, kernel), lambda: F.scaled_dot_product_attention(*tensors, attn_mask=mask)]
     times = [[seconds(side, tensors, output_grad) for side in sides] for _ in range(rounds)]
     ours, theirs = ([1e3 * statistics.median(part) for part in zip(*side)] for side in zip(*times))
@@ -58,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for d in sorted({d for _, d in SHAPES.values()}):
         start = time.perf_counter()
-        if compiled_kernel(d) is None:
+        if compiled_kernel(SOURCE, HEAD=d) is None:
             sys.exit("the kernel cannot be compiled here: no C compiler with OpenMP")
         print(f"heads of {d}: compiled in {time.perf_counter() - start:.2f} s")
     print(f"\ntorch {torch.__version__}, {B} x {T} tokens; ms of one thread, forward + backward")

@@ -10,6 +10,7 @@ They take turns; each turn starts a new model from the same seed and leaves out 
 step and so is timed over fewer steps, on the first of the rows, in an order of its own.
 
 What differs is the point: BertForMaskedLM computes logits at every position, this project at the masked ones alone, in chunks.
+On a CPU with units for bf16 (AMX) this project multiplies the matrices of the widest shape in it, as v4 does; `--dtype float32` tells what that gives.
 What also differs, at no cost: initial output bias, Adam's betas and eps, the Trainer's falling learning rate, the masks drawn.
 Prints samples/s of both (medians), and the median and range of the paired ratios. Other work on the machine falls on one side
 of a pair or the other: where the range is wide, run it again on a quiet machine.
@@ -35,6 +36,7 @@ import transformers  # noqa: E402
 from microbert.batches import training_batch  # noqa: E402
 from microbert.config import Config, read_script  # noqa: E402
 from microbert.corpus import hold_cache, open_corpus  # noqa: E402
+from microbert.device import compute_dtype  # noqa: E402
 from microbert.distributed import World  # noqa: E402
 from microbert.hugging_face import hugging_face_config  # noqa: E402
 from microbert.layers import MaskedLanguageModel  # noqa: E402
@@ -101,10 +103,10 @@ def theirs(config: Config, tokens: Tokens, folder: Path, steps: int) -> float:
     return steps * config.batch_size / (clock.end - clock.start)
 
 
-def compare(name: str, rounds: int, folder: Path) -> str:
+def compare(name: str, rounds: int, dtype: str, folder: Path) -> str:
     (n_layers, n_heads, n_embed, vocab_size), our_steps, their_steps = SHAPES[name]
     config = dataclasses.replace(read_script(ROOT / "mlm_pretrain_v1.py", []), n_layers=n_layers, n_heads=n_heads,
-                                 n_embed=n_embed, vocab_size=vocab_size, max_samples=4000, device="cpu", cache_dir=str(folder / "cache"))
+                                 n_embed=n_embed, vocab_size=vocab_size, optimizer="adamw", dtype=dtype, max_samples=4000, device="cpu", cache_dir=str(folder / "cache"))
     corpus = open_corpus(config, lambda: None)
     with hold_cache(corpus, config, lambda: None):
         tokenizer = get_tokenizer(corpus, config, lambda: None)
@@ -115,7 +117,8 @@ def compare(name: str, rounds: int, folder: Path) -> str:
         pairs.append((ours(config, tokens, our_steps), theirs(config, tokens, folder, their_steps)))
         print(f"{name}, round {number + 1}: {pairs[-1][0]:.1f} and {pairs[-1][1]:.1f} samples/s", flush=True)
     ratios = [a / b for a, b in pairs]
-    return (f"{name:12} {len(tokens.token_counts):>8,} {statistics.median(a for a, _ in pairs):>12.1f} "
+    products = "bf16" if compute_dtype(config, torch.device("cpu")) == torch.bfloat16 else "fp32"
+    return (f"{name:12} {len(tokens.token_counts):>8,} {products:>8} {statistics.median(a for a, _ in pairs):>12.1f} "
             f"{statistics.median(b for _, b in pairs):>12.1f} {statistics.median(ratios):>8.1f} x   {min(ratios):.1f} to {max(ratios):.1f}")
 
 
@@ -123,15 +126,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="of this project's matrix products, as the constant dtype")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     lines = []
     with tempfile.TemporaryDirectory() as folder:  # the shapes share what is prepared
         for name in arguments.shapes:
-            lines.append(compare(name, arguments.rounds, Path(folder)))
+            lines.append(compare(name, arguments.rounds, arguments.dtype, Path(folder)))
     print(f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"batch 32 x 128, {arguments.rounds} rounds")
-    print(f"{'shape':12} {'vocab':>8} {'ours':>12} {'Trainer':>12} {'ratio':>10}   range  (samples/s, medians)")
+    print(f"{'shape':12} {'vocab':>8} {'products':>8} {'ours':>12} {'Trainer':>12} {'ratio':>10}   range  (samples/s, medians)")
     print("\n".join(lines))
 
 

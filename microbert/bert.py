@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import Attention, Dropout, MaskedLanguageModel, ModelConfig, at_positions
+from .layers import Attention, Dropout, LayerNorm, MaskedLanguageModel, ModelConfig, at_positions
 
 NORM_EPS = 1e-12
 N_TOKEN_TYPES = 2  # BERT's two segments; pretraining on single texts uses the first
@@ -19,7 +19,7 @@ class Embeddings(nn.Module):
         self.word = nn.Embedding(config.vocab_size, config.n_embed)
         self.position = nn.Embedding(config.max_seq_len, config.n_embed)
         self.token_type = nn.Embedding(N_TOKEN_TYPES, config.n_embed)
-        self.norm = nn.LayerNorm(config.n_embed, eps=NORM_EPS)
+        self.norm = LayerNorm(config.n_embed, eps=NORM_EPS)
         self.dropout = Dropout(config, site=0)
 
     def forward(self, input_ids: Tensor, dropout_keys: Tensor | None) -> Tensor:
@@ -34,10 +34,10 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention = Attention(config, bias=True)
-        self.attention_norm = nn.LayerNorm(config.n_embed, eps=NORM_EPS)
+        self.attention_norm = LayerNorm(config.n_embed, eps=NORM_EPS)
         self.expand = nn.Linear(config.n_embed, config.n_inner)
         self.contract = nn.Linear(config.n_inner, config.n_embed)
-        self.output_norm = nn.LayerNorm(config.n_embed, eps=NORM_EPS)
+        self.output_norm = LayerNorm(config.n_embed, eps=NORM_EPS)
         self.attention_dropout, self.output_dropout = (Dropout(config, site=2 * number + place) for place in (1, 2))
 
     def forward(self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None) -> Tensor:
@@ -50,7 +50,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.transform = nn.Linear(config.n_embed, config.n_embed)
-        self.norm = nn.LayerNorm(config.n_embed, eps=NORM_EPS)
+        self.norm = LayerNorm(config.n_embed, eps=NORM_EPS)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from .distributed import World
 
 GIB = 2**30
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")  # of the CPU, Windows, MPS, CUDA's libraries
+NARROWEST_IN_BF16 = 64  # n_embed, on CPUs
 COMPILERS = ("cc", "gcc", "clang")
-NARROW_HEAD = 8  # numbers; with 8 PyTorch's attention takes twice as long as ours, with 2 four to five times, with 16 less time
-LONGEST_ROW = 8192  # keys, of which a thread of our attention holds a megabyte
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
 PROCESS_STATUS = Path("/proc/self/status")
 
@@ -115,14 +114,19 @@ def free_memory(device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is what the device is fast in: on NVIDIA's GPUs from Ampere on. No CPU is taken for one."""
+    """Whether bf16 is what the device is fast in, whatever the shape: on NVIDIA's GPUs from Ampere on."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def multiplies_bf16(config: Config, device: torch.device) -> bool:
+    """Whether bf16 is the faster one for these matrices: also on a CPU with units for it (AMX), if they are not narrow."""
+    return has_bf16(device) or (device.type == "cpu" and config.n_embed >= NARROWEST_IN_BF16 and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """In which matrices are multiplied; the weights stay in fp32."""
     if config.dtype == "auto":
-        return torch.bfloat16 if has_bf16(device) else torch.float32
+        return torch.bfloat16 if multiplies_bf16(config, device) else torch.float32
     return getattr(torch, config.dtype)
 
 
@@ -139,10 +143,14 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
-def is_for_narrow_heads(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether these, [B, H, M or T, d], are for attention's own kernel, if it can be compiled: on a CPU and in fp32; not where torch looks at them only."""
-    return (type(query) is torch.Tensor and query.device.type == "cpu" and query.dtype == key.dtype == torch.float32 and query.shape[-1] <= NARROW_HEAD
-            and key.shape[2] <= LONGEST_ROW and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling())
+def is_real_on_cpu(x: torch.Tensor) -> bool:
+    """Whether the CPU is to compute with its numbers now, and not torch to look at its shape."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_for_kernels(*tensors: torch.Tensor) -> bool:
+    """Whether kernels of our own may compute with these: on a CPU and in fp32."""
+    return all(is_real_on_cpu(x) and x.dtype == torch.float32 for x in tensors) and not torch.is_autocast_enabled("cpu")
 
 
 def send(array: np.ndarray, device: torch.device) -> torch.Tensor:

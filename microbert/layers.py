@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .attention import attend
 from .counter_rng import RANDOM_BITS, uniform_bits
+from .norm import layer_norm
 
 ROTARY_BASE = 10_000.0  # of RoFormer (Su et al. 2021, arXiv:2104.09864)
 
@@ -33,6 +34,13 @@ class ModelConfig:
     def n_inner(self) -> int:
         """The width between the two matrices of a feed-forward. A gated one has three, so that it takes as many numbers at two thirds of it."""
         return 4 * self.n_embed if self.arch == "bert" else -(-8 * self.n_embed // 3 // 8) * 8
+
+
+class LayerNorm(nn.LayerNorm):
+    """Of rows [..., D], with weight and bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class StackedLinear(nn.Linear):

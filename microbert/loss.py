@@ -4,27 +4,32 @@ Within, numbers are powers of 2 rather than of e, which a CPU computes twice as 
 Shapes: N masked slots of a batch, D = n_embed, V vocabulary, C slots a chunk.
 """
 
+import ctypes
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .device import is_for_kernels
+from .kernels import address, compiled_kernel, n_threads
 from .masking import IGNORED
 
+SOURCE = Path(__file__).with_suffix(".c")
+LANES, BLOCK = 16, 4  # what loss.c wants rows and columns of its weights to be multiples of
+THIN = 32  # up to this D it computes the products too; where it is missing, PyTorch multiplies by weights that are laid out as [D, V], up to four times as fast
 # logits in memory at a time: 5 MB in fp32, which a CPU's caches hold; on a GPU 268 MB, rows enough to keep it busy
 CHUNK_ELEMENTS = {"cpu": 1_280_000, "cuda": 2**26}
 LEAST_ROWS, LEAST_ROWS_WIDE = 128, 320  # so that a large vocabulary's weights, which no cache holds, are read for enough of them; the second for D > THIN
 LOG2_E = 1 / math.log(2)  # exp(x) = 2^(x LOG2_E)
-THIN = 16  # up to this D the weights are laid out as [D, V] once a call: a CPU then multiplies by them up to four times as fast
 
 
 def chunk_rows(device_type: str, vocab_size: int, n_embed: int) -> int:
     """C: the masked slots whose logits are in memory at a time."""
-    least = LEAST_ROWS if n_embed <= THIN else LEAST_ROWS_WIDE
-    return max(least, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cpu"]) // vocab_size)
+    return max(LEAST_ROWS if n_embed <= THIN else LEAST_ROWS_WIDE, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cpu"]) // vocab_size)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     """sum of -log softmax(hidden @ weight.T + bias)[label], with the gradients computed in the forward pass.
 
     Logits exist for one chunk of slots at a time and are turned into their own gradient in place, so memory is O(C x V), and
@@ -35,49 +40,108 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, dtype: torch.dtype | None) -> Tensor:
-        vocab_size, n_embed = weight.shape
-        if n_embed <= THIN:
-            weight = weight.T.contiguous().T
-        chunk = min(chunk_rows(hidden.device.type, vocab_size, n_embed), len(labels))
-        buffer = hidden.new_empty(chunk, vocab_size)
-        is_narrow = dtype not in (None, hidden.dtype)
-        if is_narrow:
-            narrow_weight, narrow_buffer = weight.to(dtype), hidden.new_empty(chunk, vocab_size, dtype=dtype)
-        bias_2, loss_2 = bias * LOG2_E, hidden.new_zeros(())
-        hidden_grad, bias_grad = torch.empty_like(hidden), torch.zeros_like(bias)
-        weight_grad = weight.new_zeros(n_embed, vocab_size)  # transposed: twice as fast for a narrow D, no slower for a wide one
-        for start in range(0, len(labels), chunk):
-            h, y = hidden[start : start + chunk], labels[start : start + chunk, None]  # [C, D], [C, 1]
-            used = (y != IGNORED).to(h.dtype)
-            target = y.clamp_min(0)
-            if is_narrow:
-                narrow = torch.mm(h.to(dtype), narrow_weight.T, out=narrow_buffer[: len(h)])
-                logits = torch.add(bias_2, narrow, alpha=LOG2_E, out=buffer[: len(h)])
-            else:
-                logits = torch.addmm(bias_2, h, weight.T, alpha=LOG2_E, out=buffer[: len(h)])  # [C, V], times LOG2_E
-            logits -= logits.amax(dim=1, keepdim=True)
-            target_logit = logits.gather(1, target)
-            exponentials = logits.exp2_()
-            total = exponentials.sum(dim=1, keepdim=True)
-            loss_2 += ((total.log2() - target_logit) * used).sum()
-            # d loss / d logits is (exponentials / total - one-hot) * used; the row factor is left to the narrow side
-            row_factor = used / total
-            logits_grad = exponentials.scatter_add_(1, target, -total)
-            bias_grad.addmv_(logits_grad.T, row_factor[:, 0])
-            if is_narrow:
-                narrow.copy_(logits_grad)
-                hidden_grad[start : start + chunk] = torch.mm(narrow, narrow_weight) * row_factor
-                weight_grad += torch.mm((h * row_factor).to(dtype).T, narrow)
-            else:
-                hidden_grad[start : start + chunk] = torch.mm(logits_grad, weight) * row_factor
-                weight_grad.addmm_((h * row_factor).T, logits_grad)
-        ctx.save_for_backward(hidden_grad, weight_grad.T, bias_grad)
-        return loss_2 / LOG2_E
+        kernel = compiled_kernel(SOURCE) if is_for_kernels(hidden, weight, bias) else None
+        if kernel is not None and weight.shape[1] <= THIN:
+            loss, *gradients = _thin(kernel, hidden.contiguous(), weight, bias, labels.contiguous())
+        else:
+            loss, *gradients = _in_chunks(kernel, hidden, weight, bias, labels.contiguous(), dtype or hidden.dtype)
+        ctx.save_for_backward(*gradients)
+        return loss
 
     @staticmethod
     def backward(ctx, loss_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
-        return hidden_grad * loss_grad, weight_grad * loss_grad, bias_grad * loss_grad, None, None
+        return hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), bias_grad.mul_(loss_grad), None, None
+
+
+def _in_chunks(kernel: ctypes.CDLL | None, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
+               dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and the gradients of hidden, weight and bias. dtype: in which matrices are multiplied."""
+    vocab_size, n_embed = weight.shape
+    if n_embed <= THIN:
+        weight = weight.T.contiguous().T
+    chunk = min(chunk_rows(hidden.device.type, vocab_size, n_embed), len(labels))
+    narrow_weight, buffer = weight.to(dtype), hidden.new_empty(chunk, vocab_size, dtype=dtype)
+    softmax = _TorchSoftmax(bias, buffer) if kernel is None else _KernelSoftmax(kernel, bias)
+    hidden_grad, loss_2 = torch.empty_like(hidden), hidden.new_zeros(())
+    weight_grad = weight.new_zeros(n_embed, vocab_size)  # transposed: twice as fast for a narrow D, no slower for a wide one
+    for start in range(0, len(labels), chunk):
+        h, y = hidden[start : start + chunk], labels[start : start + chunk]  # [C, D], [C]
+        logits = torch.mm(h.to(dtype), narrow_weight.T, out=buffer[: len(h)])  # [C, V], without bias
+        chunk_loss, row_factor = softmax(logits, y)  # and gradients in their place, but for the factor of each row, which is left to the narrow side
+        loss_2 += chunk_loss
+        hidden_grad[start : start + chunk] = torch.mm(logits, narrow_weight) * row_factor
+        scaled = (h * row_factor).to(dtype).T
+        if dtype == weight.dtype:
+            weight_grad.addmm_(scaled, logits)
+        else:
+            weight_grad += torch.mm(scaled, logits)
+    return loss_2 / LOG2_E, hidden_grad, weight_grad.T, softmax.bias_grad
+
+
+class _TorchSoftmax:
+    """Turns the logits of a chunk, without bias, into their gradients but for a factor of each row. `bias_grad` adds up."""
+
+    def __init__(self, bias: Tensor, buffer: Tensor) -> None:
+        self.bias_2, self.bias_grad = bias * LOG2_E, torch.zeros_like(bias)
+        self._wide = buffer if buffer.dtype == bias.dtype else torch.empty_like(buffer, dtype=bias.dtype)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """logits: [C, V], overwritten. labels: int64 [C]. Returns the loss in units of ln 2: [], and the factors: [C, 1]."""
+        used = (labels != IGNORED).to(self.bias_2.dtype)[:, None]
+        target = labels.clamp_min(0)[:, None]
+        wide = torch.add(self.bias_2, logits, alpha=LOG2_E, out=self._wide[: len(logits)])
+        wide -= wide.amax(dim=1, keepdim=True)
+        target_logit = wide.gather(1, target)
+        exponentials = wide.exp2_()
+        total = exponentials.sum(dim=1, keepdim=True)
+        row_factor = used / total
+        # d loss / d logits is (exponentials / total - one-hot) * used
+        gradient = exponentials.scatter_add_(1, target, -total)
+        self.bias_grad.addmv_(gradient.T, row_factor[:, 0])
+        if logits.dtype != gradient.dtype:
+            logits.copy_(gradient)
+        return ((total.log2() - target_logit) * used).sum(), row_factor
+
+
+class _KernelSoftmax:
+    """The same by loss.c, in one pass through memory."""
+
+    def __init__(self, kernel: ctypes.CDLL, bias: Tensor) -> None:
+        self._kernel, self._bias_2 = kernel, _padded(bias * LOG2_E, -math.inf)
+        self._bias_grad = bias.new_zeros(len(self._bias_2))
+        self.bias_grad = self._bias_grad[: len(bias)]
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        n_rows, vocab_size = logits.shape
+        stride, threads = len(self._bias_2), n_threads()
+        row_factor, bias_grad = self._bias_2.new_empty(n_rows, 1), torch.empty_like(self._bias_2)
+        losses = self._bias_2.new_empty(threads.value, dtype=torch.float64)
+        room = self._bias_2.new_empty(threads.value * self._kernel.scratch(0, ctypes.c_long(stride)))
+        self._kernel.softmax_of(threads, *map(ctypes.c_long, (n_rows, vocab_size, stride)), address(logits), ctypes.c_int(logits.dtype == torch.bfloat16),
+                                       *map(address, (self._bias_2, labels, row_factor, bias_grad, losses, room)))
+        self._bias_grad += bias_grad
+        return losses.sum(), row_factor
+
+
+def _thin(kernel: ctypes.CDLL, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and the gradients of hidden, weight and bias; all by loss.c, which keeps a few slots' logits at a time."""
+    (vocab_size, n_embed), n_slots = weight.shape, len(hidden)
+    bias_2 = _padded(bias * LOG2_E, -math.inf)
+    stride, width = len(bias_2), -(-n_embed // BLOCK) * BLOCK
+    columns = weight.new_zeros(width, stride)
+    columns[:n_embed, :vocab_size] = weight.T
+    hidden_grad, gradients, threads = torch.empty_like(hidden), weight.new_empty(width + 1, stride), n_threads()
+    losses = weight.new_empty(threads.value, dtype=torch.float64)
+    room = weight.new_empty(threads.value * kernel.scratch(ctypes.c_int(width), ctypes.c_long(stride)))
+    kernel.thin(threads, ctypes.c_long(n_slots), ctypes.c_int(n_embed), ctypes.c_int(width), ctypes.c_long(stride),
+                         *map(address, (hidden, columns, bias_2, labels, hidden_grad, gradients, losses, room)))
+    return (losses.sum() / LOG2_E).to(hidden.dtype), hidden_grad, gradients[:n_embed, :vocab_size].T, gradients[width, :vocab_size]
+
+
+def _padded(x: Tensor, value: float) -> Tensor:
+    """x: [V]. With as many of the value behind it as make whole vectors."""
+    return torch.nn.functional.pad(x, (0, -len(x) % LANES), value=value)
 
 
 def masked_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_masked: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -86,7 +150,7 @@ def masked_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_
     hidden: [N, D]. weight: [V, D]. bias: [V]. labels: int64 [N], IGNORED for empty slots. n_masked: the masked tokens of the
     whole global batch. dtype: in which matrices are multiplied; that of hidden when None.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, dtype) / max(1, n_masked)
+    return _CrossEntropy.apply(hidden, weight, bias, labels, dtype) / max(1, n_masked)
 
 
 @torch.no_grad()

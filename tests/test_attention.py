@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import microbert.attention
-from microbert.attention import attend, compiled_kernel
-from microbert.device import NARROW_HEAD, find_compiler, is_for_narrow_heads
+from microbert.attention import NARROW_HEAD, SOURCE, attend
+from microbert.kernels import compiled_kernel
 
-needs_kernel = pytest.mark.skipif(compiled_kernel(2) is None, reason="no C compiler with OpenMP")
+needs_kernel = pytest.mark.skipif(compiled_kernel(SOURCE, HEAD=2) is None, reason="no C compiler with OpenMP")
 
 
 def inputs(B=2, H=3, M=5, T=7, d=2, seed=0, scale=2.0, is_masked=False, dtype=torch.float32):
@@ -91,43 +91,29 @@ def test_large_scores_stay_finite_and_what_is_not_a_number_stays_so():
         assert output[1, 1].isnan().any() and all(x[1, 1].isnan().any() for x in gradients[:2]) and output[0].isfinite().all()
 
 
-@needs_kernel
-def test_denormal_numbers_are_not_lost_to_the_process():
-    compiled_kernel(2)
-    assert torch.tensor(1e-40) * 1.0 > 0
-
-
-def test_wide_heads_other_types_and_what_is_only_looked_at_are_left_to_pytorch():
-    def takes(**others):
-        (query, key, _), *_ = inputs(**others)
-        return is_for_narrow_heads(query, key)
-
-    assert takes() and takes(d=NARROW_HEAD)
-    assert not takes(d=NARROW_HEAD + 1) and not takes(dtype=torch.float64)
+def test_wide_heads_long_rows_and_what_is_only_looked_at_are_left_to_pytorch(monkeypatch):
+    assert is_ours(attend(*inputs(d=NARROW_HEAD)[0], None)) or compiled_kernel(SOURCE, HEAD=2) is None
+    assert not is_ours(attend(*inputs(d=NARROW_HEAD + 1)[0], None)) and not is_ours(attend(*inputs(dtype=torch.float64)[0], None))
     (query, key, value), *_ = inputs()
-    assert not is_for_narrow_heads(query.to("meta"), key.to("meta"))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not is_for_narrow_heads(query, key)
+    assert not is_ours(attend(*(x.to("meta") for x in (query, key, value)), None))
     with FakeTensorMode():
         assert attend(*(torch.empty(2, 3, 7, 2) for _ in range(3)), None).shape == (2, 3, 7, 2)
     assert torch.equal(torch.compile(attend, backend="eager", fullgraph=True)(query, key, value, None), pytorch_attention(query, key, value, None))
+    monkeypatch.setattr(microbert.attention, "LONGEST_ROW", 6)
+    assert not is_ours(attend(query, key, value, None))
 
 
-@pytest.mark.parametrize("broken", ["no compiler", "fails", "cannot be loaded"])
-def test_without_the_kernel_it_is_pytorch_that_computes(broken, monkeypatch):
-    compiler = {"no compiler": None, "fails": "false", "cannot be loaded": "true"}[broken]  # `true` writes no library
-    monkeypatch.setattr(microbert.attention, "find_compiler", lambda: compiler)
-    compiled_kernel.cache_clear()
-    try:
-        tensors, mask, _ = inputs(is_masked=True)
-        assert not is_ours(attend(*tensors, mask))
-        assert torch.equal(attend(*tensors, mask), pytorch_attention(*tensors, mask))
-    finally:
-        compiled_kernel.cache_clear()
+@pytest.mark.parametrize("d", [2, 16])
+def test_under_autocast_a_cpu_attends_in_fp32(d):
+    tensors, mask, output_grad = inputs(d=d, is_masked=True)
+    expected = output_and_gradients(attend, tensors, mask, output_grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attend(*tensors, mask)
+    assert all(torch.equal(a, b) for a, b in zip((output, *torch.autograd.grad(output, tensors, output_grad)), expected))
 
 
-def test_a_compiler_is_found_by_any_of_its_names(monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: "/bin/gcc" if name == "gcc" else None)
-    assert find_compiler() == "/bin/gcc"
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert find_compiler() is None
+def test_without_the_kernel_it_is_pytorch_that_computes(monkeypatch):
+    monkeypatch.setattr(microbert.attention, "compiled_kernel", lambda *_, **__: None)
+    tensors, mask, _ = inputs(is_masked=True)
+    assert not is_ours(attend(*tensors, mask))
+    assert torch.equal(attend(*tensors, mask), pytorch_attention(*tensors, mask))

@@ -50,11 +50,24 @@ def test_how_a_gpu_computes_is_chosen_and_what_is_asked_for_wins(two_gpus, monke
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.setattr(microbert.device.importlib.util, "find_spec", lambda name: object())
     assert describe_compute(configure_v4(), gpu) == ", in bf16, compiled"
-    assert describe_compute(configure_v4(), cpu) == describe_compute(configure(), gpu) == ""
+    assert describe_compute(configure(), gpu) == ""
     assert compute_dtype(configure_v4("--dtype", "bfloat16"), cpu) == torch.bfloat16 and compute_dtype(configure_v4("--dtype", "float32"), gpu) == torch.float32
     assert is_compiled(configure_v4("--torch-compile"), cpu) and not is_compiled(configure_v4("--no-torch-compile"), gpu)
     monkeypatch.setattr(microbert.device.shutil, "which", lambda name: None)  # no C compiler
     assert not is_compiled(configure_v4(), gpu)
+
+
+@pytest.mark.parametrize("capabilities, n_embed, is_bf16", [({"amx_bf16": True}, 128, True), ({"amx_bf16": True}, 32, False), ({"avx512_bf16": True}, 128, False)])
+def test_a_cpu_with_units_for_bf16_uses_them_where_matrices_are_wide(capabilities, n_embed, is_bf16, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    config, cpu = configure_v4("--n-embed", str(n_embed)), torch.device("cpu")
+    assert (compute_dtype(config, cpu) == torch.bfloat16) == is_bf16 == (describe_compute(config, cpu) == ", in bf16")
+    assert compute_dtype(configure_v4("--dtype", "float32"), cpu) == torch.float32
+
+
+def test_a_torch_that_does_not_tell_what_a_cpu_has_stays_in_fp32(monkeypatch):
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    assert compute_dtype(configure_v4(), torch.device("cpu")) == torch.float32
 
 
 def test_processes_share_the_machines_memory_or_their_containers(tmp_path, monkeypatch):

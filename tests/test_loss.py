@@ -3,26 +3,46 @@
 import numpy as np
 import pytest
 import torch
-from models import VOCAB_SIZE, as_batch, noisy_model, token_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from models import VOCAB_SIZE, as_batch, many_examples, noisy_model, token_rows
 from test_config import configure
 from torch.nn import functional as F
 
 from microbert import loss as loss_module
 from microbert.distributed import World
-from microbert.loss import masked_loss, masked_scores
+from microbert.loss import SOURCE, THIN, masked_loss, masked_scores
 from microbert.masking import IGNORED, mask_batch
 from microbert.step import Learner, micro_batches
 
-N, D, V = 23, 6, 50
+N, V = 23, 50  # V is no whole number of vectors
+WAYS = {"thin": (6, True), "thinnest": (1, True), "wide": (40, True), "thin, by PyTorch": (6, False), "wide, by PyTorch": (40, False)}  # D; whether by loss.c
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-6}, torch.float64: {"rtol": 1e-11, "atol": 1e-13}}
 
 
-def inputs(dtype=torch.float32, scale=1.0):
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
+def n_embed(request, monkeypatch):
+    D, has_kernel = request.param
+    assert (D <= THIN) == (D < 40)
+    if not has_kernel:
+        monkeypatch.setattr(loss_module, "compiled_kernel", lambda _: None)
+    elif loss_module.compiled_kernel(SOURCE) is None:
+        pytest.skip("no C compiler with OpenMP")
+    return D
+
+
+def inputs(dtype=torch.float32, scale=1.0, n_embed=6):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (scale * torch.randn(shape, generator=generator, dtype=dtype) for shape in ((N, D), (V, D), (V,)))
+    hidden, weight, bias = (scale * torch.randn(shape, generator=generator, dtype=dtype) for shape in ((N, n_embed), (V, n_embed), (V,)))
     labels = torch.randint(0, V, (N,), generator=generator)
     labels[::4] = IGNORED
     return [tensor.requires_grad_() for tensor in (hidden, weight, bias)], labels
+
+
+def in_chunks_of(monkeypatch, elements):
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", elements)
+    for name in ("LEAST_ROWS", "LEAST_ROWS_WIDE"):
+        monkeypatch.setattr(loss_module, name, 1)
 
 
 def loss_and_gradients(function, leaves):
@@ -39,42 +59,69 @@ def expected(leaves, labels, n_masked):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chunk_elements", [1, 5 * V, 23 * V, 10**6])
-def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, chunk_elements, dtype):
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", chunk_elements)
-    monkeypatch.setattr(loss_module, "LEAST_ROWS", 1)
-    leaves, labels = inputs(dtype)
+def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, n_embed, chunk_elements, dtype):
+    in_chunks_of(monkeypatch, chunk_elements)
+    leaves, labels = inputs(dtype, n_embed=n_embed)
     torch.testing.assert_close(loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves), expected(leaves, labels, 17),
                                **TOLERANCE[dtype])
 
 
-def test_products_in_bf16_give_about_the_same_loss_and_gradients():
-    leaves, labels = inputs()
+@many_examples
+@given(n_rows=st.integers(1, 40), vocab_size=st.integers(2, 100), n_embed=st.integers(1, 40), n_threads=st.integers(1, 4), seed=st.integers(0, 100))
+def test_so_they_are_for_any_sizes_and_threads(n_rows, vocab_size, n_embed, n_threads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((n_rows, n_embed), (vocab_size, n_embed), (vocab_size,))]
+    labels = torch.randint(0, vocab_size, (n_rows,), generator=generator)
+    labels[torch.rand(n_rows, generator=generator) < 0.3] = IGNORED
+    n_before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        results = [loss_and_gradients(lambda *x: masked_loss(*x, labels, n_rows), leaves) for _ in range(2)]
+    finally:
+        torch.set_num_threads(n_before)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], expected(leaves, labels, n_rows), rtol=1e-4, atol=1e-5)
+
+
+def test_products_in_bf16_give_about_the_same_loss_and_gradients(monkeypatch, n_embed):
+    in_chunks_of(monkeypatch, 5 * V)
+    leaves, labels = inputs(scale=0.5, n_embed=n_embed)
     (loss, gradients), (exact_loss, exact) = (loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype), leaves)
                                               for dtype in (torch.bfloat16, torch.float32))
-    assert loss != exact_loss and loss == pytest.approx(exact_loss.item(), rel=0.01)
+    is_thin_kernel = n_embed <= THIN and loss_module.compiled_kernel(SOURCE) is not None  # which multiplies in fp32 all the same
+    assert (loss == exact_loss) == is_thin_kernel and loss == pytest.approx(exact_loss.item(), rel=0.01)
     for gradient, of_fp32 in zip(gradients, exact):
         assert gradient.dtype == torch.float32
         assert (gradient - of_fp32).norm() < 0.02 * of_fp32.norm()
 
 
-def test_huge_logits_stay_finite():
-    leaves, labels = inputs(scale=100.0)
+def test_huge_logits_stay_finite(n_embed):
+    leaves, labels = inputs(scale=100.0, n_embed=n_embed)
     assert (leaves[0] @ leaves[1].T).abs().max() > 1e4
     loss, gradients = loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves)
     assert all(torch.isfinite(tensor).all() for tensor in (loss, *gradients))
-    torch.testing.assert_close((loss, gradients), expected(leaves, labels, 17), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close((loss, gradients), expected(leaves, labels, 17), rtol=1e-4, atol=1e-3 * n_embed)
 
 
-def test_without_a_masked_token_loss_and_gradients_are_zero():
-    leaves, labels = inputs()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_not_a_number_is_not_hidden(n_embed, value, dtype):
+    leaves, labels = inputs(n_embed=n_embed)
+    with torch.no_grad():
+        leaves[0][1, 0] = value  # a row with a label
+    loss, (_, weight_grad, bias_grad) = loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype), leaves)
+    assert loss.isnan() and weight_grad.isnan().any() and bias_grad.isnan().any()
+
+
+def test_without_a_masked_token_loss_and_gradients_are_zero(n_embed):
+    leaves, labels = inputs(n_embed=n_embed)
     loss, gradients = loss_and_gradients(lambda *x: masked_loss(*x, torch.full_like(labels, IGNORED), 0), leaves)
     assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 5 * V, 10**6])
 def test_scores_are_the_summed_loss_and_the_number_of_right_guesses(monkeypatch, chunk_elements):
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", chunk_elements)
-    monkeypatch.setattr(loss_module, "LEAST_ROWS", 1)
+    in_chunks_of(monkeypatch, chunk_elements)
     (hidden, weight, bias), labels = inputs()
     guesses = (hidden @ weight.T + bias).argmax(dim=1)
     labels[1:8:2] = guesses[1:8:2]  # some right ones

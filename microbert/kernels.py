@@ -1,0 +1,44 @@
+"""Kernels in C, for what PyTorch computes slowly on a CPU: each in a file .c beside the module that calls it.
+
+One is compiled at its first use, in less than a second and anew in each process: it fits the processor that it runs on, and nothing of it stays on the
+disk. Without a compiler PyTorch computes the same.
+"""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .device import find_compiler
+
+# the last two let square roots and rounding be instructions; what else -ffast-math stands for would lose NaN, or denormals in all of the process
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+
+
+@functools.cache
+def compiled_kernel(source: Path, **constants: int) -> ctypes.CDLL | None:
+    """The functions of the source, with those constants; None where it cannot be compiled or loaded."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernel.so"
+        try:
+            subprocess.run([compiler, *FLAGS, *(f"-D{name}={value}" for name, value in constants.items()), "-o", library, source, "-lm"], check=True,
+                           capture_output=True)
+            return ctypes.CDLL(str(library))
+        except (OSError, subprocess.CalledProcessError):  # no OpenMP, say, or a folder from which nothing may be run
+            return None
+
+
+def address(x: Tensor | None) -> ctypes.c_void_p:
+    """Of its first number; NULL for None."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def n_threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())

@@ -1,0 +1,60 @@
+// Layer norm (Ba et al. 2016, arXiv:1607.06450) of rows of a few numbers, D of them (a constant for the compiler, which makes vectors of whole rows).
+//
+// Nothing is kept for the backward pass, which computes mean and deviation again. Each thread adds up gradients of weight and bias of its own, for rows
+// beside each other, and these are added in the order of the threads.
+//
+// N rows.
+
+#include <math.h>
+
+// normed: what weight and bias are applied to. Returns 1 / standard deviation.
+static inline float normalize(const float *x, float eps, float *normed) {
+    float mean = 0, variance = 0;
+    for (int c = 0; c < D; c++) mean += x[c] / D;
+    for (int c = 0; c < D; c++) variance += (x[c] - mean) * (x[c] - mean) / D;
+    float factor = 1 / sqrtf(variance + eps);
+    for (int c = 0; c < D; c++) normed[c] = (x[c] - mean) * factor;
+    return factor;
+}
+
+// x, output: [N, D]. weight, bias: [D].
+void forward(int threads, long N, float eps, const float *x, const float *weight, const float *bias, float *output) {
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < N; i++) {
+        float normed[D];
+        normalize(x + i * D, eps, normed);
+        for (int c = 0; c < D; c++) output[i * D + c] = normed[c] * weight[c] + bias[c];
+    }
+}
+
+// output_grad, x_grad: [N, D]. parameter_grads: [2, D], of weight and bias.
+void backward(int threads, long N, float eps, const float *x, const float *weight, const float *output_grad, float *x_grad, float *parameter_grads) {
+    float sums[threads][2 * D];
+    #pragma omp parallel for num_threads(threads)
+    for (int t = 0; t < threads; t++) {
+        float weight_grad[D] = {0}, bias_grad[D] = {0};  // which registers hold
+        for (long i = N * t / threads, end = N * (t + 1) / threads; i < end; i++) {
+            float normed[D], normed_grad[D], mean = 0, slope = 0;
+            float factor = normalize(x + i * D, eps, normed);
+            for (int c = 0; c < D; c++) {
+                float grad = output_grad[i * D + c];
+                weight_grad[c] += grad * normed[c];
+                bias_grad[c] += grad;
+                normed_grad[c] = grad * weight[c];
+            }
+            for (int c = 0; c < D; c++) {
+                mean += normed_grad[c] / D;
+                slope += normed_grad[c] * normed[c] / D;
+            }
+            for (int c = 0; c < D; c++) x_grad[i * D + c] = (normed_grad[c] - mean - normed[c] * slope) * factor;
+        }
+        for (int c = 0; c < D; c++) {
+            sums[t][c] = weight_grad[c];
+            sums[t][D + c] = bias_grad[c];
+        }
+    }
+    for (int c = 0; c < 2 * D; c++) {
+        parameter_grads[c] = 0;
+        for (int t = 0; t < threads; t++) parameter_grads[c] += sums[t][c];
+    }
+}

@@ -1,0 +1,55 @@
+// Vectors of neighbouring numbers, as wide as the processor's. Those of a pointer may lie anywhere.
+
+#include <math.h>
+
+#if defined __AVX512F__
+#include <immintrin.h>
+enum { LANES = 16 };
+#define MAX _mm512_max_ps
+#elif defined __AVX__
+#include <immintrin.h>
+enum { LANES = 8 };
+#define MAX _mm256_max_ps
+#else
+enum { LANES = 4 };
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int int_vec __attribute__((vector_size(4 * LANES), aligned(4)));
+
+static const float LOG2_E = 1.44269504f;  // exp(x) = 2^(x LOG2_E)
+
+static inline vec *at(const float *numbers, long i) { return (vec *)(numbers + i); }
+
+static inline vec all(float x) { return (vec){0} + x; }
+
+static inline vec larger(vec a, vec b) {  // a, where it is not a number
+#ifdef MAX
+    return (vec)MAX(b, a);  // the last one, where one of both is not a number
+#else
+    int_vec is_b = b > a;
+    return (vec)((is_b & (int_vec)b) | (~is_b & (int_vec)a));
+#endif
+}
+
+static inline float sum_of(vec x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+static inline float largest_of(vec x) {
+    float largest = x[0];
+    for (int i = 1; i < LANES; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
+// 2^x for x <= 0, to 2e-7 of it: a polynomial of the rest behind the whole part, which is added to the exponent's bits. Its coefficients make the largest
+// relative error in -0.5 to 0.5 smallest. NaN stays NaN.
+static inline vec power_of_2(vec x) {
+    const float rounder = 3 << 22;  // the sum with it has no bits for fractions left, and the whole part in its last ones
+    x = larger(x, all(-126));  // below is the end of fp32
+    vec sum = x + rounder, rest = x - (sum - rounder);
+    vec series = 1 + rest * (0.6931469776f + rest * (0.2402224208f + rest * (0.0555073374f + rest * (0.0096715128f + rest * 0.0013264727f))));
+    return (vec)((int_vec)series + ((int_vec)sum << 23));
+}

@@ -1,0 +1,66 @@
+"""Our kernel for narrow rows computes PyTorch's layer norm."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import many_examples
+from torch.nn import functional as F
+
+import microbert.norm
+from microbert.kernels import compiled_kernel
+from microbert.norm import NARROW_ROW, SOURCE, layer_norm
+
+needs_kernel = pytest.mark.skipif(compiled_kernel(SOURCE, D=4) is None, reason="no C compiler with OpenMP")
+EPS = 1e-12
+
+
+def inputs(D=4, rows=(3, 5), seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias, output_grad = (torch.randn(shape, generator=generator) for shape in ((*rows, D), (D,), (D,), (*rows, D)))
+    x = scale * (x + 2 * torch.arange(D)) + 1  # no row of nearly equal numbers, which is hard for both
+    return [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()], output_grad
+
+
+def output_and_gradients(function, tensors, output_grad):
+    output = function(*tensors)
+    return output.detach(), *torch.autograd.grad(output, tensors, output_grad)
+
+
+def ours(x, weight, bias):
+    return layer_norm(x, weight, bias, EPS)
+
+
+def pytorch_norm(x, weight, bias):
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def is_ours(output):
+    return "NarrowNorm" in output.grad_fn.name()
+
+
+@needs_kernel
+@many_examples
+@given(st.integers(3, NARROW_ROW), st.integers(1, 70), st.integers(0, 100), st.sampled_from([0.1, 1.0, 10.0]))
+def test_output_and_gradients_are_those_of_pytorch(D, n_rows, seed, scale):
+    tensors, output_grad = inputs(D, (n_rows,), seed, scale)
+    assert is_ours(ours(*tensors))
+    in_doubles = output_and_gradients(pytorch_norm, [x.detach().double().requires_grad_() for x in tensors], output_grad.double())
+    for mine, exact in zip(output_and_gradients(ours, tensors, output_grad), in_doubles):
+        assert mine.shape == exact.shape and (mine - exact).abs().max() <= 1e-5 / min(1, scale) * (1 + exact.abs().max())
+
+
+@needs_kernel
+def test_any_layout_will_do_and_the_numbers_are_the_same_each_time():
+    tensors, output_grad = inputs(rows=(30, 50))
+    expected = output_and_gradients(ours, tensors, output_grad)
+    apart = [tensors[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(), *tensors[1:]]
+    for a, b in zip(output_and_gradients(ours, apart, output_grad.transpose(0, 1).contiguous().transpose(0, 1)), expected):
+        assert torch.equal(a, b)
+
+
+def test_wide_rows_other_types_and_machines_without_a_compiler_are_left_to_pytorch(monkeypatch):
+    assert not is_ours(ours(*inputs(NARROW_ROW + 1)[0])) and not is_ours(ours(*(x.double() for x in inputs()[0])))
+    monkeypatch.setattr(microbert.norm, "compiled_kernel", lambda *_, **__: None)
+    tensors, _ = inputs()
+    assert torch.equal(ours(*tensors), pytorch_norm(*tensors)) and not is_ours(ours(*tensors))
