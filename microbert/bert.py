@@ -5,8 +5,8 @@ Shapes: B sequences, T tokens, D = n_embed, N rows, Q = T, or the masked slots i
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .gelu import gelu
 from .layers import Attention, Dropout, LayerNorm, MaskedLanguageModel, ModelConfig, at_positions
 
 NORM_EPS = 1e-12
@@ -43,7 +43,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None) -> Tensor:
         attended = self.attention_dropout(self.attention(x, attention_mask, positions), dropout_keys, positions)
         x = self.attention_norm(at_positions(x, positions) + attended)  # [B, Q, D]
-        return self.output_norm(x + self.output_dropout(self.contract(F.gelu(self.expand(x))), dropout_keys, positions))
+        return self.output_norm(x + self.output_dropout(self.contract(gelu(self.expand(x))), dropout_keys, positions))
 
 
 class Head(nn.Module):
@@ -55,7 +55,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, D]. Returns [N, D]."""
-        return self.norm(F.gelu(self.transform(x)))
+        return self.norm(gelu(self.transform(x)))
 
 
 class Bert(MaskedLanguageModel):

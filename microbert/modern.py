@@ -6,8 +6,8 @@ Shapes: B sequences, T tokens, D = n_embed, N rows, Q = T, or the masked slots i
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .gelu import gelu
 from .layers import Attention, Dropout, MaskedLanguageModel, ModelConfig, Rotary, StackedLinear, at_positions
 
 NORM_EPS = 1e-5
@@ -44,7 +44,7 @@ class Layer(nn.Module):
         attended = self.attention_dropout(self.attention(self.attention_norm(x), attention_mask, positions), dropout_keys, positions)
         x = at_positions(x, positions) + attended  # [B, Q, D]
         inner, gate = self.expand(self.feed_forward_norm(x)).chunk(2, dim=-1)
-        return x + self.output_dropout(self.contract(F.gelu(inner) * gate), dropout_keys, positions)
+        return x + self.output_dropout(self.contract(gelu(inner) * gate), dropout_keys, positions)
 
 
 class Head(nn.Module):
@@ -57,7 +57,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, D]. Returns [N, D]."""
-        return self.norm(F.gelu(self.transform(self.input_norm(x))))
+        return self.norm(gelu(self.transform(self.input_norm(x))))
 
 
 class ModernBert(MaskedLanguageModel):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import microbert.kernels
-from microbert import attention, loss, norm
+from microbert import attention, gelu, loss, norm
 from microbert.device import find_compiler, is_for_kernels
 from microbert.kernels import address, compiled_kernel, n_threads
 
-ALL = [(attention.SOURCE, {"HEAD": 3}), (loss.SOURCE, {}), (norm.SOURCE, {"D": 5})]
+ALL = [(attention.SOURCE, {"HEAD": 3}), (gelu.SOURCE, {}), (loss.SOURCE, {}), (norm.SOURCE, {"D": 5})]
 needs_compiler = pytest.mark.skipif(compiled_kernel(loss.SOURCE) is None, reason="no C compiler with OpenMP")
 
 

@@ -1,0 +1,48 @@
+// GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x times the share of a normal distribution that lies below x.
+//
+// The share is 7.1.26 of Abramowitz and Stegun's Handbook of Mathematical Functions, to 1e-7: a polynomial times exp(-x^2 / 2), which the slope needs too.
+//
+// N numbers.
+
+#include <string.h>
+
+#include "vectors.h"
+
+// bell: exp(-x^2 / 2)
+static inline vec share_below(vec x, vec *bell) {
+    vec size = larger(x, -x), t = 1 / (1 + 0.231641889f * size);
+    *bell = power_of_2(-0.5f * LOG2_E * x * x);
+    vec tail = *bell * t * (0.127414796f + t * (-0.142248368f + t * (0.7107068705f + t * (-0.7265760135f + t * 0.5307027145f))));
+    int_vec is_below = x < 0;
+    return (vec)((is_below & (int_vec)tail) | (~is_below & (int_vec)(1 - tail)));
+}
+
+static inline vec gelu(vec x) {
+    vec bell;
+    return x * share_below(x, &bell);
+}
+
+static inline vec slope(vec x) {
+    vec bell, share = share_below(x, &bell);
+    return share + 0.398942280f * x * bell;  // the density is bell / sqrt(2 pi)
+}
+
+void forward(int threads, long N, const float *x, float *output) {
+    long whole = N / LANES * LANES;
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < whole; i += LANES) *at(output, i) = gelu(*at(x, i));
+    vec last = all(0);
+    memcpy(&last, x + whole, (N - whole) * sizeof *x);
+    last = gelu(last);
+    memcpy(output + whole, &last, (N - whole) * sizeof *x);
+}
+
+void backward(int threads, long N, const float *x, const float *output_grad, float *x_grad) {
+    long whole = N / LANES * LANES;
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < whole; i += LANES) *at(x_grad, i) = *at(output_grad, i) * slope(*at(x, i));
+    vec last = all(0);
+    memcpy(&last, x + whole, (N - whole) * sizeof *x);
+    last = slope(last);
+    for (long i = whole; i < N; i++) x_grad[i] = output_grad[i] * last[i - whole];
+}
