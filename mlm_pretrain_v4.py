@@ -9,7 +9,7 @@
     python mlm_pretrain_v4.py --help                                 every constant below is a flag too
 
 Over v3 it adds: a model that matters (4 to 6 layers, 8 heads, 128 dimensions, 50K tokens), its size and batch by the GPU's memory or by a preset;
-a plan of the memory, printed before it is taken, and a cap that holds; micro-batches as large as fit; bf16 and torch.compile on GPUs.
+a plan of the memory, printed before it is taken, and a cap that holds; micro-batches as large as fit; bf16 where the device is fast in it, torch.compile on GPUs.
 docs/memory.md tells how.
 """
 
@@ -55,7 +55,7 @@ grad_clip = 1.0  # largest norm of the gradient; None leaves it
 # Run
 seed = 42  # another seed: other weights, order, masks and held-out documents
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is
-dtype = "auto"  # of matrix products: "float32", "bfloat16"; "auto" takes bfloat16 on GPUs that have it
+dtype = "auto"  # of matrix products: "float32", "bfloat16"; "auto" takes bfloat16 where the device has units for it
 torch_compile = None  # True or False; None compiles the model on CUDA alone
 max_minutes = None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
 group_timeout = 600  # seconds that a process waits for the others before it gives up

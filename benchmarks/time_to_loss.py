@@ -1,6 +1,6 @@
 """How soon this project and transformers' Trainer come to the same held-out loss, from raw text, on the same cores.
 
-    python benchmarks/time_to_loss.py                          about 70 minutes on an otherwise idle machine; draws time_to_loss.png
+    python benchmarks/time_to_loss.py                          about 55 minutes on an otherwise idle machine; draws time_to_loss.png
     python benchmarks/time_to_loss.py --minutes 3 --search-minutes 1     to see that it works
 
 The Trainer gets BertForMaskedLM of the same shape, this project's tokenizer, packed sequences, no dropout, and the best of three learning rates that
@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,22 +109,23 @@ def ours(config: Config, tokens: Tokens, seconds: float, minutes: float) -> Curv
 
 
 class Scores(transformers.TrainerCallback):
-    def __init__(self, clock: Clock, loss: Callable[[], float], every: int) -> None:
-        self.clock, self.loss, self.every = clock, loss, every
+    def __init__(self, clock: Clock, loss: Callable[[], float], steps: Container[int]) -> None:
+        self.clock, self.loss, self.steps = clock, loss, steps
 
     def on_step_end(self, arguments, state, control, **_):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        if state.global_step in self.steps:
             self.clock.score(self.loss)
 
 
-def theirs(config: Config, tokens: Tokens, folder: Path, seconds: float, minutes: float, rate: float) -> Curve:
+def theirs(config: Config, tokens: Tokens, folder: Path, seconds: float, minutes: float, rate: float, n_points: int) -> Curve:
     """transformers' Trainer on the same rows, with as many steps as the time takes."""
-    timed = _their_run(config, tokens, folder, 0.0, TIMED_STEPS, rate)
-    a_step = (timed[-1][0] - timed[0][0]) / (TIMED_STEPS - 1)
-    return _their_run(config, tokens, folder, seconds, math.ceil((60 * minutes - seconds) / a_step), rate)
+    (first, _), (last, _) = _their_run(config, tokens, folder, 0.0, TIMED_STEPS, rate, (1, TIMED_STEPS))
+    steps = math.ceil((60 * minutes - seconds) * (TIMED_STEPS - 1) / (last - first))
+    return _their_run(config, tokens, folder, seconds, steps, rate, {*range(1, steps, -(-steps // n_points)), steps})
 
 
-def _their_run(config: Config, tokens: Tokens, folder: Path, seconds: float, steps: int, rate: float) -> Curve:
+def _their_run(config: Config, tokens: Tokens, folder: Path, seconds: float, steps: int, rate: float, scored: Container[int]) -> Curve:
+    """scored: the steps behind which it is scored."""
     transformers.set_seed(config.seed)
     with contextlib.redirect_stdout(io.StringIO()):
         shape = model_for_tokens(dataclasses.replace(config, arch="bert"), tokens).config
@@ -151,7 +152,7 @@ def _their_run(config: Config, tokens: Tokens, folder: Path, seconds: float, ste
         logging_strategy="no", disable_tqdm=True, seed=config.seed)
     clock = Clock(seconds)
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=rows, callbacks=[Scores(clock, loss, max(1, steps // POINTS) if steps > TIMED_STEPS else 1)],
+        model=model, args=arguments, train_dataset=rows, callbacks=[Scores(clock, loss, scored)],
         data_collator=transformers.DataCollatorForLanguageModeling(transformers.AutoTokenizer.from_pretrained(folder), mlm_probability=0.15))
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     clock.start = time.perf_counter() - seconds  # what was laid out for the Trainer is not its time
@@ -180,7 +181,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="of the Trainer's run")
-    parser.add_argument("--search-minutes", type=float, default=10, help="of each of its three runs before, which choose the learning rate")
+    parser.add_argument("--search-minutes", type=float, default=5, help="of each of its three runs before, which choose the learning rate")
     parser.add_argument("--picture", type=Path, default=Path("time_to_loss.png"))
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -190,12 +191,12 @@ def main() -> None:
         print(f"preparation: {seconds:.0f} s")
         ends = {}
         for rate in RATES:
-            ends[rate] = theirs(config, tokens, folder, seconds, arguments.search_minutes, rate)[-1][1]
+            ends[rate] = theirs(config, tokens, folder, seconds, arguments.search_minutes, rate, n_points=1)[-1][1]
             print(f"Trainer, {arguments.search_minutes:g} minutes at {rate:g}: {ends[rate]:.4f}", flush=True)
         rate = min(ends, key=ends.get)
         if rate in (RATES[0], RATES[-1]):
             print(f"note: the best of them, {rate:g}, is at the edge")
-        curves = {f"Trainer, BertForMaskedLM, {rate:g}": theirs(config, tokens, folder, seconds, arguments.minutes, rate),
+        curves = {f"Trainer, BertForMaskedLM, {rate:g}": theirs(config, tokens, folder, seconds, arguments.minutes, rate, POINTS),
                   "MicroBERT v4": ours(config, tokens, seconds, OURS_SHARE * arguments.minutes)}
     baseline, own = curves.values()
     print(f"\n{'seconds':>9} {'loss':>8}   " + "   ".join(curves))

@@ -12,6 +12,7 @@
 #include "vectors.h"
 
 enum { ROWS = 4 };  // queries at a time, backward
+static const float HARMLESS = 60;  // 2 to this, times any number of keys, is far from the ends of fp32
 
 typedef struct { float *data; long batch, head, row; } tensor;  // [B, H, M or T, HEAD]; the strides of the first three, the last is 1
 
@@ -48,17 +49,27 @@ void forward(int threads, long B, long H, long M, long T, tensor query, tensor k
             float k[T][HEAD], v[T][HEAD];
             long n = gather(T, AT(key, b, h, 0), key.row, real, *k, 1, HEAD);
             gather(T, AT(value, b, h, 0), value.row, real, *v, 1, HEAD);
+            float longest = 0;  // of the keys, squared
+            for (long j = 0; j < n; j++) {
+                float length = 0;
+                for (int c = 0; c < HEAD; c++) length += k[j][c] * k[j][c];
+                longest = length > longest ? length : longest;
+            }
             for (long i = 0; i < M; i += LANES) {
                 int queries = M - i < LANES ? M - i : LANES;
-                vec q[HEAD], out[HEAD], largest = all(-INFINITY), sum = all(0);
+                vec q[HEAD], out[HEAD], length = all(0), largest = all(0), sum = all(0);
                 memset(q, 0, sizeof q);
                 memset(out, 0, sizeof out);
                 for (int r = 0; r < queries; r++)
                     for (int c = 0; c < HEAD; c++) q[c][r] = AT(query, b, h, i + r)[c] * scale;
-                for (long j = 0; j < n; j++) {
-                    vec score = q[0] * k[j][0];
-                    for (int c = 1; c < HEAD; c++) score += q[c] * k[j][c];
-                    largest = larger(score, largest);
+                for (int c = 0; c < HEAD; c++) length += q[c] * q[c];
+                if (!(largest_of(length) * longest < HARMLESS * HARMLESS)) {  // by the inequality of Cauchy and Schwarz
+                    largest = all(-INFINITY);
+                    for (long j = 0; j < n; j++) {
+                        vec score = q[0] * k[j][0];
+                        for (int c = 1; c < HEAD; c++) score += q[c] * k[j][c];
+                        largest = larger(score, largest);
+                    }
                 }
                 for (long j = 0; j < n; j++) {
                     vec score = q[0] * k[j][0] - largest;

@@ -106,6 +106,7 @@ class _Block:
     without_tokens: int
     characters: int
     bytes: int
+    tokens: int
     smallest: int
     largest: int
     end: Position
@@ -184,7 +185,7 @@ def _write_block(rows: list[str | None], end: Position, number: int, config: Con
     arrays = {"hashes": hashes[keep], "lengths": kept_lengths, "ids": kept_ids}
     write_atomic(folder / f"block-{number:05d}.npz", lambda file: np.savez(file, **arrays))
     block = _Block(len(rows), len(rows) - len(texts), len(texts), int((~keep).sum()), sum(map(len, texts)),
-                   sum(len(text.encode()) for text in texts), int(hashes[keep].min(initial=2**64 - 1)), int(hashes[keep].max(initial=0)), end)
+                   sum(len(text.encode()) for text in texts), len(ids), int(hashes[keep].min(initial=2**64 - 1)), int(hashes[keep].max(initial=0)), end)
     write_json(folder / f"block-{number:05d}.json", dataclasses.asdict(block))
     return block
 
@@ -217,7 +218,7 @@ def _lay_out_blocks(blocks: list[_Block], below: int, tokenizer: Tokenizer, conf
     report = Report(rows=sum(block.rows for block in blocks), empty=sum(block.empty for block in blocks),
                     documents=sum(block.documents for block in blocks), without_tokens=sum(block.without_tokens for block in blocks),
                     train=documents - n_held_out, held_out=n_held_out, duplicates=documents - _count_distinct(folder, len(blocks), documents),
-                    characters=sum(block.characters for block in blocks))
+                    **{name: sum(getattr(block, name) for block in blocks) for name in ("characters", "bytes", "tokens")})
     write_json(folder / MANIFEST, {"format": FORMAT, "max_seq_len": config.max_seq_len, **sequences, "report": dataclasses.asdict(report)})
 
 

@@ -5,6 +5,7 @@ Shapes: N sequences, B of them, T = max_seq_len, V = vocabulary.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from .config import InputError
 from .files import read_json
 from .tokenizer import N_SPECIAL, UNK_ID
 
-FORMAT = 2  # raise it whenever the same input would give other shards
+FORMAT = 3  # raise it whenever the same input would give other shards
 SPLITS = ("train", "held_out")
 MANIFEST, TOKEN_COUNTS = "manifest.json", "token_counts.npy"
 
@@ -31,6 +32,12 @@ class Report:
     held_out: int
     duplicates: int  # documents whose text stood in an earlier one; they are kept
     characters: int
+    bytes: int  # of the text, in UTF-8
+    tokens: int  # of the text, before documents are cut
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A loss in nats a token, so that it compares with that of another vocabulary."""
+        return loss / math.log(2) * self.tokens / self.bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
     if world.is_first:
         draw_training_curve(run.folder, metrics.lines, uniform_loss, unigram_loss)
     print(f"held-out loss: {state.last_eval_loss:.4f} at the end, {state.best_eval_loss:.4f} at best (step {state.best_step}); "
-          f"accuracy {state.last_eval_accuracy:.1%}; {state.seconds:.0f} s, at most {peak_memory_gb(device):.2f} GB"
+          f"accuracy {state.last_eval_accuracy:.1%}, {tokens.report.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text; {state.seconds:.0f} s, at most {peak_memory_gb(device):.2f} GB"
           + (" in the first process" if world.size > 1 else ""))
     if state.last_eval_loss > unigram_loss - HUGS_UNIGRAM:
         print(f"warning: that is no better than guessing by word frequency ({unigram_loss:.2f}): the model has learnt little. "
@@ -176,7 +176,7 @@ def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, 
         "trained on": f"{config.dataset}, {len(tokens.train):,} sequences of {config.max_seq_len} tokens, {epochs:.3g} epochs",
         "shape": f"{config.arch}, {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, {len(tokens.token_counts):,} tokens in the vocabulary",
         "steps": f"{state.step:,} of {config.global_batch_size} sequences, {config.optimizer}, peak learning rate {peak_learning_rate(config):.3g}",
-        "held-out MLM loss": f"{state.last_eval_loss:.4f} nats a masked token",
+        "held-out MLM loss": f"{state.last_eval_loss:.4f} nats a masked token, {tokens.report.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text",
         "held-out MLM accuracy": f"{state.last_eval_accuracy:.1%}",
         "seed": str(config.seed),
     }

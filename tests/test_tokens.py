@@ -161,6 +161,18 @@ def test_what_is_skipped_and_what_is_doubled_is_counted(tmp_path, monkeypatch, c
     assert "156 read" in (printed := capsys.readouterr().out) and "4 empty, 2 without one known token" in printed and "50 duplicates" in printed
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_loss_a_token_is_told_in_bits_a_byte_of_all_text(packing, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "BLOCK_ROWS", 10)
+    texts = [f"größe number {n} " * (1 + n % 40) for n in range(50)]  # also longer than a sequence, and bytes that are no characters
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    _, _, tokenizer, tokens = prepare(tmp_path, packing=packing)
+    n_tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    n_bytes = sum(len(clean(text).encode()) for text in texts)
+    assert n_bytes > tokens.report.characters
+    assert tokens.report.bits_per_byte(np.log(2)) == pytest.approx(n_tokens / n_bytes)
+
+
 def test_duplicates_fall_on_one_side(tmp_path):
     lines = [json.dumps({"text": f"document number {n % 50}"}) for n in range(200)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
