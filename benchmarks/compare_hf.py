@@ -17,35 +17,23 @@ of a pair or the other: where the range is wide, run it again on a quiet machine
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import transformers
+from common import ROOT, new_learner, new_model, prepared, take_step
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-from microbert.batches import training_batch  # noqa: E402
-from microbert.config import Config, read_script  # noqa: E402
-from microbert.corpus import hold_cache, open_corpus  # noqa: E402
-from microbert.device import compute_dtype  # noqa: E402
-from microbert.distributed import World  # noqa: E402
-from microbert.hugging_face import hugging_face_config  # noqa: E402
-from microbert.layers import MaskedLanguageModel  # noqa: E402
-from microbert.masking import mask_batch  # noqa: E402
-from microbert.model import model_for_tokens  # noqa: E402
-from microbert.tokenizer import PAD_ID, get_tokenizer, save_tokenizer  # noqa: E402
-from microbert.prepare import prepare_tokens  # noqa: E402
-from microbert.tokens import Tokens  # noqa: E402
-from microbert.step import Learner  # noqa: E402
+from microbert.batches import training_batch
+from microbert.config import Config, read_script
+from microbert.device import compute_dtype
+from microbert.hugging_face import hugging_face_config
+from microbert.tokenizer import PAD_ID, save_tokenizer
+from microbert.tokens import Tokens
 
 SHAPES = {  # n_layers, n_heads, n_embed, vocab_size; timed steps of this project and of the Trainer
     "v1": ((2, 2, 4, 10_000), 60, 5),
@@ -57,20 +45,13 @@ WARM_UP = 2  # steps left out of each turn
 LEARNING_RATE = 1e-4
 
 
-def new_model(config: Config, tokens: Tokens) -> MaskedLanguageModel:
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its size each time
-        return model_for_tokens(config, tokens)
-
-
 def ours(config: Config, tokens: Tokens, steps: int) -> float:
     """Samples a second of this project's training step."""
-    learner = Learner(new_model(config, tokens), config, World({}))
+    learner = new_learner(config, tokens)
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             start = time.perf_counter()
-        batch = training_batch(tokens.train, step=step, epochs=100, global_batch_size=config.batch_size, seed=config.seed)
-        masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=learner.model.config.vocab_size)
-        learner.step(masked, step, LEARNING_RATE).read()
+        take_step(learner, tokens, step, LEARNING_RATE, epochs=100)
     return steps * config.batch_size / (time.perf_counter() - start)
 
 
@@ -107,10 +88,7 @@ def compare(name: str, rounds: int, dtype: str, folder: Path) -> str:
     (n_layers, n_heads, n_embed, vocab_size), our_steps, their_steps = SHAPES[name]
     config = dataclasses.replace(read_script(ROOT / "mlm_pretrain_v1.py", []), n_layers=n_layers, n_heads=n_heads,
                                  n_embed=n_embed, vocab_size=vocab_size, optimizer="adamw", dtype=dtype, max_samples=4000, device="cpu", cache_dir=str(folder / "cache"))
-    corpus = open_corpus(config, lambda: None)
-    with hold_cache(corpus, config, lambda: None):
-        tokenizer = get_tokenizer(corpus, config, lambda: None)
-        tokens = prepare_tokens(corpus, tokenizer, config, lambda: None)
+    tokenizer, tokens = prepared(config)
     save_tokenizer(tokenizer, folder, config.max_seq_len)
     pairs = []
     for number in range(rounds):

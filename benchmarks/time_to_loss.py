@@ -4,41 +4,32 @@
     python benchmarks/time_to_loss.py --minutes 3 --search-minutes 1     to see that it works
 
 The Trainer gets BertForMaskedLM of the same shape, this project's tokenizer, packed sequences, no dropout, and the best of three learning rates that
-bracket its optimum, as found in shorter runs. This project runs v4 as it stands, for a tenth of the time. Both are charged with the preparation, both
+bracket its optimum, as found in shorter runs. This project runs v4 as it stands, for a tenth of the time; where the CPU has units for
+bf16 (AMX), it multiplies its matrices in that, which `--dtype float32` turns off. Both are charged with the preparation, both
 are scored on the same held-out masks, and neither for the time that scoring takes.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Container
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import transformers
+from common import ROOT, held_out_loss, new_learner, new_model, prepared, scored_batches, take_step
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-from microbert.batches import evaluation_batches, steps_in_run, training_batch  # noqa: E402
-from microbert.config import Config, peak_learning_rate, read_script  # noqa: E402
-from microbert.corpus import hold_cache, open_corpus  # noqa: E402
-from microbert.distributed import World  # noqa: E402
-from microbert.hugging_face import hugging_face_config  # noqa: E402
-from microbert.loss import masked_scores  # noqa: E402
-from microbert.masking import MaskedBatch, mask_batch  # noqa: E402
-from microbert.model import model_for_tokens  # noqa: E402
-from microbert.optim import learning_rate_share  # noqa: E402
-from microbert.prepare import prepare_tokens  # noqa: E402
-from microbert.step import Learner  # noqa: E402
-from microbert.tokenizer import get_tokenizer, save_tokenizer  # noqa: E402
-from microbert.tokens import Tokens  # noqa: E402
+from microbert.batches import steps_in_run, training_batch
+from microbert.config import Config, peak_learning_rate, read_script
+from microbert.device import describe_compute
+from microbert.hugging_face import hugging_face_config
+from microbert.loss import masked_scores
+from microbert.optim import learning_rate_share
+from microbert.tokenizer import save_tokenizer
+from microbert.tokens import Tokens
 
 RATES = (5e-4, 1e-3, 2e-3)
 SCORED_BATCHES = 16  # of 32 held-out sequences
@@ -64,47 +55,28 @@ class Clock:
         self.start += self.now() - before
 
 
-def prepared(folder: Path) -> tuple[Config, Tokens, float]:
+def prepare(folder: Path, dtype: str) -> tuple[Config, Tokens, float]:
     """v4 at 10K words on raw IMDB, and the seconds from text to tokens, the tokenizer's training included."""
-    config = read_script(ROOT / "mlm_pretrain_v4.py", ["--vocab-size", "10000", "--n-layers", "4", "--batch-size", "32", "--device", "cpu",
+    config = read_script(ROOT / "mlm_pretrain_v4.py", ["--vocab-size", "10000", "--n-layers", "4", "--batch-size", "32", "--device", "cpu", "--dtype", dtype,
                                                        "--cache-dir", str(folder / "cache")])
     start = time.perf_counter()
-    corpus = open_corpus(config, lambda: None)
-    with hold_cache(corpus, config, lambda: None):
-        tokenizer = get_tokenizer(corpus, config, lambda: None)
-        tokens = prepare_tokens(corpus, tokenizer, config, lambda: None)
+    tokenizer, tokens = prepared(config)
     seconds = time.perf_counter() - start
     save_tokenizer(tokenizer, folder, config.max_seq_len)
     return config, tokens, seconds
 
 
-def held_out(config: Config, tokens: Tokens) -> list[MaskedBatch]:
-    batches = evaluation_batches(tokens.held_out, 32)
-    return [mask_batch(next(batches), seed=config.seed, probability=0.15, vocab_size=len(tokens.token_counts)) for _ in range(SCORED_BATCHES)]
-
-
 def ours(config: Config, tokens: Tokens, seconds: float, minutes: float) -> Curve:
     """v4's recipe, its learning rate falling in the time that is there."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        learner = Learner(model_for_tokens(config, tokens), config, World({}))
-    batches = held_out(config, tokens)
-
-    def loss() -> float:
-        learner.model.eval()
-        with torch.no_grad():
-            return sum(masked_scores(*learner.hidden(batch))[0] for batch in batches) / sum(batch.n_masked for batch in batches)
-
+    learner, batches = new_learner(config, tokens), scored_batches(config, tokens, SCORED_BATCHES)
     clock, steps, step = Clock(seconds), steps_in_run(len(tokens.train), config.epochs, config.batch_size), 0
-    clock.score(loss)
-    while (used := (clock.now() - seconds) / (60 * minutes - seconds)) < 1:
-        rate = peak_learning_rate(config) * learning_rate_share(max(step, used * steps), steps, config)
-        batch = training_batch(tokens.train, step=step, epochs=config.epochs, global_batch_size=config.batch_size, seed=config.seed)
-        masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=len(tokens.token_counts))
-        learner.step(masked, step, rate).read()
+    clock.score(lambda: held_out_loss(learner, batches))
+    while (used := (clock.now() - seconds) / (60 * minutes - seconds)) < 1 and step < steps:
+        take_step(learner, tokens, step, peak_learning_rate(config) * learning_rate_share(max(step, used * steps), steps, config), config.epochs)
         step += 1
         if used * POINTS >= len(clock.curve):
-            clock.score(loss)
-    clock.score(loss)
+            clock.score(lambda: held_out_loss(learner, batches))
+    clock.score(lambda: held_out_loss(learner, batches))
     return clock.curve
 
 
@@ -127,10 +99,9 @@ def theirs(config: Config, tokens: Tokens, folder: Path, seconds: float, minutes
 def _their_run(config: Config, tokens: Tokens, folder: Path, seconds: float, steps: int, rate: float, scored: Container[int]) -> Curve:
     """scored: the steps behind which it is scored."""
     transformers.set_seed(config.seed)
-    with contextlib.redirect_stdout(io.StringIO()):
-        shape = model_for_tokens(dataclasses.replace(config, arch="bert"), tokens).config
+    shape = new_model(dataclasses.replace(config, arch="bert"), tokens).config
     model = transformers.BertForMaskedLM(transformers.BertConfig(**hugging_face_config(shape)))
-    batches = held_out(config, tokens)
+    batches = scored_batches(config, tokens, SCORED_BATCHES)
 
     def loss() -> float:
         model.eval()
@@ -183,11 +154,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="of the Trainer's run")
     parser.add_argument("--search-minutes", type=float, default=5, help="of each of its three runs before, which choose the learning rate")
     parser.add_argument("--picture", type=Path, default=Path("time_to_loss.png"))
+    parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="of this project's matrix products, as the constant dtype")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config, tokens, seconds = prepared(folder)
+        config, tokens, seconds = prepare(folder, arguments.dtype)
         print(f"preparation: {seconds:.0f} s")
         ends = {}
         for rate in RATES:
@@ -197,7 +169,7 @@ def main() -> None:
         if rate in (RATES[0], RATES[-1]):
             print(f"note: the best of them, {rate:g}, is at the edge")
         curves = {f"Trainer, BertForMaskedLM, {rate:g}": theirs(config, tokens, folder, seconds, arguments.minutes, rate, POINTS),
-                  "MicroBERT v4": ours(config, tokens, seconds, OURS_SHARE * arguments.minutes)}
+                  f"MicroBERT v4{describe_compute(config, torch.device('cpu'))}": ours(config, tokens, seconds, OURS_SHARE * arguments.minutes)}
     baseline, own = curves.values()
     print(f"\n{'seconds':>9} {'loss':>8}   " + "   ".join(curves))
     for name, curve in curves.items():

@@ -123,7 +123,7 @@ void backward(int threads, long B, long H, long M, long T, tensor query, tensor 
                             score += q[r][c] * *at(k, c * PADDED + j);
                             weight_grad += out_grad[r][c] * *at(v, c * PADDED + j);
                         }
-                        weight[r] = power_of_2(score);
+                        weight[r] = power_of_2(smaller(score, all(0)));  // above it is only what stands behind the real keys, without limit
                         score_grad[r] = weight[r] * weight_grad;
                     }
                     for (int c = 0; c < HEAD; c++) {

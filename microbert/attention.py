@@ -17,7 +17,7 @@ from .kernels import address, compiled_kernel, n_threads
 
 SOURCE = Path(__file__).with_suffix(".c")
 NARROW_HEAD = 8  # numbers; with 8 PyTorch's attention takes twice as long as ours, with 2 four to five times, with 16 less time
-LONGEST_ROW = 8192  # keys, of which a thread of our attention holds a megabyte
+LONGEST_ROW = 4096  # keys, of which a thread of our attention holds half a megabyte on its stack
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 //
 // The share is 7.1.26 of Abramowitz and Stegun's Handbook of Mathematical Functions, to 1e-7: a polynomial times exp(-x^2 / 2), which the slope needs too.
 //
-// N numbers.
+// N rows of D numbers, one row of x `stride` numbers behind the other: x may be a part of something wider.
 
 #include <string.h>
 
@@ -27,22 +27,31 @@ static inline vec slope(vec x) {
     return share + 0.398942280f * x * bell;  // the density is bell / sqrt(2 pi)
 }
 
-void forward(int threads, long N, const float *x, float *output) {
-    long whole = N / LANES * LANES;
+void forward(int threads, long N, long D, long stride, const float *x, float *output) {
     #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < whole; i += LANES) *at(output, i) = gelu(*at(x, i));
-    vec last = all(0);
-    memcpy(&last, x + whole, (N - whole) * sizeof *x);
-    last = gelu(last);
-    memcpy(output + whole, &last, (N - whole) * sizeof *x);
+    for (long i = 0; i < N; i++) {
+        const float *row = x + i * stride;
+        float *of_row = output + i * D;
+        long c = 0;
+        for (; c + LANES <= D; c += LANES) *at(of_row, c) = gelu(*at(row, c));
+        vec last = all(0);
+        memcpy(&last, row + c, (D - c) * sizeof *x);
+        last = gelu(last);
+        memcpy(of_row + c, &last, (D - c) * sizeof *x);
+    }
 }
 
-void backward(int threads, long N, const float *x, const float *output_grad, float *x_grad) {
-    long whole = N / LANES * LANES;
+// output_grad, x_grad: [N, D]
+void backward(int threads, long N, long D, long stride, const float *x, const float *output_grad, float *x_grad) {
     #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < whole; i += LANES) *at(x_grad, i) = *at(output_grad, i) * slope(*at(x, i));
-    vec last = all(0);
-    memcpy(&last, x + whole, (N - whole) * sizeof *x);
-    last = slope(last);
-    for (long i = whole; i < N; i++) x_grad[i] = output_grad[i] * last[i - whole];
+    for (long i = 0; i < N; i++) {
+        const float *row = x + i * stride, *grad = output_grad + i * D;
+        float *to = x_grad + i * D;
+        long c = 0;
+        for (; c + LANES <= D; c += LANES) *at(to, c) = *at(grad, c) * slope(*at(row, c));
+        vec last = all(0);
+        memcpy(&last, row + c, (D - c) * sizeof *x);
+        last = slope(last);
+        for (long n = 0; c + n < D; n++) to[c + n] = grad[c + n] * last[n];
+    }
 }

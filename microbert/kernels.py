@@ -25,14 +25,14 @@ def compiled_kernel(source: Path, **constants: int) -> ctypes.CDLL | None:
     compiler = find_compiler()
     if compiler is None:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "kernel.so"
-        try:
-            subprocess.run([compiler, *FLAGS, *(f"-D{name}={value}" for name, value in constants.items()), "-o", library, source, "-lm"], check=True,
-                           capture_output=True)
+    defined = [f"-D{name}={value}" for name, value in constants.items()]
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            library = Path(folder) / "kernel.so"
+            subprocess.run([compiler, *FLAGS, *defined, "-o", library, source, "-lm"], check=True, capture_output=True)
             return ctypes.CDLL(str(library))
-        except (OSError, subprocess.CalledProcessError):  # no OpenMP, say, or a folder from which nothing may be run
-            return None
+    except (OSError, subprocess.CalledProcessError):  # no OpenMP, say, a full disk, or a folder from which nothing may be run
+        return None
 
 
 def address(x: Tensor | None) -> ctypes.c_void_p:

@@ -13,7 +13,7 @@ enum { ROWS = 4, BLOCK = 4 };  // rows at a time, and numbers of a row: their RO
 
 // Turns n rows of logits, x: [ROWS, STRIDE], into their gradients times the sum of the row, whose inverse is the row's factor, 0 without a label.
 // Returns log2 of the rows' probabilities, negative and added up.
-static double softmax(int n, long STRIDE, float *x, const long *labels, float *factor, float *bias_grad) {
+static double softmax(int n, long STRIDE, float *x, const long long *labels, float *factor, float *bias_grad) {
     vec most[ROWS], total[ROWS];
     float largest[ROWS];
     double loss = 0;
@@ -51,8 +51,8 @@ static void scale_rows(int n, int D, int width, const float *numbers, const floa
         for (int c = 0; c < width; c++) to[r * width + c] = r < n && c < D ? numbers[r * D + c] * factor[r] : 0;
 }
 
-// n rows, from hidden states to gradients. width: D rounded up to blocks. weight, weight_grad: [width, STRIDE]; these and bias_grad are added to.
-static double thin_rows(int n, int D, int width, long STRIDE, const float *hidden, const float *weight, const float *bias, const long *labels,
+// n rows, from hidden states to gradients. width: D rounded up to blocks. weight, weight_grad: [width, STRIDE]. weight_grad and bias_grad are added to.
+static double thin_rows(int n, int D, int width, long STRIDE, const float *hidden, const float *weight, const float *bias, const long long *labels,
                         float *hidden_grad, float *weight_grad, float *bias_grad, float *x) {
     float h[ROWS * width], factor[ROWS];
     for (int r = 0; r < ROWS; r++) factor[r] = LOG2_E;
@@ -107,7 +107,7 @@ long scratch(int width, long STRIDE) { return (ROWS + width + 1) * STRIDE; }
 
 // The whole of it for narrow hidden states. hidden, hidden_grad: [N, D]. weight: [width, STRIDE]. gradients: [width + 1, STRIDE], of the weights and
 // the bias. room: [threads, scratch]. losses: [threads], in units of ln 2.
-void thin(int threads, long N, int D, int width, long STRIDE, const float *hidden, const float *weight, const float *bias, const long *labels,
+void thin(int threads, long N, int D, int width, long STRIDE, const float *hidden, const float *weight, const float *bias, const long long *labels,
           float *hidden_grad, float *gradients, double *losses, float *room) {
     #pragma omp parallel for num_threads(threads)
     for (int t = 0; t < threads; t++) {
@@ -134,7 +134,7 @@ static unsigned short to_bf16(float x) {
 
 // The softmax alone, of logits [N, V] in fp32 or bf16, without bias; in their place it leaves their gradients times the row's sum. factor: [N].
 // bias_grad: [STRIDE]. losses: [threads], in units of ln 2. room: [threads, scratch of width 0].
-void softmax_of(int threads, long N, long V, long STRIDE, void *logits, int is_bf16, const float *bias, const long *labels, float *factor,
+void softmax_of(int threads, long N, long V, long STRIDE, void *logits, int is_bf16, const float *bias, const long long *labels, float *factor,
                 float *bias_grad, double *losses, float *room) {
     #pragma omp parallel for num_threads(threads)
     for (int t = 0; t < threads; t++) {

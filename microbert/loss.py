@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .device import is_for_kernels
 from .kernels import address, compiled_kernel, n_threads
@@ -17,7 +18,7 @@ from .masking import IGNORED
 
 SOURCE = Path(__file__).with_suffix(".c")
 LANES, BLOCK = 16, 4  # what loss.c wants rows and columns of its weights to be multiples of
-THIN = 32  # up to this D it computes the products too; where it is missing, PyTorch multiplies by weights that are laid out as [D, V], up to four times as fast
+THIN = 16  # up to this D it computes the products too; where it is missing, PyTorch multiplies by weights that are laid out as [D, V], up to four times as fast
 # logits in memory at a time: 5 MB in fp32, which a CPU's caches hold; on a GPU 268 MB, rows enough to keep it busy
 CHUNK_ELEMENTS = {"cpu": 1_280_000, "cuda": 2**26}
 LEAST_ROWS, LEAST_ROWS_WIDE = 128, 320  # so that a large vocabulary's weights, which no cache holds, are read for enough of them; the second for D > THIN
@@ -40,17 +41,21 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, dtype: torch.dtype | None) -> Tensor:
-        kernel = compiled_kernel(SOURCE) if is_for_kernels(hidden, weight, bias) else None
+        dtype = dtype or hidden.dtype
+        kernel = compiled_kernel(SOURCE) if is_for_kernels(hidden, weight, bias) and dtype in (torch.float32, torch.bfloat16) else None
+        if kernel is not None and len(labels) and labels.max() >= len(weight):
+            raise IndexError(f"a label is {labels.max()}, and the vocabulary has {len(weight)} tokens")
         if kernel is not None and weight.shape[1] <= THIN:
             loss, *gradients = _thin(kernel, hidden.contiguous(), weight, bias, labels.contiguous())
         else:
-            loss, *gradients = _in_chunks(kernel, hidden, weight, bias, labels.contiguous(), dtype or hidden.dtype)
+            loss, *gradients = _in_chunks(kernel, hidden, weight, bias, labels.contiguous(), dtype)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, loss_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors  # which nobody reads again, so that they need not be copied
         return hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), bias_grad.mul_(loss_grad), None, None
 
 
@@ -60,7 +65,7 @@ def _in_chunks(kernel: ctypes.CDLL | None, hidden: Tensor, weight: Tensor, bias:
     vocab_size, n_embed = weight.shape
     if n_embed <= THIN:
         weight = weight.T.contiguous().T
-    chunk = min(chunk_rows(hidden.device.type, vocab_size, n_embed), len(labels))
+    chunk = max(1, min(chunk_rows(hidden.device.type, vocab_size, n_embed), len(labels)))
     narrow_weight, buffer = weight.to(dtype), hidden.new_empty(chunk, vocab_size, dtype=dtype)
     softmax = _TorchSoftmax(bias, buffer) if kernel is None else _KernelSoftmax(kernel, bias)
     hidden_grad, loss_2 = torch.empty_like(hidden), hidden.new_zeros(())
@@ -119,7 +124,7 @@ class _KernelSoftmax:
         losses = self._bias_2.new_empty(threads.value, dtype=torch.float64)
         room = self._bias_2.new_empty(threads.value * self._kernel.scratch(0, ctypes.c_long(stride)))
         self._kernel.softmax_of(threads, *map(ctypes.c_long, (n_rows, vocab_size, stride)), address(logits), ctypes.c_int(logits.dtype == torch.bfloat16),
-                                       *map(address, (self._bias_2, labels, row_factor, bias_grad, losses, room)))
+                                *map(address, (self._bias_2, labels, row_factor, bias_grad, losses, room)))
         self._bias_grad += bias_grad
         return losses.sum(), row_factor
 
@@ -131,11 +136,13 @@ def _thin(kernel: ctypes.CDLL, hidden: Tensor, weight: Tensor, bias: Tensor, lab
     stride, width = len(bias_2), -(-n_embed // BLOCK) * BLOCK
     columns = weight.new_zeros(width, stride)
     columns[:n_embed, :vocab_size] = weight.T
-    hidden_grad, gradients, threads = torch.empty_like(hidden), weight.new_empty(width + 1, stride), n_threads()
-    losses = weight.new_empty(threads.value, dtype=torch.float64)
-    room = weight.new_empty(threads.value * kernel.scratch(ctypes.c_int(width), ctypes.c_long(stride)))
-    kernel.thin(threads, ctypes.c_long(n_slots), ctypes.c_int(n_embed), ctypes.c_int(width), ctypes.c_long(stride),
-                         *map(address, (hidden, columns, bias_2, labels, hidden_grad, gradients, losses, room)))
+    hidden_grad, gradients = torch.empty_like(hidden), weight.new_empty(width + 1, stride)
+    of_a_thread = kernel.scratch(ctypes.c_int(width), ctypes.c_long(stride))
+    # no more threads than have room where a chunk of logits would be
+    threads = max(1, min(torch.get_num_threads(), min(chunk_rows("cpu", vocab_size, n_embed), n_slots) * stride // of_a_thread))
+    losses, room = weight.new_empty(threads, dtype=torch.float64), weight.new_empty(threads * of_a_thread)
+    kernel.thin(ctypes.c_int(threads), ctypes.c_long(n_slots), ctypes.c_int(n_embed), ctypes.c_int(width), ctypes.c_long(stride),
+                *map(address, (hidden, columns, bias_2, labels, hidden_grad, gradients, losses, room)))
     return (losses.sum() / LOG2_E).to(hidden.dtype), hidden_grad, gradients[:n_embed, :vocab_size].T, gradients[width, :vocab_size]
 
 

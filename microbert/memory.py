@@ -65,7 +65,7 @@ CPU_TIER = Tier("the CPU", 0, 4, 32)
 class Hardware:
     """What a plan is for. kind: "cuda", "mps" or "cpu". memory_bytes: of each process's device, None when unknown (never for "cuda"). n_processes: of the run.
 
-    has_bf16: where dtype = "auto" takes that.
+    has_bf16: of a GPU. A plan for a CPU counts fp32: there attention stays in it, whatever else is multiplied in bf16.
     """
 
     kind: str
@@ -200,7 +200,7 @@ def cap_memory(config: Config, hardware: Hardware, device: torch.device) -> None
 
 
 def is_planned_in_bf16(config: Config, hardware: Hardware) -> bool:
-    return config.dtype == "bfloat16" or (config.dtype == "auto" and hardware.has_bf16)
+    return hardware.kind != "cpu" and (config.dtype == "bfloat16" or (config.dtype == "auto" and hardware.has_bf16))
 
 
 def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict[str, float]:

@@ -6,10 +6,12 @@
 #include <immintrin.h>
 enum { LANES = 16 };
 #define MAX _mm512_max_ps
+#define MIN _mm512_min_ps
 #elif defined __AVX__
 #include <immintrin.h>
 enum { LANES = 8 };
 #define MAX _mm256_max_ps
+#define MIN _mm256_min_ps
 #else
 enum { LANES = 4 };
 #endif
@@ -32,6 +34,14 @@ static inline vec larger(vec a, vec b) {  // a, where it is not a number
 #endif
 }
 
+static inline vec smaller(vec a, vec b) {  // a, where it is not a number
+#ifdef MIN
+    return (vec)MIN(b, a);
+#else
+    return -larger(-a, -b);
+#endif
+}
+
 static inline float sum_of(vec x) {
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += x[i];
@@ -44,7 +54,7 @@ static inline float largest_of(vec x) {
     return largest;
 }
 
-// 2^x for x <= 0, to 2e-7 of it: a polynomial of the rest behind the whole part, which is added to the exponent's bits. Its coefficients make the largest
+// 2^x for x < 128, to 2e-7 of it: a polynomial of the rest behind the whole part, which is added to the exponent's bits. Its coefficients make the largest
 // relative error in -0.5 to 0.5 smallest. NaN stays NaN.
 static inline vec power_of_2(vec x) {
     const float rounder = 3 << 22;  // the sum with it has no bits for fractions left, and the whole part in its last ones

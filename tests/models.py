@@ -15,6 +15,16 @@ few_examples = settings(max_examples=20, deadline=None)
 many_examples = settings(max_examples=100, deadline=None)  # no deadline: a busy machine is not a bug
 
 
+def on_threads(n, function, *arguments):
+    """What the function returns when torch has so many threads."""
+    n_before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_num_threads(n_before)
+
+
 def token_rows(n, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, shortest=1):
     """Rows of [CLS], ordinary tokens, [SEP] and padding, with from `shortest` to max_seq_len - 2 ordinary tokens. int64 [n, T]."""
     rng = np.random.default_rng(seed)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import many_examples
+from models import many_examples, on_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import microbert.attention
-from microbert.attention import NARROW_HEAD, SOURCE, attend
+from microbert.attention import LONGEST_ROW, NARROW_HEAD, SOURCE, attend
 from microbert.kernels import compiled_kernel
 
 needs_kernel = pytest.mark.skipif(compiled_kernel(SOURCE, HEAD=2) is None, reason="no C compiler with OpenMP")
@@ -69,14 +69,30 @@ def test_any_layout_will_do(layout):
 @needs_kernel
 def test_the_numbers_are_the_same_each_time_and_on_any_number_of_threads():
     tensors, mask, output_grad = inputs(B=8, H=4, M=64, T=64, is_masked=True)
-    n_threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 2, 3):
-            torch.set_num_threads(n)
-            results.append(output_and_gradients(attend, tensors, mask, output_grad))
-    finally:
-        torch.set_num_threads(n_threads)
+    results = [on_threads(n, output_and_gradients, attend, tensors, mask, output_grad) for n in (1, 2, 2, 3)]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0]))
+
+
+@needs_kernel
+@pytest.mark.parametrize("T", [7, 16, 33])
+def test_queries_that_are_far_from_all_keys_have_gradients_too(T):
+    """What stands behind the keys in a vector then weighs more than fp32 can hold, and must not be heard of."""
+    for score in torch.linspace(-400, -50, 500):  # nats, of each key
+        query, key = torch.zeros(1, 1, 3, 2), torch.ones(1, 1, T, 2)
+        query[..., 0] = score * 2**0.5
+        value = torch.linspace(-1, 1, 2 * T).view(1, 1, T, 2)
+        tensors = [x.requires_grad_() for x in (query, key, value)]
+        in_doubles = output_and_gradients(pytorch_attention, [x.detach().double().requires_grad_() for x in tensors], None, torch.ones(1, 1, 3, 2).double())
+        for ours, exact in zip(output_and_gradients(attend, tensors, None, torch.ones(1, 1, 3, 2)), in_doubles):
+            assert (ours - exact).abs().max() <= 1e-4 * (1 + score.abs())
+
+
+@needs_kernel
+def test_rows_may_be_as_long_as_they_are_taken():
+    tensors, mask, output_grad = inputs(B=1, H=2, M=3, T=LONGEST_ROW, d=NARROW_HEAD, scale=0.5)
+    assert is_ours(attend(*tensors, mask))
+    for ours, theirs in zip(on_threads(2, output_and_gradients, attend, tensors, mask, output_grad), output_and_gradients(pytorch_attention, tensors, mask, output_grad)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @needs_kernel

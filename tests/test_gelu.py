@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import on_threads
 from torch.nn import functional as F
 
 import microbert.gelu
@@ -36,9 +37,14 @@ def test_far_from_zero_it_is_the_number_itself_or_nothing():
 
 
 @needs_kernel
-def test_any_layout_will_do():
-    x = torch.randn(30, 50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(gelu(x.T), gelu(x).T)
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_any_layout_will_do_and_a_part_of_a_wider_tensor_is_not_copied(n_threads):
+    x = torch.randn(6, 5, 50, generator=torch.Generator().manual_seed(0))
+    for view in (x, x.transpose(0, 2), x[..., 20:41], x[:, 1], x[0, :, :7]):
+        for ours, exact in zip(on_threads(n_threads, output_and_gradient, gelu, view.detach()), output_and_gradient(F.gelu, view.detach().double())):
+            assert (ours - exact).abs().max() < 1e-6
+    part = x[..., 20:41].requires_grad_()
+    assert gelu(part).grad_fn.saved_tensors[0].data_ptr() == part.data_ptr()
 
 
 def test_other_types_and_machines_without_a_compiler_are_left_to_pytorch(monkeypatch):

@@ -41,6 +41,38 @@ def test_sources_compile_without_a_warning_for_old_processors_too(source, consta
         assert done.returncode == 0 and not done.stderr
 
 
+def results():
+    """Of each kernel, with gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    query, key, value = numbers(2, 2, 19, 3), numbers(2, 2, 23, 3), numbers(2, 2, 23, 3)
+    labels = torch.arange(31) % 3 * 40 + loss.IGNORED
+    yield "attention", attention.attend(query, key, value, None), (query, key, value)
+    yield "large scores", attention.attend(40 * query, 40 * key, value, None), (query, key, value)
+    for n_embed in (6, 40):
+        tensors = numbers(31, n_embed), numbers(97, n_embed), numbers(97)
+        yield f"loss, {n_embed}", loss.masked_loss(*tensors, labels, 20), tensors
+        yield f"loss, {n_embed}, bf16", loss.masked_loss(*tensors, labels, 20, torch.bfloat16), tensors
+    tensors = numbers(20, 5), numbers(5), numbers(5)
+    yield "norm", norm.layer_norm(*tensors, 1e-12), tensors
+    yield "gelu", gelu.gelu(x := numbers(7, 21)), (x,)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of other processors")
+@pytest.mark.parametrize("processor", ["x86-64-v2", "haswell"])
+def test_processors_with_narrower_vectors_compute_the_same(processor, monkeypatch):
+    here = [(name, output.detach(), torch.autograd.grad(output.sum(), tensors)) for name, output, tensors in results()]
+    compiled_kernel.cache_clear()
+    monkeypatch.setattr(microbert.kernels, "FLAGS", [f"-march={processor}" if flag.startswith("-march") else flag for flag in microbert.kernels.FLAGS])
+    for (name, output, gradients), (_, other_output, tensors) in zip(here, results(), strict=True):
+        tolerance = 1e-2 if "bf16" in name or "large" in name else 1e-4
+        torch.testing.assert_close((output, gradients), (other_output.detach(), torch.autograd.grad(other_output.sum(), tensors)), rtol=tolerance, atol=tolerance)
+
+
 @needs_compiler
 def test_denormal_numbers_are_not_lost_to_the_process():
     for source, constants in ALL:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import VOCAB_SIZE, as_batch, many_examples, noisy_model, token_rows
+from models import VOCAB_SIZE, as_batch, many_examples, noisy_model, on_threads, token_rows
 from test_config import configure
 from torch.nn import functional as F
 
@@ -73,12 +73,7 @@ def test_so_they_are_for_any_sizes_and_threads(n_rows, vocab_size, n_embed, n_th
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((n_rows, n_embed), (vocab_size, n_embed), (vocab_size,))]
     labels = torch.randint(0, vocab_size, (n_rows,), generator=generator)
     labels[torch.rand(n_rows, generator=generator) < 0.3] = IGNORED
-    n_before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        results = [loss_and_gradients(lambda *x: masked_loss(*x, labels, n_rows), leaves) for _ in range(2)]
-    finally:
-        torch.set_num_threads(n_before)
+    results = [on_threads(n_threads, loss_and_gradients, lambda *x: masked_loss(*x, labels, n_rows), leaves) for _ in range(2)]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     torch.testing.assert_close(results[0], expected(leaves, labels, n_rows), rtol=1e-4, atol=1e-5)
 
@@ -111,6 +106,24 @@ def test_what_is_not_a_number_is_not_hidden(n_embed, value, dtype):
         leaves[0][1, 0] = value  # a row with a label
     loss, (_, weight_grad, bias_grad) = loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype), leaves)
     assert loss.isnan() and weight_grad.isnan().any() and bias_grad.isnan().any()
+
+
+def test_any_layout_will_do_and_labels_beyond_the_vocabulary_are_told(n_embed):
+    leaves, labels = inputs(n_embed=n_embed)
+    result = loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves)
+    (hidden, weight, bias), apart = leaves, torch.stack([labels, labels], dim=1)[:, 0]
+    elsewhere = [torch.stack([hidden, hidden], dim=1)[:, 0], weight.T.contiguous().T, torch.stack([bias, bias], dim=1)[:, 0]]
+    elsewhere = [x.detach().as_strided(x.shape, x.stride()).requires_grad_() for x in elsewhere]
+    assert not elsewhere[0].is_contiguous() and not apart.is_contiguous()
+    torch.testing.assert_close(loss_and_gradients(lambda *x: masked_loss(*x, apart, 17), elsewhere), result)
+    with pytest.raises((IndexError, RuntimeError)):
+        masked_loss(*leaves, torch.full_like(labels, V), 17)
+
+
+def test_no_rows_give_no_loss(n_embed):
+    (hidden, weight, bias), labels = inputs(n_embed=n_embed)
+    loss, gradients = loss_and_gradients(lambda *x: masked_loss(*x, labels[:0], 1), [hidden.detach()[:0].requires_grad_(), weight, bias])
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
 def test_without_a_masked_token_loss_and_gradients_are_zero(n_embed):

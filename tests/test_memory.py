@@ -30,6 +30,7 @@ SHAPES = {"v1": (10_000, 2, 2, 4, 128, 32), "v2": (10_000, 4, 4, 8, 128, 32), "v
 PRODUCTION = ("a 140 GB GPU", "an 80 GB GPU", "a 24 GB GPU", "large")
 AT_LEAST, AT_MOST = 1.0, 1.25  # of what the step takes
 CPU = Hardware("cpu", None)
+NARROW = Hardware("mps", None)  # which takes bf16 as a GPU does, and logits in the chunks of a CPU, where this is computed
 
 
 def constants(shape, **others):
@@ -83,7 +84,7 @@ def test_so_it_is_with_micro_batches_and_with_dropout(shape, n_parts, dropout):
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(4)], ids=str)
 def test_so_it_is_in_bf16(shape):
-    planned = planned_training_bytes(constants(shape, dtype="bfloat16"), shape[0])
+    planned = planned_training_bytes(constants(shape, dtype="bfloat16"), shape[0], NARROW)
     assert AT_LEAST <= planned / taken_by_a_step(shape, dtype=torch.bfloat16) <= AT_MOST
 
 
@@ -101,7 +102,7 @@ def test_so_it_is_with_each_architecture_and_optimizer(shape, recipe):
 @pytest.mark.parametrize("shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["large"], SHAPES["one sequence"], SHAPES["long"]], ids=str)
 def test_so_it_is_with_all_of_that_together(shape, n_parts, dropout, dtype):
     config = constants(shape, batch_size=n_parts * shape[-1], micro_batch_size=shape[-1], dropout=dropout, dtype="bfloat16" if dtype else "float32", **RECIPES["v4"])
-    assert AT_LEAST <= planned_training_bytes(config, shape[0]) / taken_by_a_step(shape, n_parts, dropout, dtype, **RECIPES["v4"]) <= AT_MOST
+    assert AT_LEAST <= planned_training_bytes(config, shape[0], NARROW if dtype else CPU) / taken_by_a_step(shape, n_parts, dropout, dtype, **RECIPES["v4"]) <= AT_MOST
 
 
 @pytest.mark.parametrize("gib, n_layers, batch_size", [(139.8, 4, 16), (94, 4, 16), (93.5, 6, 32), (79.6, 6, 32), (39.4, 6, 32), (37, 4, 8), (23.6, 4, 8),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import many_examples
+from models import many_examples, on_threads
 from torch.nn import functional as F
 
 import microbert.norm
@@ -41,21 +41,21 @@ def is_ours(output):
 
 @needs_kernel
 @many_examples
-@given(st.integers(3, NARROW_ROW), st.integers(1, 70), st.integers(0, 100), st.sampled_from([0.1, 1.0, 10.0]))
-def test_output_and_gradients_are_those_of_pytorch(D, n_rows, seed, scale):
+@given(st.integers(3, NARROW_ROW), st.integers(1, 70), st.integers(0, 100), st.sampled_from([0.1, 1.0, 10.0]), st.integers(1, 4))
+def test_output_and_gradients_are_those_of_pytorch(D, n_rows, seed, scale, n_threads):
     tensors, output_grad = inputs(D, (n_rows,), seed, scale)
     assert is_ours(ours(*tensors))
     in_doubles = output_and_gradients(pytorch_norm, [x.detach().double().requires_grad_() for x in tensors], output_grad.double())
-    for mine, exact in zip(output_and_gradients(ours, tensors, output_grad), in_doubles):
+    for mine, exact in zip(on_threads(n_threads, output_and_gradients, ours, tensors, output_grad), in_doubles):
         assert mine.shape == exact.shape and (mine - exact).abs().max() <= 1e-5 / min(1, scale) * (1 + exact.abs().max())
 
 
 @needs_kernel
 def test_any_layout_will_do_and_the_numbers_are_the_same_each_time():
     tensors, output_grad = inputs(rows=(30, 50))
-    expected = output_and_gradients(ours, tensors, output_grad)
+    expected = on_threads(3, output_and_gradients, ours, tensors, output_grad)
     apart = [tensors[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(), *tensors[1:]]
-    for a, b in zip(output_and_gradients(ours, apart, output_grad.transpose(0, 1).contiguous().transpose(0, 1)), expected):
+    for a, b in zip(on_threads(3, output_and_gradients, ours, apart, output_grad.transpose(0, 1).contiguous().transpose(0, 1)), expected):
         assert torch.equal(a, b)
 
 
