@@ -144,6 +144,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     for name, curve in curves.items():
         axes.plot([seconds / 60 for seconds, _ in curve], [loss for _, loss in curve], label=name)
     axes.set(xscale="log", xlabel="minutes from raw text", ylabel="held-out MLM loss (nats)")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -57,16 +57,19 @@ def progress_bar(total: int | None, done: int, description: str, unit: str, leav
                 smoothing=0.05, leave=leave, disable=not shown)
 
 
-def draw_training_curve(folder: Path, lines: list[dict[str, float]], uniform_loss: float, unigram_loss: float) -> None:
-    """training_curve.png: training and held-out loss against steps, with the two guesses to read them against."""
+def draw_training_curve(folder: Path, lines: list[dict[str, float]], masked: dict[str, float], uniform_loss: float, unigram_loss: float) -> None:
+    """training_curve.png: training and held-out loss against steps, with the two guesses to read them against.
+
+    masked: the shares of masked tokens, by "train" and "eval". What stands under more of them is harder to guess.
+    """
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its first import announces a font cache
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     whole, close = figure.subplots(1, 2)
     losses = []
-    for key, label, style in (("train/loss", "training", {"color": "tab:blue", "alpha": 0.7}),
-                              ("eval/loss", "held out", {"color": "tab:red", "marker": "o", "markersize": 4})):
+    for key, label, style in (("train/loss", f"training, {masked['train']:.0%} masked", {"color": "tab:blue", "alpha": 0.7}),
+                              ("eval/loss", f"held out, {masked['eval']:.0%} masked", {"color": "tab:red", "marker": "o", "markersize": 4})):
         points = [(line["step"], line[key]) for line in lines if key in line]
         losses += [loss for _, loss in points]
         for axes in (whole, close):

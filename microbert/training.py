@@ -70,7 +70,8 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
         raise
     world.leave_group()
     if world.is_first:
-        draw_training_curve(run.folder, metrics.lines, uniform_loss, unigram_loss)
+        masked = {"train": config.mlm_probability, "eval": EVALUATION_PROBABILITY}
+        draw_training_curve(run.folder, metrics.lines, masked, uniform_loss, unigram_loss)
     print(f"held-out loss: {state.last_eval_loss:.4f} at the end, {state.best_eval_loss:.4f} at best (step {state.best_step}); "
           f"accuracy {state.last_eval_accuracy:.1%}, {tokens.report.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text; {state.seconds:.0f} s, at most {peak_memory_gb(device):.2f} GB"
           + (" in the first process" if world.size > 1 else ""))
