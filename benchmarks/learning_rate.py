@@ -49,6 +49,8 @@ def draw(losses: dict[str, dict[float, float]], rules: dict[str, float], path: P
         axes.axvline(rules[name], color="gray", linestyle="--", label=f"the rule: {rules[name]:.2g}")
         axes.axhspan(min(of_script.values()), min(of_script.values()) + 0.03, color="tab:green", alpha=0.2, label="0.03 nats from the best")
         axes.set(xscale="log", xlabel="peak learning rate", title=name)
+        axes.set_xticks(list(of_script), [f"{peak:.2g}" for peak in of_script])
+        axes.minorticks_off()
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out MLM loss (nats)")
