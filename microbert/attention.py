@@ -16,7 +16,7 @@ from .device import is_for_kernels, is_real_on_cpu
 from .kernels import address, compiled_kernel, n_threads
 
 SOURCE = Path(__file__).with_suffix(".c")
-NARROW_HEAD = 8  # numbers; with 8 PyTorch's attention takes twice as long as ours, with 2 four to five times, with 16 less time
+NARROW_HEAD = 8  # numbers; with 8 PyTorch's attention takes 1.7 times as long as ours, with 2 three to five times, with 16 less time (benchmarks/attention.py)
 LONGEST_ROW = 4096  # keys, of which a thread of our attention holds half a megabyte on its stack
 
 

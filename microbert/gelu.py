@@ -25,7 +25,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx, x: Tensor, kernel: ctypes.CDLL) -> Tensor:
         if _row_stride(x) is None:
             x = x.contiguous()
-        output = torch.empty(x.shape)
+        output = x.new_empty(x.shape)
         kernel.forward(*_sizes(x), address(x), address(output))
         ctx.save_for_backward(x)
         ctx.kernel = kernel
@@ -35,7 +35,7 @@ class _Gelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, output_grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        x_grad, output_grad = torch.empty(x.shape), output_grad.contiguous()
+        x_grad, output_grad = x.new_empty(x.shape), output_grad.contiguous()
         ctx.kernel.backward(*_sizes(x), address(x), address(output_grad), address(x_grad))
         return x_grad, None
 
@@ -49,6 +49,7 @@ def _row_stride(x: Tensor) -> int | None:
     return rows.stride(0) if rows.stride(1) == 1 else None
 
 
-def _sizes(x: Tensor) -> tuple:
+def _sizes(x: Tensor) -> tuple[ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_long]:
+    """What both functions of gelu.c begin with."""
     D = x.shape[-1]
     return n_threads(), ctypes.c_long(x.numel() // D), ctypes.c_long(D), ctypes.c_long(_row_stride(x))

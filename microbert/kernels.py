@@ -41,4 +41,5 @@ def address(x: Tensor | None) -> ctypes.c_void_p:
 
 
 def n_threads() -> ctypes.c_int:
+    """Those that PyTorch computes with, as a kernel takes them."""
     return ctypes.c_int(torch.get_num_threads())

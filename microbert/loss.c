@@ -12,7 +12,7 @@
 enum { ROWS = 4, BLOCK = 4 };  // rows at a time, and numbers of a row: their ROWS x BLOCK sums stay in registers
 
 // Turns n rows of logits, x: [ROWS, STRIDE], into their gradients times the sum of the row, whose inverse is the row's factor, 0 without a label.
-// Returns log2 of the rows' probabilities, negative and added up.
+// Returns their loss, in units of ln 2.
 static double softmax(int n, long STRIDE, float *x, const long long *labels, float *factor, float *bias_grad) {
     vec most[ROWS], total[ROWS];
     float largest[ROWS];
@@ -51,7 +51,7 @@ static void scale_rows(int n, int D, int width, const float *numbers, const floa
         for (int c = 0; c < width; c++) to[r * width + c] = r < n && c < D ? numbers[r * D + c] * factor[r] : 0;
 }
 
-// n rows, from hidden states to gradients. width: D rounded up to blocks. weight, weight_grad: [width, STRIDE]. weight_grad and bias_grad are added to.
+// n rows, from hidden states to gradients and the loss. width: D rounded up to blocks. weight, weight_grad: [width, STRIDE]. weight_grad and bias_grad are added to.
 static double thin_rows(int n, int D, int width, long STRIDE, const float *hidden, const float *weight, const float *bias, const long long *labels,
                         float *hidden_grad, float *weight_grad, float *bias_grad, float *x) {
     float h[ROWS * width], factor[ROWS];
@@ -60,11 +60,10 @@ static double thin_rows(int n, int D, int width, long STRIDE, const float *hidde
     for (long v = 0; v < STRIDE; v += LANES) {
         vec sum[ROWS];
         for (int r = 0; r < ROWS; r++) sum[r] = *at(bias, v);
-        for (int first = 0; first < width; first += BLOCK)
-            for (int c = first; c < first + BLOCK; c++) {
-                vec w = *at(weight, c * STRIDE + v);
-                for (int r = 0; r < ROWS; r++) sum[r] += h[r * width + c] * w;
-            }
+        for (int c = 0; c < width; c++) {
+            vec w = *at(weight, c * STRIDE + v);
+            for (int r = 0; r < ROWS; r++) sum[r] += h[r * width + c] * w;
+        }
         for (int r = 0; r < ROWS; r++) *at(x, r * STRIDE + v) = sum[r];
     }
     double loss = softmax(n, STRIDE, x, labels, factor, bias_grad);

@@ -118,6 +118,7 @@ class _KernelSoftmax:
         self.bias_grad = self._bias_grad[: len(bias)]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As _TorchSoftmax; logits in fp32 or bf16."""
         n_rows, vocab_size = logits.shape
         stride, threads = len(self._bias_2), n_threads()
         row_factor, bias_grad = self._bias_2.new_empty(n_rows, 1), torch.empty_like(self._bias_2)
@@ -155,7 +156,7 @@ def masked_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_
     """The batch's share of the mean loss, in nats a masked token: shares of micro-batches and ranks add up.
 
     hidden: [N, D]. weight: [V, D]. bias: [V]. labels: int64 [N], IGNORED for empty slots. n_masked: the masked tokens of the
-    whole global batch. dtype: in which matrices are multiplied; that of hidden when None.
+    whole global batch. dtype: in which matrices are multiplied; that of hidden when None. On a CPU raises IndexError for a label beyond the vocabulary.
     """
     return _CrossEntropy.apply(hidden, weight, bias, labels, dtype) / max(1, n_masked)
 

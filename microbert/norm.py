@@ -47,4 +47,5 @@ class _NarrowNorm(torch.autograd.Function):
 
 
 def _sizes(x: Tensor, eps: float) -> tuple[ctypes.c_int, ctypes.c_long, ctypes.c_float]:
+    """What both functions of norm.c begin with."""
     return n_threads(), ctypes.c_long(x.numel() // x.shape[-1]), ctypes.c_float(eps)
