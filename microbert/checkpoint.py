@@ -6,8 +6,8 @@ and where it stands) and manifest.json (the size and SHA-256 of every other file
 
 import dataclasses
 import os
-import shutil
 import sys
+import typing
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from .config import BY_TIER, Config, InputError, fill_in, settle_batch_size
 from .export import save_model
-from .files import read_json, sha256, sync_folder, write_atomic, write_json
+from .files import read_json, remove, sha256, sync_folder, write_atomic, write_json
 from .hugging_face import from_hugging_face
 from .layers import MaskedLanguageModel
 from .memory import Hardware, hardware_of
@@ -28,6 +28,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "state.json"}
 TEMPORARY = ".checkpoint.tmp"
+DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading a file that is not as it was written
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
 FREE_TO_CHANGE = {"dataset", "streaming", "device", "group_timeout", "eval_every", "save_every", "keep_checkpoints", "output_dir", "cache_dir", "overwrite",
                   "micro_batch_size", "prepare_only", "dry_run", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"}
@@ -64,10 +65,12 @@ def find_checkpoint(run: Run, device: torch.device) -> Path | None:
     """
 
     def look() -> dict[str, object]:
-        shutil.rmtree(run.folder / TEMPORARY, ignore_errors=True)  # what a kill inside a save left behind
+        remove(run.folder / TEMPORARY)  # what a kill inside a save left behind
         path, given, config, damaged = look_for_checkpoint(run.folder, run.given, hardware_of(device, run.world))
         for bad in damaged:
-            shutil.rmtree(bad)  # so that it is never taken for the newest again
+            remove(bad)  # so that it is never taken for the newest again
+        if path:
+            _remove_old(run)  # as a save would have done, had no kill come between
         return {"path": path and str(path), "tier": {name: getattr(given, name) for name in BY_TIER},
                 "settled": {name: getattr(config, name) for name in ("batch_size", "global_batch_size", "micro_batch_size")}}
 
@@ -87,16 +90,14 @@ def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tupl
     for path in checkpoint_folders(folder):
         try:
             verify(path)
-            stored = read_json(path / "state.json")
-            if stored["format"] != FORMAT:
-                raise ValueError(f"format {stored['format']}, not {FORMAT}")
+            stored = _read_stored(path)
             filled = fill_in(given, stored["config"])
             _compare_configs(path, stored["config"], filled)
             settled = settle_batch_size(filled, hardware.n_processes, stored["config"])
             if filled.micro_batch_size == stored["config"]["micro_batch_size"]:  # nobody asks for another than the run had
                 settled = dataclasses.replace(settled, micro_batch_size=stored["state"].get("micro_batch_size") or filled.micro_batch_size)
             return path, filled, settled, damaged
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
             damaged.append(path)
     if damaged:
@@ -106,47 +107,84 @@ def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tupl
 
 
 def verify(path: Path) -> None:
-    """Raises ValueError or OSError unless the checkpoint holds exactly what its manifest says."""
-    manifest = read_json(path / MANIFEST)
-    if set(manifest) != FILES:
-        raise ValueError("the manifest does not list the files of a checkpoint")
-    for name, stored in manifest.items():
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            raise ValueError(f"{name} is missing or a link")
-        if file.stat().st_size != stored["size"] or sha256(file) != stored["sha256"]:
+    """Raises ValueError, KeyError, TypeError or OSError unless the checkpoint holds exactly what its manifest says."""
+    for name, stored in _complete(path).items():
+        if sha256(path / name) != stored["sha256"]:
             raise ValueError(f"{name} is not what was saved")
 
 
+def _complete(path: Path) -> dict[str, dict]:
+    """The manifest, where each file that it lists is there in its size. Raises as `verify` does."""
+    manifest = read_json(path / MANIFEST)
+    if set(manifest) != FILES:
+        raise ValueError("the manifest does not list the files of a checkpoint")
+    for name in (MANIFEST, *manifest):
+        if (path / name).is_symlink() or not (path / name).is_file():
+            raise ValueError(f"{name} is missing or a link")
+    for name, stored in manifest.items():
+        if (path / name).stat().st_size != stored["size"]:
+            raise ValueError(f"{name} is not what was saved")
+    return manifest
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and bool(_complete(path))
+    except DAMAGE:
+        return False
+
+
 def save_checkpoint(run: Run, state: State, model: MaskedLanguageModel, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
-    """Writes checkpoint-<step>, then removes the oldest beyond keep_checkpoints. Nothing happens when it is there already."""
+    """Writes checkpoint-<step>, unless it is there already; then removes the oldest beyond keep_checkpoints, and what is older than these.
+
+    What else stands under its name goes; what is no complete checkpoint is not counted among those to keep.
+    """
     final = run.folder / f"checkpoint-{state.step}"
-    if final.exists():
-        return
-    temporary = run.folder / TEMPORARY
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_model(model, tokenizer, temporary)
-    moments = save(optimizer.tensors())
-    write_atomic(temporary / "optimizer.safetensors", lambda file: file.write(moments))
-    constants = dataclasses.asdict(run.config) | {name: getattr(run.given, name) for name in ("batch_size", "micro_batch_size")}
-    write_json(temporary / "state.json", {"format": FORMAT, "config": constants, "state": dataclasses.asdict(state)})
-    write_json(temporary / MANIFEST, {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-                                      for name in sorted(FILES)})
-    os.rename(temporary, final)
-    sync_folder(run.folder)
-    for old in checkpoint_folders(run.folder)[run.config.keep_checkpoints :]:
-        shutil.rmtree(old)
+    if not _is_complete(final):
+        temporary = run.folder / TEMPORARY
+        remove(temporary)
+        temporary.mkdir()
+        save_model(model, tokenizer, temporary)
+        moments = save(optimizer.tensors())
+        write_atomic(temporary / "optimizer.safetensors", lambda file: file.write(moments))
+        constants = dataclasses.asdict(run.config) | {name: getattr(run.given, name) for name in ("batch_size", "micro_batch_size")}
+        write_json(temporary / "state.json", {"format": FORMAT, "config": constants, "state": dataclasses.asdict(state)})
+        write_json(temporary / MANIFEST, {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
+                                          for name in sorted(FILES)})
+        remove(final)
+        os.rename(temporary, final)
+        sync_folder(run.folder)
+    _remove_old(run)
+
+
+def _remove_old(run: Run) -> None:
+    folders = checkpoint_folders(run.folder)
+    kept = list(filter(_is_complete, folders))[: run.config.keep_checkpoints]
+    for old in folders[folders.index(kept[-1]) + 1 :]:
+        remove(old)
 
 
 def read_state(path: Path, tokens_key: str | None) -> State:
     """Where the run of a verified checkpoint stands. Raises InputError when it was trained on other tokens than those of the key, if one is given."""
-    stored = read_json(path / "state.json")
+    stored = _read_stored(path)
     state = State(**stored["state"])
     if tokens_key is not None and state.tokens_key != tokens_key:
         raise InputError(f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} as it was then: "
                          "bring that back, or start anew with --overwrite or another --output-dir")
     return state
+
+
+def _read_stored(path: Path) -> dict:
+    """What state.json holds, as it was saved. Raises ValueError, KeyError, TypeError or OSError where it cannot be."""
+    stored = read_json(path / "state.json")
+    if stored["format"] != FORMAT:
+        raise ValueError(f"format {stored['format']}, not {FORMAT}")
+    constants, state = stored["config"], State(**stored["state"])
+    numbers = [(name, constants[name], typing.get_type_hints(Config)[name]) for name in (*BY_TIER, *BATCH_SIZES, "micro_batch_size") if name in constants]
+    for name, value, kind in numbers + [(name, getattr(state, name), kind) for name, kind in typing.get_type_hints(State).items()]:
+        if not isinstance(value, kind | int if kind is float else kind) or isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{name} is {value!r}")
+    return stored
 
 
 def load_checkpoint(path: Path, model: MaskedLanguageModel, optimizer: Optimizer, tokens_key: str) -> State:

@@ -323,7 +323,7 @@ def _whole_number(name: str, value: object) -> int:
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?(?:e\d+)?)([km]?)", str(value).replace("_", "").lower().strip())
     if match:
         number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6}[match[2]]
-        if number == int(number):
+        if number.is_integer():  # which infinity is not
             return int(number)
     raise InputError(f"{name} = {value!r} must be a whole number (500K and 10M are understood)")
 

@@ -53,7 +53,7 @@ def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
     try:
         model = new_model(read_hugging_face_config(read_json(folder / "config.json")))
         from_hugging_face(model, load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {error}") from error
     return model, load_tokenizer(folder / "tokenizer.json")
 

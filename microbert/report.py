@@ -37,15 +37,15 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; none when there is no file. A last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl; none when there is no file. What is no such line is left out: the last one, where a kill cut it short."""
     lines = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_bytes().splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(line, dict) and "step" in line:
+            if isinstance(line, dict) and isinstance(line.get("step"), int) and all(isinstance(value, int | float) for value in line.values()):
                 lines.append(line)
     return lines
 

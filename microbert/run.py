@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import errno
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -18,7 +17,7 @@ import filelock
 from .config import Config, InputError, dataset_files
 from .device import out_of_memory
 from .distributed import World, lost_process
-from .files import read_json, remove_stale, write_json
+from .files import read_json, remove, remove_stale, write_json
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # the last when a terminal closes; Windows has none
@@ -267,7 +266,5 @@ def _is_run(folder: Path) -> bool:
 
 def _remove_earlier_run(folder: Path) -> None:
     """Removes what a run leaves, by name, and nothing else."""
-    for path in checkpoint_folders(folder):
-        shutil.rmtree(path)
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
+    for path in (*checkpoint_folders(folder), *(folder / name for name in RUN_FILES)):
+        remove(path)

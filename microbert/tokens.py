@@ -86,9 +86,7 @@ def open_tokens(folder: Path, key: str, tokenizer: Tokenizer) -> Tokens:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, not {FORMAT}")
         report = Report(**manifest["report"])
-        token_counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False)
-        if token_counts.shape != (tokenizer.get_vocab_size(),):
-            raise ValueError(f"{TOKEN_COUNTS} has the shape {token_counts.shape}")
+        token_counts = load_array(folder / TOKEN_COUNTS, (np.int64,), (tokenizer.get_vocab_size(),))
         train, held_out = (_open_split(folder, split, manifest) for split in SPLITS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the token cache is damaged ({error}): delete {folder} and start again") from error
@@ -105,8 +103,18 @@ def _open_split(folder: Path, split: str, manifest: dict) -> Sequences:
     shards = []
     for number, n_sequences in enumerate(manifest[split]):
         if n_sequences:
-            shard = np.load(folder / shard_name(split, number), mmap_mode="r", allow_pickle=False)
-            if shard.shape != (n_sequences, manifest["max_seq_len"]):
-                raise ValueError(f"{shard_name(split, number)} has the shape {shard.shape}")
-            shards.append(shard)
+            shards.append(load_array(folder / shard_name(split, number), (np.uint16, np.uint32), (n_sequences, manifest["max_seq_len"]), mmap_mode="r"))
     return Sequences(shards, np.cumsum([0] + [len(shard) for shard in shards[:-1]]))
+
+
+def load_array(path: Path, dtypes: tuple[type, ...], shape: tuple[int, ...], mmap_mode: str | None = None) -> np.ndarray:
+    """An array that was saved with one of these dtypes and this shape. Raises OSError or ValueError where the file is another's, or damaged."""
+    try:
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads a header as Python, and lets through whatever comes of that
+        raise ValueError(f"{path.name}: {error}") from error
+    if array.dtype not in dtypes or array.shape != shape:
+        raise ValueError(f"{path.name} has {array.dtype} of the shape {array.shape}")
+    return array

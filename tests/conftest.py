@@ -2,6 +2,11 @@ import os
 
 import pytest
 from helpers import result, run, small_flags
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("suite", deadline=20_000)  # milliseconds for one input: a hang is a failure, and a busy machine is none
+settings.register_profile("thorough", settings.get_profile("suite"), max_examples=10_000, suppress_health_check=list(HealthCheck))
+settings.load_profile("suite")
 
 # before torch is loaded, for this process and those that it starts: on few cores, more threads than tests mostly wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,9 +1,12 @@
 """Runs of the real script on a small corpus, as a user starts them: how to start, watch and end them."""
 
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +28,10 @@ def write_corpus(path: Path, n_documents: int = 300) -> Path:
     lines = (json.dumps({"text": f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))}) for number in range(n_documents))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def corpus_from(finished_run: Path, folder: Path) -> None:
+    shutil.copy(finished_run / "corpus.jsonl", folder)
 
 
 def small_flags(folder: Path, **constants: object) -> list[str]:
@@ -77,6 +84,36 @@ def run_here(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+# processes that have their libraries loaded when they begin: a run costs its own time alone, and a kill at a random time falls on what the run does
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["matplotlib.figure", "pyarrow", "tokenizers", "torch._dynamo", "transformers.models.bert.modeling_bert"])
+
+
+def fork(flags: list[str], log: Path, patch: Callable[..., None] | None = None, *arguments: object) -> multiprocessing.Process:
+    """Starts the script in a process of its own, after a call of patch(*arguments) there, with its output in a file."""
+    process = FORKS.Process(target=_run_script, args=(flags, log, patch, *arguments))
+    process.start()
+    return process
+
+
+def _run_script(flags: list[str], log: Path, patch: Callable[..., None] | None, *arguments: object) -> None:
+    sys.argv = [str(SCRIPT), *flags]
+    with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        if patch is not None:
+            patch(*arguments)
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def end_of(process: multiprocessing.Process, limit: float = TIME_LIMIT) -> int:
+    """The exit code; below 0 the signal that ended it. A process that does not end in time is killed, and fails the test."""
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise AssertionError(f"no end after {limit} s")
+    return process.exitcode
 
 
 def patched_script(path: Path, patch: str, script: Path = SCRIPT) -> Path:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT, SCRIPT
 
-from microbert.config import InputError, read_config
+from microbert.config import InputError, read_config, settle_batch_size
 from microbert.config import _whole_number as whole_number
 
 
@@ -186,3 +186,24 @@ def test_a_misspelt_constant_in_the_script_itself_is_found(tmp_path):
     script.write_text(SCRIPT.read_text().replace("n_layers = 2", "n_layer = 2"))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and "did you mean n_layers?" in done.stderr
+
+
+TRAINED = {"batch_size": 16, "global_batch_size": 32}
+
+
+@pytest.mark.parametrize("constants, world_size, trained, settled", [
+    ({"batch_size": 16}, 4, None, (16, 64)), ({"batch_size": 16, "global_batch_size": 32}, 4, None, (8, 32)),
+    ({"batch_size": 16}, 1, TRAINED, (32, 32)), ({"batch_size": 16}, 8, TRAINED, (4, 32)), ({"batch_size": 8}, 4, TRAINED, (8, 32)),
+    ({"batch_size": 16, "global_batch_size": 32}, 2, TRAINED, (16, 32))])
+def test_the_batch_of_all_processes_is_kept(constants, world_size, trained, settled):
+    config = settle_batch_size(configure(**constants), world_size, trained)
+    assert (config.batch_size, config.global_batch_size) == settled
+
+
+@pytest.mark.parametrize("constants, world_size, trained, told", [
+    ({"batch_size": 8}, 1, TRAINED, "batch_size = 8 (was 16)"), ({"global_batch_size": 64}, 2, TRAINED, "global_batch_size = 64 (was 32)"),
+    ({"batch_size": 16}, 5, TRAINED, "5 processes"), ({"global_batch_size": 10}, 4, None, "4 processes")])
+def test_another_batch_is_refused(constants, world_size, trained, told):
+    with pytest.raises(InputError) as caught:
+        settle_batch_size(configure(**constants), world_size, trained)
+    assert told in str(caught.value)

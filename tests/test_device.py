@@ -96,3 +96,23 @@ def test_the_peak_is_of_this_process_alone():
     done = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, check=True)
     before, after = map(float, done.stdout.split())
     assert 0.05 < before < held.nbytes / 1e9 and after - before == pytest.approx(0.2, abs=0.05)
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("microbert.device.n_cores", lambda: 12)
+    environment = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}
+    try:
+        choose_device("cpu", World({**environment, "OMP_NUM_THREADS": "1"}))
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(2)
+        choose_device("cpu", World({**environment, "OMP_NUM_THREADS": "2"}))  # somebody has said how many
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_one_device_for_several_processes_is_refused(device):
+    with pytest.raises(InputError, match="2 processes"):
+        choose_device(device, World({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}))

@@ -1,16 +1,13 @@
 """The run's folder: loads in stock transformers without a warning, fills masks, and holds no half-written save."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, run_here, small_flags
+from helpers import ROOT
 
-from microbert.checkpoint import verify
 from microbert.fill_mask import fill_mask, load_run
-from microbert.config import InputError
 
 LOAD = """
 import sys, transformers
@@ -71,59 +68,3 @@ def test_fill_mask_on_the_command_line(finished_run):
 def test_fill_mask_says_what_is_wrong(arguments, words, finished_run):
     done = fill(*(argument.format(run=finished_run / "run") for argument in arguments))
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_pickle_instead_of_weights_is_refused_and_not_run(finished_run, tmp_path):
-    import pickle
-    import shutil
-
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "canary"), "w"))
-
-    shutil.copytree(finished_run / "run", tmp_path / "run")
-    (tmp_path / "run" / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(InputError):
-        load_run(tmp_path / "run")
-    assert not (tmp_path / "canary").exists()
-
-
-class Crash(BaseException):
-    """What a kill is to the code that it hits: nothing catches it."""
-
-
-def test_a_crash_at_any_file_operation_of_a_save_leaves_whole_checkpoints_only(tmp_path, monkeypatch):
-    real = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}
-    survived = 0
-    for crash_at in range(1, 200):
-        calls = 0
-
-        def counted(name):
-            def call(*arguments):
-                nonlocal calls
-                in_save = any("checkpoint" in str(argument) for argument in arguments) or name == "fsync"
-                calls += in_save and bool(list((tmp_path / "run").glob("checkpoint-*")))  # from the second save on
-                if calls == crash_at:
-                    raise Crash
-                return real[name](*arguments)
-            return call
-
-        for name in real:
-            monkeypatch.setattr(os, name, counted(name))
-        flags = small_flags(tmp_path, epochs=1, save_every=18, eval_every=1000)
-        try:
-            code = run_here([*flags, "--overwrite"], monkeypatch)
-        except Crash:
-            code = None
-        for name, function in real.items():
-            monkeypatch.setattr(os, name, function)
-        if code == 0:
-            break
-        checkpoints = list((tmp_path / "run").glob("checkpoint-*"))
-        assert checkpoints
-        for checkpoint in checkpoints:
-            verify(checkpoint)
-        survived += 1
-        if crash_at % 6 == 0:  # and the same command goes on from there
-            assert run_here(flags, monkeypatch) == 0
-    assert survived > 15

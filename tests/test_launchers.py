@@ -44,6 +44,7 @@ def call(script, *flags, cwd=None, **variables):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.fault(row=32)
 def test_values_reach_the_script_as_they_are(name, checkout, tmp_path):
     tells = stub(tmp_path / "tells", "import json, os, sys\nprint(json.dumps([os.getcwd(), sys.argv[1:]]))")
     done = call(checkout / "scripts" / name, *HOSTILE, PYTHON=str(tells), DATASET="a b;$(touch X)", EPOCHS="-1")
@@ -55,6 +56,7 @@ def test_values_reach_the_script_as_they_are(name, checkout, tmp_path):
     assert not list(tmp_path.rglob("X"))
 
 
+@pytest.mark.fault(row=32)
 def test_a_leading_dash_is_a_value_of_its_flag(checkout):
     done = call(checkout / "scripts" / "train_1gpu.sh", DEVICE="cpu", EPOCHS="-1")
     assert done.returncode == 2 and "epochs = -1 must be at least 1" in done.stdout
@@ -73,6 +75,7 @@ def test_a_dry_run_prints_the_command_and_does_nothing(name, checkout):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])
+@pytest.mark.fault(row=32)
 def test_the_exit_code_is_the_childs_in_spite_of_the_log(code, checkout, tmp_path):
     ends = stub(tmp_path / "ends", f"import sys\nprint('to the log')\nsys.stderr.write('this too')\nsys.exit({code})")
     done = call(checkout / "scripts" / "train_1gpu.sh", PYTHON=str(ends))
@@ -112,6 +115,7 @@ def test_what_is_wrong_from_the_start_is_told_once_before_any_process_starts(var
     assert not (checkout / "runs").exists()
 
 
+@pytest.mark.fault(row=32)
 def test_shellcheck_has_nothing_to_say():
     done = subprocess.run(["shellcheck", "-x", *map(str, sorted(SCRIPTS.iterdir()))],
                           capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"})

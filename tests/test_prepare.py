@@ -33,6 +33,7 @@ def shards(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(row=25)
 def test_kills_at_random_times_give_the_same_shards(tmp_path):
     def n_blocks():
         return len(list((tmp_path / "killed").rglob("block-*.json")))
@@ -86,6 +87,7 @@ prepare.prepare_tokens = patient"""
     assert "300 read" in output and "300 read" in others
 
 
+@pytest.mark.fault(row=25)
 def test_a_changed_file_is_prepared_anew_and_an_unchanged_one_is_not(tmp_path):
     flags = small_flags(tmp_path, prepare_only=True)
     assert "prepared in" in run(flags).stdout
@@ -134,6 +136,7 @@ def test_accents_go_only_where_that_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.fault(row=27)
 def test_a_line_of_fifty_megabytes_is_read_in_bounded_memory(kind, tmp_path):
     rng = random.Random(6)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 12))) for _ in range(5000)]

@@ -58,6 +58,7 @@ def test_the_micro_batch_is_halved_until_it_fits_and_the_step_is_the_same(monkey
     assert told.count("out of memory") == 2 and "step 0: out of memory with 4 sequences of 128 tokens at a time" in told and "2.00 GiB" in told
 
 
+@pytest.mark.fault(row=26)
 def test_without_memory_for_one_sequence_the_error_names_batch_length_and_bytes(monkeypatch):
     run_short(monkeypatch, 0)
     learner = new_learner()
@@ -167,6 +168,7 @@ step.Learner.step, step.masked_loss = counted, masked_loss""", script=V4)
 
 
 @pytest.mark.parametrize("n_processes", [1, 2])
+@pytest.mark.fault(row=26)
 def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_micro_batch(n_processes, tmp_path):
     runs_out = short_of_memory(tmp_path, "runs_out.py", f"if is_last and number >= 25 and n_rows > 2 // {n_processes}: raise torch.OutOfMemoryError({NO_MEMORY!r})")
     stops = short_of_memory(tmp_path, "stops.py", "if number == 23: os.kill(os.getpid(), signal.SIGTERM)")  # heard at the next step, the 25th

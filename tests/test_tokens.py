@@ -221,18 +221,3 @@ def test_a_damaged_cache_is_an_error_that_names_the_folder(tmp_path):
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(InputError, match="delete"):
         prepare(tmp_path)
-
-
-def test_a_pickle_in_the_cache_is_refused_and_not_run(tmp_path):
-    import pickle
-
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "canary"), "w"))
-
-    prepare(tmp_path)
-    shard = next((tmp_path / "cache").rglob("token_counts.npy"))
-    shard.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(InputError):
-        prepare(tmp_path)
-    assert not (tmp_path / "canary").exists()

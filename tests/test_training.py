@@ -3,20 +3,15 @@
 import gzip
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
 import transformers
-from helpers import ROOT, TIME_LIMIT, result, run_here, small_flags, write_corpus
+from helpers import ROOT, TIME_LIMIT, corpus_from, result, run_here, small_flags, write_corpus
 
-import microbert.prepare
-import microbert.training
 from microbert.tokenizer import PAD_ID
 
 
@@ -50,34 +45,6 @@ def test_a_rate_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, monkeypatc
     assert "no better than guessing by word frequency" in out
 
 
-def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tmp_path, monkeypatch, capfd):
-    write_corpus(tmp_path / "corpus.jsonl", n_documents=1200)
-    monkeypatch.setattr(microbert.prepare, "BLOCK_ROWS", 200)
-    written = []
-
-    def write_block(*arguments):
-        block = real(*arguments)
-        written.append(block.rows)
-        if len(written) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return block
-
-    real = microbert.prepare._write_block
-    monkeypatch.setattr(microbert.prepare, "_write_block", write_block)
-    assert run_here(small_flags(tmp_path), monkeypatch) == 75
-    stopped = capfd.readouterr()
-    assert "SIGTERM" in stopped.err and "Traceback" not in stopped.err
-    assert "preparing" in stopped.out and "training:" not in stopped.out
-    n_before, (tokens,) = len(written), tmp_path.glob("cache/*/tokens-*")
-    assert 2 <= n_before < 6 and len(list(tokens.glob("block-*.json"))) == n_before and not (tokens / "manifest.json").exists()
-
-    assert run_here(small_flags(tmp_path), monkeypatch) == 0
-    assert f"going on behind {200 * n_before:,} rows" in capfd.readouterr().out
-    assert written == [200] * 6  # no block twice
-    assert run_here(small_flags(tmp_path, output_dir=tmp_path / "whole", cache_dir=tmp_path / "other_cache"), monkeypatch) == 0
-    assert result(tmp_path / "run") == result(tmp_path / "whole")
-
-
 def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transformers_loads(tmp_path):
     lines = write_corpus(tmp_path / "plain.txt", n_documents=400).read_bytes().splitlines(keepends=True)
     (tmp_path / "plain.txt").unlink()
@@ -100,31 +67,16 @@ def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transform
     assert logits.shape == (1, batch["input_ids"].shape[1], len(tokenizer)) and logits.isfinite().all()
 
 
-def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeypatch, reference, finished_run):
-    shutil.copy(finished_run / "corpus.jsonl", tmp_path)
-    real = microbert.training.masked_scores
-    calls = 0
-
-    def scores(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 6:  # in the middle of the second evaluation
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(microbert.training, "masked_scores", scores)
-    assert run_here(small_flags(tmp_path), monkeypatch) == 75
-    monkeypatch.undo()
+def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(reference, finished_run, tmp_path, monkeypatch):
+    corpus_from(finished_run, tmp_path)
     assert run_here(small_flags(tmp_path), monkeypatch) == 0
     assert result(tmp_path / "run") == reference
+    assert run_here(small_flags(tmp_path, seed=1, output_dir=tmp_path / "other"), monkeypatch) == 0
+    assert result(tmp_path / "other")["hashes"] != reference["hashes"]
 
 
-def test_memory_that_runs_out_beside_the_steps_is_told_in_one_line(tmp_path, monkeypatch, capfd):
-    def masked_scores(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
-
-    monkeypatch.setattr(microbert.training, "masked_scores", masked_scores)
-    assert run_here(small_flags(tmp_path), monkeypatch) == 1
-    err = capfd.readouterr().err
-    assert "error: out of memory (CUDA out of memory. Tried to allocate 3.00 GiB)" in err and "Traceback" not in err
-    assert "out of memory" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
+def test_overwrite_starts_anew(finished_run, reference, tmp_path, monkeypatch):
+    shutil.copytree(finished_run, tmp_path / "copy")
+    flags = small_flags(tmp_path / "copy", n_layers=2)
+    assert run_here([*flags, "--overwrite"], monkeypatch) == 0
+    assert result(tmp_path / "copy" / "run")["hashes"] != reference["hashes"]

@@ -119,6 +119,7 @@ def test_a_run_of_so_many_minutes_ends_in_time_with_a_model_and_goes_on_after_a_
     assert (tmp_path / "run" / "README.md").exists()
 
 
+@pytest.mark.fault(row=1)
 def test_killed_and_stopped_it_comes_to_the_same_model(finished, tmp_path):
     beside(finished, tmp_path)
     flags, rng = flags_of(tmp_path), random.Random(4)

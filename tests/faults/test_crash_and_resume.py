@@ -1,0 +1,425 @@
+"""Killed, stopped, damaged: the same command comes to bitwise the run that was never disturbed."""
+
+import builtins
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from helpers import (TIME_LIMIT, corpus_from, end_of, fork, listing, result, run, run_here, small_flags, start, wait_for_checkpoint, wait_until,
+                     write_corpus)
+
+import microbert.checkpoint
+import microbert.files
+import microbert.kernels
+import microbert.prepare
+import microbert.step
+import microbert.training
+from microbert.checkpoint import verify
+
+KILLS_A_SERIES = 10
+
+
+@pytest.mark.slow
+@pytest.mark.fault(row=1)
+def test_twenty_kills_at_random_times_change_nothing(tmp_path):
+    """In series from an empty cache, on real reviews: the first kill of each falls before the first checkpoint, the others anywhere."""
+
+    def flags(name):
+        return small_flags(tmp_path, dataset="imdb", max_samples=1200, vocab_size=1000, epochs=2, save_every=20, eval_every=200,
+                           output_dir=tmp_path / name, cache_dir=tmp_path / f"{name}_cache")
+
+    def newest_step(folder):
+        return max((int(path.name[11:]) for path in folder.glob("checkpoint-*")), default=0)
+
+    def launch(name):
+        return fork(flags(name), tmp_path / "log")
+
+    def end(process):
+        assert end_of(process) == 0, (tmp_path / "log").read_text()
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = launch("whole")
+    begin = time.monotonic()
+    while process.is_alive() and not any(whole.glob("checkpoint-*")):
+        time.sleep(0.005)
+    until_checkpoint = time.monotonic() - begin
+    end(process)
+
+    rng = random.Random(2)
+    where = []
+    for share in (0.4, 1.0):  # of the time to the first checkpoint: in the first, also a machine that has become faster is killed before it
+        shutil.rmtree(killed, ignore_errors=True)
+        shutil.rmtree(tmp_path / "killed_cache", ignore_errors=True)
+        kills = 0
+        while kills < KILLS_A_SERIES:
+            wanted = newest_step(killed) + (20 * rng.randint(0, 3) if kills else 0)
+            process = launch("killed")
+            while process.is_alive() and newest_step(killed) < wanted:
+                time.sleep(0.005)
+            process.join(rng.uniform(0, share * until_checkpoint))
+            if process.is_alive():
+                process.kill()
+                process.join()
+                kills += 1
+                where.append("training" if newest_step(killed) else "before the first checkpoint")
+                continue
+            end(process)
+            assert result(killed) == result(whole)
+            shutil.rmtree(killed)  # it reached the end before its kill: that one is still to come
+            if not kills:
+                shutil.rmtree(tmp_path / "killed_cache")
+                until_checkpoint *= 0.7  # the machine is faster than when it was measured
+        end(launch("killed"))
+        assert result(killed) == result(whole)
+        assert not list(killed.glob(".checkpoint*"))
+    assert set(where) == {"training", "before the first checkpoint"}
+
+
+@pytest.mark.fault(row=3)
+def test_resuming_from_every_checkpoint_gives_the_same_run(tmp_path, monkeypatch):
+    flags = small_flags(tmp_path, max_samples=160, save_every=1, keep_checkpoints=1000, eval_every=4, epochs=1)
+    assert run_here(flags, monkeypatch) == 0
+    whole = result(tmp_path / "run")
+    steps = int(whole["checkpoint"][11:])
+    for step in range(1, steps):
+        again = tmp_path / f"from-{step}"
+        again.mkdir()
+        shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", again / f"checkpoint-{step}")
+        shutil.copy(tmp_path / "run" / "metrics.jsonl", again)  # with the lines after the checkpoint, as a kill leaves it
+        assert run_here([*flags, "--output-dir", str(again)], monkeypatch) == 0
+        assert result(again) == whole, f"resumed at step {step}"
+
+
+@pytest.fixture(params=[1, 2])
+def n_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.fault(row=3)
+def test_resuming_with_dropout_and_micro_batches_gives_the_same_run(n_threads, tmp_path, monkeypatch):
+    flags = small_flags(tmp_path, max_samples=120, dropout=0.1, micro_batch_size=3, save_every=5, epochs=1)
+    assert run_here(flags, monkeypatch) == 0
+    whole = result(tmp_path / "run")
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copytree(tmp_path / "run" / "checkpoint-10", again / "checkpoint-10")
+    shutil.copy(tmp_path / "run" / "metrics.jsonl", again)
+    assert run_here([*flags, "--output-dir", str(again)], monkeypatch) == 0
+    assert result(again) == whole
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.fault(row=4)
+def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished_run, reference, tmp_path):
+    corpus_from(finished_run, tmp_path)
+    flags = small_flags(tmp_path)
+    process = start(flags)
+    wait_for_checkpoint(process, tmp_path / "run")
+    process.send_signal(getattr(signal, name))
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=TIME_LIMIT)
+    assert process.returncode == 75, errors
+    assert "Traceback" not in errors
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    assert not (tmp_path / "run" / "README.md").exists()
+    assert run(flags).returncode == 0
+    assert result(tmp_path / "run") == reference
+
+
+@pytest.mark.fault(row=6)
+def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tmp_path, monkeypatch, capfd):
+    write_corpus(tmp_path / "corpus.jsonl", n_documents=1200)
+    monkeypatch.setattr(microbert.prepare, "BLOCK_ROWS", 200)
+    written = []
+
+    def write_block(*arguments):
+        block = real(*arguments)
+        written.append(block.rows)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return block
+
+    real = microbert.prepare._write_block
+    monkeypatch.setattr(microbert.prepare, "_write_block", write_block)
+    assert run_here(small_flags(tmp_path), monkeypatch) == 75
+    stopped = capfd.readouterr()
+    assert "SIGTERM" in stopped.err and "Traceback" not in stopped.err
+    assert "preparing" in stopped.out and "training:" not in stopped.out
+    n_before, (tokens,) = len(written), tmp_path.glob("cache/*/tokens-*")
+    assert 2 <= n_before < 6 and len(list(tokens.glob("block-*.json"))) == n_before and not (tokens / "manifest.json").exists()
+
+    assert run_here(small_flags(tmp_path), monkeypatch) == 0
+    assert f"going on behind {200 * n_before:,} rows" in capfd.readouterr().out
+    assert written == [200] * 6  # no block twice
+    assert run_here(small_flags(tmp_path, output_dir=tmp_path / "whole", cache_dir=tmp_path / "other_cache"), monkeypatch) == 0
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+@pytest.mark.fault(row=6)
+def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeypatch, reference, finished_run):
+    shutil.copy(finished_run / "corpus.jsonl", tmp_path)
+    real = microbert.training.masked_scores
+    calls = 0
+
+    def scores(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # in the middle of the second evaluation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(microbert.training, "masked_scores", scores)
+    assert run_here(small_flags(tmp_path), monkeypatch) == 75
+    monkeypatch.undo()
+    assert run_here(small_flags(tmp_path), monkeypatch) == 0
+    assert result(tmp_path / "run") == reference
+
+
+@pytest.mark.fault(row=7)
+def test_a_finished_run_started_again_says_so_and_changes_nothing(finished_run):
+    before = listing(finished_run / "run")
+    again = run(small_flags(finished_run))
+    assert again.returncode == 0 and "is finished" in again.stdout
+    after = listing(finished_run / "run")
+    before.pop("status.json"), after.pop("status.json")  # it tells of the launch, not of the run
+    assert after == before
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def without_kernels():
+    """Which take longer to compile than a run of seconds gains by them."""
+    microbert.kernels.find_compiler = lambda: None
+
+
+def die_in_second_save(kill_at, points):
+    """Patches what a save asks of the disk, so that call number `kill_at` of the second save kills the process: a write in its middle, everything
+    else before it is done. Their names are written to the file `points`."""
+    without_kernels()
+    real_save, calls = microbert.checkpoint.save_checkpoint, 0
+    is_second, seen = False, open(points, "w", buffering=1)
+
+    def point(name):
+        nonlocal calls
+        if is_second:
+            calls += 1
+            seen.write(f"{name}\n")
+            if calls == kill_at:
+                kill()
+
+    def pointed(name, real):
+        def call(*arguments, **options):
+            point(name)
+            return real(*arguments, **options)
+        return call
+
+    class HalfWritten:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            point("half a write")
+            self.file.write(data[len(data) // 2 :])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    def save(*arguments):
+        nonlocal is_second
+        is_second = bool(list(arguments[0].folder.glob("checkpoint-*")))
+        real_save(*arguments)
+        is_second = False
+
+    microbert.training.save_checkpoint = save
+    microbert.files.open = lambda path, mode="r", **options: HalfWritten(builtins.open(path, mode, **options)) if mode == "wb" else builtins.open(path, mode, **options)
+    for name in ("fsync", "replace", "rename", "unlink"):
+        setattr(os, name, pointed(name, getattr(os, name)))
+
+
+@pytest.mark.slow
+@pytest.mark.fault(row=2)
+def test_a_kill_at_every_point_inside_a_save_changes_nothing(tmp_path):
+    flags = small_flags(tmp_path, epochs=1, max_samples=180, save_every=15, eval_every=1000, keep_checkpoints=1)  # the second save is the last
+    assert end_of(fork([*flags, "--output-dir", str(tmp_path / "whole")], tmp_path / "log", die_in_second_save, None, tmp_path / "points")) == 0
+    whole, points = result(tmp_path / "whole"), (tmp_path / "points").read_text().splitlines()
+    assert set(points) == {"half a write", "fsync", "replace", "rename", "unlink"}
+    for number, name in enumerate(points, start=1):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert end_of(fork(flags, tmp_path / "log", die_in_second_save, number, tmp_path / "again")) == -signal.SIGKILL, (number, name)
+        left = [path for path in (tmp_path / "run").glob("checkpoint-*") if (path / "manifest.json").exists()]
+        assert left, (number, name)
+        verify(max(left, key=lambda path: int(path.name[11:])))
+        assert end_of(fork(flags, tmp_path / "log", without_kernels)) == 0, (number, name, (tmp_path / "log").read_text())
+        assert result(tmp_path / "run") == whole, (number, name)
+        assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith(".tmp")], (number, name)
+        assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1, (number, name)
+
+
+def die_in_micro_batch(number):
+    real, calls = microbert.step.masked_loss, 0
+
+    def loss(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            kill()
+        return real(*arguments)
+
+    microbert.step.masked_loss = loss
+
+
+@pytest.mark.fault(row=3)
+def test_a_kill_between_the_micro_batches_of_a_step_changes_nothing(tmp_path):
+    flags = small_flags(tmp_path, max_samples=120, micro_batch_size=3, save_every=5, epochs=2)
+    assert end_of(fork([*flags, "--output-dir", str(tmp_path / "whole")], tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    assert end_of(fork(flags, tmp_path / "log", die_in_micro_batch, 3 * 8 + 2)) == -signal.SIGKILL  # three of them a step: in step 8
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
+    assert end_of(fork(flags, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    assert "going on after step 5" in (tmp_path / "log").read_text()
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+def stop_in_second_save():
+    real_save, real_fsync = microbert.checkpoint.save_checkpoint, os.fsync
+    saves = 0
+
+    def save(*arguments):
+        nonlocal saves
+        saves += 1
+        real_save(*arguments)
+
+    def fsync(descriptor):
+        if saves == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real_fsync(descriptor)
+
+    microbert.training.save_checkpoint, os.fsync = save, fsync
+
+
+@pytest.mark.fault(row=6)
+def test_a_stop_during_a_save_lets_it_end_and_the_same_command_goes_on(tmp_path, reference, finished_run):
+    corpus_from(finished_run, tmp_path)
+    flags = small_flags(tmp_path)
+    assert end_of(fork(flags, tmp_path / "log", stop_in_second_save)) == 75, (tmp_path / "log").read_text()
+    checkpoints = list((tmp_path / "run").glob("checkpoint-*"))
+    assert sorted(path.name for path in checkpoints) in (["checkpoint-10", "checkpoint-20"], ["checkpoint-20", "checkpoint-21"])
+    for checkpoint in checkpoints:
+        verify(checkpoint)
+    assert end_of(fork(flags, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    assert result(tmp_path / "run") == reference
+
+
+def plant_incomplete_folders_and_die():
+    """Before each save after the first: some that are newer than it, and older, and where it writes. Dies after the fourth save."""
+    real_save, saves = microbert.checkpoint.save_checkpoint, 0
+
+    def save(run, state, *arguments):
+        nonlocal saves
+        saves += 1
+        if saves > 1:
+            for name in (f"checkpoint-{state.step}", "checkpoint-9999", f"checkpoint-{state.step - 1}", ".checkpoint.tmp"):
+                (run.folder / name).mkdir(exist_ok=True)
+                (run.folder / name / "config.json").write_text("{}")
+        real_save(run, state, *arguments)
+        if saves == 4:
+            kill()
+
+    microbert.training.save_checkpoint = save
+
+
+@pytest.mark.fault(row=9)
+@pytest.mark.parametrize("keep_checkpoints", [1, 2])
+def test_incomplete_folders_beside_checkpoints_cost_no_valid_one(keep_checkpoints, tmp_path, reference, finished_run):
+    corpus_from(finished_run, tmp_path)
+    flags = small_flags(tmp_path, keep_checkpoints=keep_checkpoints)
+    assert end_of(fork(flags, tmp_path / "log", plant_incomplete_folders_and_die)) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    for step in (40, 30)[:keep_checkpoints]:
+        verify(tmp_path / "run" / f"checkpoint-{step}")
+    assert end_of(fork(flags, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "checkpoint-9999 is damaged" in log and "going on after step 40" in log
+    assert result(tmp_path / "run") == reference
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == keep_checkpoints
+
+
+
+def interrupted_copy(finished_run, tmp_path):
+    """The reference as a kill before the last steps would have left it, with two checkpoints."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run, folder)
+    for name in ("README.md", "model.safetensors", "config.json"):
+        (folder / "run" / name).unlink()
+    return folder
+
+
+def damage(path, kind):
+    data = bytearray(path.read_bytes())
+    if kind == "truncated":
+        del data[len(data) // 2 :]
+    elif kind == "zeroed":
+        data[:] = bytes(len(data))
+    else:
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "zeroed", "bit-flipped"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.fault(row=8)
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(kind, file, finished_run, reference, tmp_path, monkeypatch, capfd):
+    folder = interrupted_copy(finished_run, tmp_path)
+    damage(folder / "run" / reference["checkpoint"] / file, kind)
+    assert run_here(small_flags(folder), monkeypatch) == 0
+    assert "damaged" in capfd.readouterr().err
+    assert result(folder / "run") == reference
+
+
+@pytest.mark.fault(row=8)
+def test_with_every_checkpoint_damaged_the_run_refuses_to_start_over(finished_run, tmp_path, monkeypatch, capfd):
+    folder = interrupted_copy(finished_run, tmp_path)
+    for checkpoint in (folder / "run").glob("checkpoint-*"):
+        damage(checkpoint / "model.safetensors", "truncated")
+    before = listing(folder / "run")
+    assert run_here(small_flags(folder), monkeypatch) == 2
+    assert "--overwrite" in capfd.readouterr().err
+    after = listing(folder / "run")
+    before.pop("status.json"), after.pop("status.json")
+    assert after == before
+
+
+@pytest.mark.fault(row=20)
+def test_a_second_run_in_the_folder_is_refused_and_the_first_is_named(tmp_path):
+    flags = small_flags(tmp_path, epochs=200)
+    first = start(flags)
+    try:
+        wait_for_checkpoint(first, tmp_path / "run")
+        second = run(flags)
+        assert second.returncode == 2 and f"process {first.pid}" in second.stderr
+    finally:
+        first.kill()
+        first.communicate()
+    third = start(flags)
+    try:
+        wait_until(lambda: f'"pid": {third.pid}' in (tmp_path / "run" / "status.json").read_text(), third)
+    finally:
+        third.kill()
+        third.communicate()

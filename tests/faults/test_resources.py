@@ -1,0 +1,166 @@
+"""A disk that is full or read-only, memory that runs out, numbers that break down: told in a line, and what was saved goes on."""
+
+import errno
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import SCRIPT, TIME_LIMIT, corpus_from, result, run, run_here, small_flags, wait_for_checkpoint
+from small_disk import SmallDisk, has_small_disks
+from test_config import configure
+
+import microbert.training
+from microbert.checkpoint import verify
+from microbert.config import InputError
+from microbert.run import checkpoint_folders, open_run
+
+
+@pytest.mark.parametrize("learning_rate", ["1e20", "1e38"])
+@pytest.mark.fault(row=24)
+def test_numbers_that_break_down_stop_the_run_before_the_step_is_applied(learning_rate, tmp_path, monkeypatch, capfd):
+    flags = [*small_flags(tmp_path, save_every=1), "--lr", learning_rate, "--lr-scaling", "none", "--warmup-ratio", "0"]
+    assert run_here(flags, monkeypatch) == 1
+    errors = capfd.readouterr().err
+    assert "not applied" in errors and "Traceback" not in errors
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 1
+
+
+@pytest.mark.parametrize("largest_file", [2_000, 60_000])  # bytes: less than the tokenizer takes; less than the training curve, and more than the kernel of attention
+@pytest.mark.fault(row=22)
+def test_a_file_that_cannot_grow_is_told_and_the_same_command_goes_on(largest_file, finished_run, reference, tmp_path):
+    corpus_from(finished_run, tmp_path)
+    flags = small_flags(tmp_path)
+    full = run(flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
+    assert full.returncode == 1
+    assert "ulimit -f" in full.stderr and "the same command goes on" in full.stderr and "Traceback" not in full.stderr
+    assert str(tmp_path / "run") in full.stderr and str(tmp_path / "cache") in full.stderr
+    assert bool(list((tmp_path / "run").glob("checkpoint-*"))) == (largest_file > 2_000)
+    assert run(flags).returncode == 0
+    assert result(tmp_path / "run") == reference
+
+
+@pytest.fixture
+def small_disk():
+    if not has_small_disks():
+        pytest.skip("needs Linux, and root or namespaces for users, to have a small disk")
+    with SmallDisk(megabytes=2) as disk:
+        yield disk
+
+
+def run_on(disk, flags):
+    command = disk.command([sys.executable, str(SCRIPT), *flags])
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+
+
+@pytest.mark.fault(row=22)
+def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space_the_same_command_goes_on(small_disk, finished_run, reference, tmp_path):
+    corpus_from(finished_run, tmp_path)
+    flags = small_flags(tmp_path, output_dir=small_disk.mount_point / "run")
+    folder = small_disk.path / "run"
+    process = subprocess.Popen(small_disk.command([sys.executable, str(SCRIPT), *flags]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint(process, folder)
+    small_disk.fill()
+    _, errors = process.communicate(timeout=TIME_LIMIT)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "error: the disk is full" in errors and "the same command goes on" in errors
+    newest = checkpoint_folders(folder)[0]
+    verify(newest)
+    small_disk.free()
+    again = run_on(small_disk, flags)
+    assert again.returncode == 0, again.stderr
+    assert f"going on after step {newest.name[11:]}" in again.stdout
+    assert result(folder) == reference
+
+
+@pytest.mark.fault(row=23)
+def test_a_read_only_folder_is_told_before_anything_is_prepared(small_disk, tmp_path):
+    small_disk.make_read_only()
+    flags = small_flags(tmp_path, output_dir=small_disk.mount_point / "run")
+    done = run_on(small_disk, flags)
+    assert done.returncode == 2
+    assert done.stderr == f"error: output_dir = '{small_disk.mount_point / 'run'}' cannot be written: Read-only file system\n"
+    assert not list(small_disk.path.iterdir()) and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.fault(row=23)
+def test_a_run_in_a_folder_that_has_become_read_only_is_refused_and_stays_as_it_is(small_disk, finished_run, tmp_path):
+    corpus_from(finished_run, tmp_path)
+    shutil.copytree(finished_run / "run", small_disk.path / "run")
+    (small_disk.path / "run" / "README.md").unlink()
+    small_disk.make_read_only()
+    done = run_on(small_disk, small_flags(tmp_path, output_dir=small_disk.mount_point / "run"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: output_dir = '{small_disk.mount_point / 'run'}' cannot be written: Read-only file system\n"
+
+
+
+def caused(full):
+    raise RuntimeError("could not write") from full
+
+
+def hidden(full):
+    try:
+        caused(full)
+    except RuntimeError:
+        raise InputError("the dataset cannot be read") from None
+
+
+def as_it_is(full):
+    raise full
+
+
+@pytest.mark.parametrize("number, filename", [(errno.ENOSPC, None), (errno.EDQUOT, None), (errno.ENOSPC, "/mnt/shard.npy")])
+@pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
+@pytest.mark.fault(row=22)
+def test_a_full_disk_is_told_with_the_places_to_look_at(raise_it, number, filename, finished_run, tmp_path, monkeypatch, capfd):
+    import microbert.prepare
+
+    corpus_from(finished_run, tmp_path)
+
+    def prepare_tokens(*arguments):
+        raise_it(OSError(number, "full", filename) if filename else OSError(number, "full"))
+
+    monkeypatch.setattr(microbert.prepare, "prepare_tokens", prepare_tokens)
+    assert run_here(small_flags(tmp_path), monkeypatch) == 1
+    errors = capfd.readouterr().err
+    places = [filename] if filename else [str(tmp_path / "run"), str(tmp_path / "cache")]
+    assert f"the disk is full ({' or '.join(places)})" in errors and "Traceback" not in errors
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+
+
+@pytest.mark.fault(row=22)
+def test_for_a_dataset_of_the_hub_its_downloads_are_a_place_too(tmp_path, capfd):
+    from huggingface_hub.constants import HF_HOME
+
+    config = configure(dataset="org/name", output_dir=str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as stop, open_run(config):
+        raise OSError(errno.ENOSPC, "full")
+    assert stop.value.code == 1
+    assert f"or {HF_HOME})" in capfd.readouterr().err
+
+
+def test_another_error_stays_a_bug_with_its_traceback(finished_run, tmp_path, monkeypatch, capfd):
+    import microbert.prepare
+
+    corpus_from(finished_run, tmp_path)
+    monkeypatch.setattr(microbert.prepare, "prepare_tokens", lambda *_: as_it_is(OSError(errno.EIO, "broken")))
+    assert run_here(small_flags(tmp_path), monkeypatch) == 1
+    errors = capfd.readouterr().err
+    assert "Traceback" in errors and "disk is full" not in errors
+
+
+@pytest.mark.fault(row=26)
+def test_memory_that_runs_out_beside_the_steps_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+    def masked_scores(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    monkeypatch.setattr(microbert.training, "masked_scores", masked_scores)
+    assert run_here(small_flags(tmp_path), monkeypatch) == 1
+    err = capfd.readouterr().err
+    assert "error: out of memory (CUDA out of memory. Tried to allocate 3.00 GiB)" in err and "Traceback" not in err
+    assert "out of memory" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]

@@ -1,0 +1,186 @@
+"""Kills, stops, damages and fills the disk of real runs for as long as it is told, and compares each with the run that was left alone, bit by bit.
+
+    python tests/soak.py                                     v1, then v3 with two processes, 30 minutes each
+    python tests/soak.py --minutes 5 --seed 3 --scripts v1
+
+A round is a run from an empty folder to its end, through faults at seeded random times. What a seed draws is the same each time; where in a run
+it falls is up to the machine. Ends with 0 where every round came to the same bits, and with 1 and what happened where one did not.
+"""
+
+import argparse
+import collections
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers import SCRIPT, end_tree, result, small_flags  # noqa: E402
+from launches import flags_of, ranks, torchrun_command  # noqa: E402
+from small_disk import SmallDisk, has_small_disks  # noqa: E402
+
+from microbert.checkpoint import verify  # noqa: E402
+from microbert.run import checkpoint_folders  # noqa: E402
+
+N_PROCESSES = {"v1": 1, "v3": 2}
+MEGABYTES = 8  # of the disk: five times what a run takes
+LONGEST = 300  # seconds for one launch: a hang fails
+KILLED = {0, 1, -signal.SIGKILL}  # 1 where torchrun is quicker to notice that its processes are gone than to be killed
+# a stop that comes before the signal is handled ends the process as it would any
+ENDS = {"nothing": {0}, "kill": KILLED, "kill a process": {0, 1}, "stop": {0, 75, -signal.SIGTERM}, "fill the disk": {0, 1}, "damage": KILLED}
+
+
+class Soak:
+    """Rounds of one script in `folder`, with the run on a small disk where there may be one."""
+
+    def __init__(self, script: str, seed: int, folder: Path, disk: SmallDisk | None) -> None:
+        self.n_processes, self.rng, self.folder, self.disk = N_PROCESSES[script], random.Random(f"{seed} {script}"), folder, disk
+        self.run, self.seen = (disk.path if disk else folder) / "run", (disk.mount_point if disk else folder) / "run"
+        self.faults = [fault for fault in ENDS if fault != "nothing" and (disk or fault != "fill the disk") and (self.n_processes > 1 or fault != "kill a process")]
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.longest = 0.0  # seconds that a launch without a fault has taken
+
+    def command(self, output_dir: Path) -> list[str]:
+        constants = {"output_dir": output_dir, "epochs": 20, "save_every": 15, "eval_every": 100, "keep_checkpoints": 3}
+        if self.n_processes == 1:
+            return [sys.executable, str(SCRIPT), *small_flags(self.folder, **constants)]
+        return torchrun_command(flags_of(self.folder, self.n_processes, **constants), self.n_processes)
+
+    def start(self, output_dir: Path) -> subprocess.Popen:
+        command = self.command(output_dir)
+        self.log = open(self.folder / "log", "w+")
+        return subprocess.Popen(self.disk.command(command) if self.disk else command, stdout=self.log, stderr=subprocess.STDOUT, text=True)
+
+    def end(self, process: subprocess.Popen, fault: str) -> int:
+        """Waits, and checks that the launch has ended as the fault lets it."""
+        try:
+            code = process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            end_tree(process)
+            raise SystemExit(f"no end after {LONGEST} s, with {fault}:\n{self.told()}") from None
+        if code not in ENDS[fault] or "Traceback" in self.told():
+            raise SystemExit(f"{fault}: ended with {code}:\n{self.told()}")
+        return code
+
+    def told(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def reference(self) -> dict[str, object]:
+        begin = time.monotonic()
+        self.end(self.start(self.seen), "nothing")
+        self.longest = time.monotonic() - begin
+        whole = result(self.run)
+        shutil.rmtree(self.run)
+        return whole
+
+    def round(self) -> dict[str, object]:
+        """One run through faults to its end."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        if self.rng.random() < 0.2:
+            shutil.rmtree(self.folder / "cache")
+        while True:
+            fault = self.rng.choice(self.faults)
+            process = self.start(self.seen)
+            self.wait(process)
+            self.inflict(fault, process)
+            code = self.end(process, fault)
+            if self.disk:
+                self.disk.free()
+            self.counts[fault if code else "too late"] += 1
+            if fault == "damage" and code:
+                self.damage()
+            if not code:
+                return result(self.run)
+
+    def wait(self, process: subprocess.Popen) -> None:
+        """Until a number of checkpoints more than there are now, or none more, and a random moment."""
+        wanted = self.newest() + 15 * self.rng.randint(0, 15)
+        deadline = time.monotonic() + self.longest
+        while process.poll() is None and self.newest() < wanted and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            process.wait(self.rng.uniform(0, 0.3 * self.longest))
+        except subprocess.TimeoutExpired:
+            pass
+
+    def newest(self) -> int:
+        return int(checkpoint_folders(self.run)[0].name[11:]) if self.run.exists() and checkpoint_folders(self.run) else 0
+
+    def inflict(self, fault: str, process: subprocess.Popen) -> None:
+        if process.poll() is not None:
+            return
+        if fault == "stop":
+            process.terminate()
+        elif fault == "fill the disk":
+            self.disk.fill()
+        elif fault == "kill a process" and (found := ranks(process)):
+            self.rng.choice([found[rank] for rank in sorted(found)]).kill()
+        elif fault != "kill a process":
+            end_tree(process)
+
+    def damage(self) -> None:
+        """A file of the newest checkpoint, where the run goes on and there is a whole one before it: cut, overwritten with zeros, or with one bit changed."""
+        whole = [path for path in checkpoint_folders(self.run) if not self.is_damaged(path)] if self.run.exists() else []
+        if len(whole) < 2 or (self.run / "README.md").exists():
+            return
+        file = self.rng.choice(sorted(whole[0].iterdir()))
+        data = bytearray(file.read_bytes())
+        kind = self.rng.choice(["cut", "zeros", "bit"])
+        if kind == "cut":
+            del data[self.rng.randrange(len(data)) :]
+        elif kind == "zeros":
+            data[:] = bytes(len(data))
+        else:
+            data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
+        file.write_bytes(data)
+        self.counts[f"{file.name}: {kind}"] += 1
+
+    @staticmethod
+    def is_damaged(path: Path) -> bool:
+        try:
+            verify(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+        return False
+
+
+def soak(script: str, seed: int, minutes: float, folder: Path, disk: SmallDisk | None) -> None:
+    """Prints what was done. Raises SystemExit with 1 where a round came to other bits."""
+    one = Soak(script, seed, folder, disk)
+    end = time.monotonic() + 60 * minutes
+    reference, rounds = one.reference(), 0
+    while time.monotonic() < end:
+        found = one.round()
+        rounds += 1
+        if found != reference:
+            different = [name for name in reference if found[name] != reference[name]]
+            raise SystemExit(f"{script}, seed {seed}: round {rounds} came to other {', '.join(different)}; its last launch:\n{one.told()}")
+    faults = ", ".join(f"{name} {count}" for name, count in sorted(one.counts.items()))
+    print(f"{script}, seed {seed}, {minutes:g} minutes: {rounds} rounds bitwise equal to the run left alone; {faults}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30, help="for each script")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scripts", nargs="+", choices=N_PROCESSES, default=list(N_PROCESSES))
+    arguments = parser.parse_args()
+    if not has_small_disks():
+        print("no small disk can be had here, so none is filled: it takes Linux, and root or namespaces for users")
+    for script in arguments.scripts:
+        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+            if has_small_disks():
+                with SmallDisk(MEGABYTES) as disk:
+                    soak(script, arguments.seed, arguments.minutes, Path(folder), disk)
+            else:
+                soak(script, arguments.seed, arguments.minutes, Path(folder), None)
+
+
+if __name__ == "__main__":
+    main()
