@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from helpers import SCRIPT, TIME_LIMIT, corpus_from, result, run, run_here, small_flags, wait_for_checkpoint
-from small_disk import SmallDisk, has_small_disks
+from helpers import SCRIPT, TIME_LIMIT, corpus_from, patched_script, result, run, run_here, small_flags
+from small_disk import BALLAST, SmallDisk, has_small_disks
 from test_config import configure
 
 import microbert.training
 from microbert.checkpoint import verify
 from microbert.config import InputError
-from microbert.run import checkpoint_folders, open_run
+from microbert.run import open_run
 
 
 @pytest.mark.parametrize("learning_rate", ["1e20", "1e38"])
@@ -51,29 +51,39 @@ def small_disk():
         yield disk
 
 
-def run_on(disk, flags):
-    command = disk.command([sys.executable, str(SCRIPT), *flags])
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+def run_on(disk, flags, script=SCRIPT):
+    return subprocess.run(disk.command([sys.executable, str(script), *flags]), capture_output=True, text=True, timeout=TIME_LIMIT)
+
+
+FILLED_AT_THE_SECOND_SAVE = """import microbert.training as training
+real, saves = training.save_checkpoint, []
+def save(run, *others):
+    saves.append(run)
+    if len(saves) == 2:
+        with open(run.folder.parent / {ballast!r}, "ab", buffering=0) as file:
+            try:
+                while file.write(bytes(2**16)):
+                    pass
+            except OSError:
+                pass
+    real(run, *others)
+training.save_checkpoint = save"""
 
 
 @pytest.mark.fault(row=22)
 def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space_the_same_command_goes_on(small_disk, finished_run, reference, tmp_path):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path, output_dir=small_disk.mount_point / "run")
-    folder = small_disk.path / "run"
-    process = subprocess.Popen(small_disk.command([sys.executable, str(SCRIPT), *flags]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_checkpoint(process, folder)
-    small_disk.fill()
-    _, errors = process.communicate(timeout=TIME_LIMIT)
-    assert process.returncode == 1 and "Traceback" not in errors
-    assert "error: the disk is full" in errors and "the same command goes on" in errors
-    newest = checkpoint_folders(folder)[0]
-    verify(newest)
+    full = run_on(small_disk, flags, patched_script(tmp_path / "fills.py", FILLED_AT_THE_SECOND_SAVE.format(ballast=BALLAST)))
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert "error: the disk is full" in full.stderr and "the same command goes on" in full.stderr
+    assert [path.name for path in small_disk.path.glob("run/checkpoint-*")] == ["checkpoint-10"]
+    verify(small_disk.path / "run" / "checkpoint-10")
     small_disk.free()
     again = run_on(small_disk, flags)
     assert again.returncode == 0, again.stderr
-    assert f"going on after step {newest.name[11:]}" in again.stdout
-    assert result(folder) == reference
+    assert "going on after step 10" in again.stdout
+    assert result(small_disk.path / "run") == reference
 
 
 @pytest.mark.fault(row=23)
