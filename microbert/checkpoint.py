@@ -60,17 +60,12 @@ def find_checkpoint(run: Run, device: torch.device) -> Path | None:
     """The newest checkpoint that is whole, or None at the first start; called before any long work.
 
     Settles run.config by it: the batch, and what a preset leaves to the device. The first process looks, the others are told: only its folder
-    needs to hold the checkpoint. Removes what stands in its way. Warns and raises as `look_for_checkpoint` does, and InputError for a batch
-    that cannot be shared.
+    needs to hold the checkpoint. Warns and raises as `look_for_checkpoint` does, and InputError for a batch that cannot be shared.
     """
 
     def look() -> dict[str, object]:
         remove(run.folder / TEMPORARY)  # what a kill inside a save left behind
-        path, given, config, damaged = look_for_checkpoint(run.folder, run.given, hardware_of(device, run.world))
-        for bad in damaged:
-            remove(bad)  # so that it is never taken for the newest again
-        if path:
-            _remove_old(run)  # as a save would have done, had no kill come between
+        path, given, config = look_for_checkpoint(run.folder, run.given, hardware_of(device, run.world))
         return {"path": path and str(path), "tier": {name: getattr(given, name) for name in BY_TIER},
                 "settled": {name: getattr(config, name) for name in ("batch_size", "global_batch_size", "micro_batch_size")}}
 
@@ -80,14 +75,14 @@ def find_checkpoint(run: Run, device: torch.device) -> Path | None:
     return Path(found["path"]) if found["path"] else None
 
 
-def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tuple[Path | None, Config, Config, list[Path]]:
-    """The newest checkpoint that is whole, the constants as given and settled, and the damaged checkpoints that are newer. Changes nothing.
+def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tuple[Path | None, Config, Config]:
+    """The newest checkpoint that is whole, and the constants as given and settled. Changes nothing.
 
     What a preset leaves to the device is filled in from the checkpoint, so that a run keeps its shape on another device, or from this one's tier.
     Warns about each damaged one on the way. Raises InputError when all are damaged, or the run's constants have changed.
     """
-    damaged = []
-    for path in checkpoint_folders(folder):
+    folders = checkpoint_folders(folder)
+    for path in folders:
         try:
             verify(path)
             stored = _read_stored(path)
@@ -96,14 +91,13 @@ def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tupl
             settled = settle_batch_size(filled, hardware.n_processes, stored["config"])
             if filled.micro_batch_size == stored["config"]["micro_batch_size"]:  # nobody asks for another than the run had
                 settled = dataclasses.replace(settled, micro_batch_size=stored["state"].get("micro_batch_size") or filled.micro_batch_size)
-            return path, filled, settled, damaged
+            return path, filled, settled
         except DAMAGE as error:
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
-            damaged.append(path)
-    if damaged:
+    if folders:
         raise InputError(f"no checkpoint in {folder} is whole; --overwrite starts anew, and nothing is removed until then")
     filled = fill_in(given, hardware.tier().values())
-    return None, filled, settle_batch_size(filled, hardware.n_processes), []
+    return None, filled, settle_batch_size(filled, hardware.n_processes)
 
 
 def verify(path: Path) -> None:
@@ -115,12 +109,12 @@ def verify(path: Path) -> None:
 
 def _complete(path: Path) -> dict[str, dict]:
     """The manifest, where each file that it lists is there in its size. Raises as `verify` does."""
+    for name in (MANIFEST, *sorted(FILES)):
+        if (path / name).is_symlink() or not (path / name).is_file():
+            raise ValueError(f"{name} is missing or a link")
     manifest = read_json(path / MANIFEST)
     if set(manifest) != FILES:
         raise ValueError("the manifest does not list the files of a checkpoint")
-    for name in (MANIFEST, *manifest):
-        if (path / name).is_symlink() or not (path / name).is_file():
-            raise ValueError(f"{name} is missing or a link")
     for name, stored in manifest.items():
         if (path / name).stat().st_size != stored["size"]:
             raise ValueError(f"{name} is not what was saved")
@@ -128,9 +122,10 @@ def _complete(path: Path) -> dict[str, dict]:
 
 
 def _is_complete(path: Path) -> bool:
+    """Raises OSError where that cannot be read: what may be whole is not to be taken for incomplete."""
     try:
         return not path.is_symlink() and bool(_complete(path))
-    except DAMAGE:
+    except (ValueError, KeyError, TypeError):
         return False
 
 
@@ -154,14 +149,23 @@ def save_checkpoint(run: Run, state: State, model: MaskedLanguageModel, optimize
         remove(final)
         os.rename(temporary, final)
         sync_folder(run.folder)
-    _remove_old(run)
+    _remove_old(run.folder, run.config.keep_checkpoints)
 
 
-def _remove_old(run: Run) -> None:
-    folders = checkpoint_folders(run.folder)
-    kept = list(filter(_is_complete, folders))[: run.config.keep_checkpoints]
+def _remove_old(folder: Path, keep_checkpoints: int) -> None:
+    folders = checkpoint_folders(folder)
+    kept = list(filter(_is_complete, folders))[:keep_checkpoints]
     for old in folders[folders.index(kept[-1]) + 1 :]:
         remove(old)
+
+
+def remove_others(path: Path, keep_checkpoints: int) -> None:
+    """What a run that goes on from this checkpoint leaves behind: damaged newer ones, so that none is ever taken for the newest again, and old ones,
+    where a kill came before they were removed."""
+    folders = checkpoint_folders(path.parent)
+    for newer in folders[: folders.index(path)]:
+        remove(newer)
+    _remove_old(path.parent, keep_checkpoints)
 
 
 def read_state(path: Path, tokens_key: str | None) -> State:
@@ -179,10 +183,18 @@ def _read_stored(path: Path) -> dict:
     stored = read_json(path / "state.json")
     if stored["format"] != FORMAT:
         raise ValueError(f"format {stored['format']}, not {FORMAT}")
-    constants, state = stored["config"], State(**stored["state"])
-    numbers = [(name, constants[name], typing.get_type_hints(Config)[name]) for name in (*BY_TIER, *BATCH_SIZES, "micro_batch_size") if name in constants]
-    for name, value, kind in numbers + [(name, getattr(state, name), kind) for name, kind in typing.get_type_hints(State).items()]:
-        if not isinstance(value, kind | int if kind is float else kind) or isinstance(value, int | float) and value < 0:
+    if not isinstance(stored["config"], dict):
+        raise ValueError("no constants are in it")
+    of_config = {name: stored["config"].get(name) for name in (*BY_TIER, *BATCH_SIZES, "micro_batch_size")}
+    for name, value in of_config.items():
+        if not isinstance(value, int | None):
+            raise ValueError(f"{name} is {value!r}")
+    for name, value in dataclasses.asdict(State(**stored["state"])).items():
+        kind = typing.get_type_hints(State)[name]
+        if not isinstance(value, kind | int if kind is float else kind):
+            raise ValueError(f"{name} is {value!r}")
+    for name, value in (of_config | stored["state"]).items():
+        if isinstance(value, int | float) and not 0 <= value <= (2**63 if isinstance(value, int) else float("inf")):
             raise ValueError(f"{name} is {value!r}")
     return stored
 

@@ -309,7 +309,7 @@ def _convert(name: str, value: object) -> object:
         return _whole_number(name, value)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise InputError(f"{name} = {value!r} must be a finite number")

@@ -13,7 +13,7 @@ import filelock
 
 from .config import Config, InputError, dataset_files
 from .documents import READ_ROWS, Corpus, Estimate, Part
-from .files import fingerprint, sha256
+from .files import fingerprint, refuse_link, sha256
 from .hub import open_hub
 from .local_files import open_files
 
@@ -52,6 +52,7 @@ def hold_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -
             raise InputError(f"cache_dir = {config.cache_dir!r} cannot be written: {error.strerror}") from None
     new_folder = not folder.exists()
     try:
+        refuse_link(folder)
         folder.mkdir(exist_ok=True)
         yield
     except InputError:

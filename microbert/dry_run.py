@@ -73,7 +73,7 @@ def _plan(config: Config, world: World) -> dict[str, object]:
         given = fill_in(config, hardware.tier().values())
         config = settle_batch_size(given, world.size)
     else:
-        checkpoint, given, config, _ = look_for_checkpoint(folder, config, hardware)
+        checkpoint, given, config = look_for_checkpoint(folder, config, hardware)
         if Run(config, folder).is_finished():
             return _finished_plan(given, config, folder, hardware)
     if config.preset is not None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from .config import InputError
+
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Calls `write(file)` on a temporary neighbour of `path`, then renames it to `path`. A kill leaves the old file or the new."""
@@ -36,6 +38,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def refuse_link(folder: Path) -> None:
+    """Raises InputError where a folder of ours is a link: what is in the other place is not ours to write and remove."""
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link: remove it, so that a folder can stand there")
 
 
 def write_text(path: Path, text: str) -> None:

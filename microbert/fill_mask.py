@@ -51,8 +51,11 @@ def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model yet: give a finished run's folder, or a checkpoint in it")
     try:
-        model = new_model(read_hugging_face_config(read_json(folder / "config.json")))
-        from_hugging_face(model, load_file(folder / "model.safetensors"))
+        config, weights = read_hugging_face_config(read_json(folder / "config.json")), load_file(folder / "model.safetensors")
+        if config.n_layers > len(weights) or config.n_embed * max(config.vocab_size, config.n_embed) > sum(weight.numel() for weight in weights.values()):
+            raise ValueError("config.json tells of a larger model than model.safetensors holds")  # before memory is taken for it
+        model = new_model(config)
+        from_hugging_face(model, weights)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {error}") from error
     return model, load_tokenizer(folder / "tokenizer.json")

@@ -47,6 +47,9 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
 }
 
 
+LARGEST = 1_000_000  # of any of the sizes in a configuration: no table that is made from them alone takes much memory
+
+
 def _hugging_face_names(arch: str, name: str) -> list[str]:
     """Under which names a parameter is stored."""
     module, kind = name.rsplit(".", 1)
@@ -134,5 +137,10 @@ def read_hugging_face_config(stored: dict) -> ModelConfig:
     if stored["model_type"] not in architectures:
         raise ValueError(f"a model of the type {stored['model_type']!r}, which this suite does not make")
     arch, dropout = architectures[stored["model_type"]]
+    for name in ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"):
+        if type(stored[name]) is not int or not 1 <= stored[name] <= LARGEST:
+            raise ValueError(f"{name} is {stored[name]!r}")
+    if stored["hidden_size"] % stored["num_attention_heads"]:
+        raise ValueError(f"num_attention_heads = {stored['num_attention_heads']} does not divide hidden_size = {stored['hidden_size']}")
     return ModelConfig(vocab_size=stored["vocab_size"], n_layers=stored["num_hidden_layers"], n_heads=stored["num_attention_heads"],
                        n_embed=stored["hidden_size"], max_seq_len=stored["max_position_embeddings"], dropout=stored[dropout], arch=arch)

@@ -29,7 +29,8 @@ def compiled_kernel(source: Path, **constants: int) -> ctypes.CDLL | None:
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = Path(folder) / "kernel.so"
-            subprocess.run([compiler, *FLAGS, *defined, "-o", library, source, "-lm"], check=True, capture_output=True)
+            command = [compiler, *FLAGS, *defined, "-o", library, source, "-lm"]
+            subprocess.run(command, check=True, capture_output=True, start_new_session=True)  # so that a signal to stop the run does not stop it
             return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError):  # no OpenMP, say, a full disk, or a folder from which nothing may be run
         return None

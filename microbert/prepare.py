@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from .config import Config, InputError
 from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, READ_CHARACTERS, READ_ROWS, Corpus, Estimate, Position, clean, split_hash
 from .encoder import Encoder, ranges
-from .files import fingerprint, read_json, remove_stale, write_atomic, write_json
+from .files import fingerprint, read_json, refuse_link, remove_stale, write_atomic, write_json
 from .report import progress_bar
 from .tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID, load_tokenizer, tokenizer_path
 from .tokens import FORMAT, MANIFEST, SPLITS, TOKEN_COUNTS, Report, Tokens, open_tokens, shard_name
@@ -42,6 +43,7 @@ def prepare_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config, check_s
     Raises InputError where there is too little text to train on one part and hold out another.
     """
     key, folder = _place(corpus, tokenizer, config)
+    refuse_link(folder)
     if not (folder / MANIFEST).exists():
         folder.mkdir(exist_ok=True)
         remove_stale(folder)
@@ -224,8 +226,7 @@ def _lay_out_blocks(blocks: list[_Block], below: int, tokenizer: Tokenizer, conf
 
 def _lay_out_block(number: int, below: int, config: Config, folder: Path, vocab_size: int) -> tuple[int, int, int, np.ndarray]:
     """Returns the sequences of both splits, the documents held out, and the counts of training tokens, int64 [V]."""
-    with np.load(folder / f"block-{number:05d}.npz", allow_pickle=False) as block:
-        hashes, lengths, ids = block["hashes"], block["lengths"], block["ids"]
+    hashes, lengths, ids = _read_block(folder, number, "hashes", "lengths", "ids")
     is_held_out = hashes < np.uint64(below)
     starts = np.cumsum(lengths) - lengths
     layout = packed_sequences if config.packing else truncated_sequences
@@ -277,13 +278,22 @@ def _count_distinct(folder: Path, n_blocks: int, documents: int) -> int:
     for first, end in zip(edges, edges[1:]):
         of_range = []
         for number in range(n_blocks):
-            with np.load(folder / f"block-{number:05d}.npz", allow_pickle=False) as block:
-                hashes = block["hashes"]
+            [hashes] = _read_block(folder, number, "hashes")
             of_range.append(hashes[(hashes >= np.uint64(first)) & (hashes <= np.uint64(end - 1))])
         in_range = np.concatenate(of_range)
         in_range.sort()  # np.unique takes several times as much memory
         distinct += min(1, len(in_range)) + int(np.count_nonzero(in_range[1:] != in_range[:-1]))
     return distinct
+
+
+def _read_block(folder: Path, number: int, *names: str) -> list[np.ndarray]:
+    """Raises InputError where the file is damaged."""
+    path = folder / f"block-{number:05d}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as block:
+            return [block[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged ({error}): delete {folder} and start again") from error
 
 
 def _remove_blocks(folder: Path) -> None:

@@ -37,9 +37,9 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; none when there is no file. What is no such line is left out: the last one, where a kill cut it short."""
+    """The lines of a metrics.jsonl; none when there is no file. What is no line of metrics is left out, such as a last one that a kill cut short."""
     lines = []
-    if path.exists():
+    if path.is_file():
         for text in path.read_bytes().splitlines():
             try:
                 line = json.loads(text)

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import errno
 import os
+import re
 import signal
 import socket
 import sys
@@ -186,7 +187,7 @@ def _quiet_but_first(world: World) -> Iterator[None]:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first. Symbolic links are not followed, and not counted."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir() and not path.is_symlink()]
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"[0-9]{1,18}", path.name[11:]) and path.is_dir() and not path.is_symlink()]
     return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
 
 
@@ -266,5 +267,7 @@ def _is_run(folder: Path) -> bool:
 
 def _remove_earlier_run(folder: Path) -> None:
     """Removes what a run leaves, by name, and nothing else."""
-    for path in (*checkpoint_folders(folder), *(folder / name for name in RUN_FILES)):
+    for path in checkpoint_folders(folder):
         remove(path)
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import State, load_checkpoint
+from .checkpoint import State, load_checkpoint, remove_others
 from .config import InputError
 from .layers import MaskedLanguageModel
 from .optim import Optimizer
@@ -22,14 +22,18 @@ OF_THE_MACHINE = {"dataset", "output_dir", "cache_dir", "device"}
 def start_together(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, optimizer: Optimizer, tokens: Tokens) -> State:
     """Where the run goes on, with model and optimizer as they are in the checkpoint, in every process alike.
 
-    The first process reads the checkpoint, so only its machine needs to hold it. Raises InputError where a process has other constants or
+    The first process reads the checkpoint, so only its machine needs to hold it, and removes those that the run does not need. Raises InputError where a process has other constants or
     tokens than the first, or a newer checkpoint; and what `load_checkpoint` raises.
     """
     world = run.world
     device = next(model.parameters()).device
 
     def begin() -> dict[str, object]:
-        state = State(tokens.key, prepared_seconds=time.perf_counter() - run.started) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer, tokens.key)
+        if checkpoint is None:
+            state = State(tokens.key, prepared_seconds=time.perf_counter() - run.started)
+        else:
+            state = load_checkpoint(checkpoint, model, optimizer, tokens.key)
+            remove_others(checkpoint, run.config.keep_checkpoints)
         return {"state": dataclasses.asdict(state), "facts": _facts(run, device, tokens)}
 
     first = world.first_does("start", begin, run.check_stop)

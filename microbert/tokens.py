@@ -86,6 +86,8 @@ def open_tokens(folder: Path, key: str, tokenizer: Tokenizer) -> Tokens:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, not {FORMAT}")
         report = Report(**manifest["report"])
+        if not all(isinstance(number, int) for number in dataclasses.astuple(report)):
+            raise ValueError("the report holds no numbers")
         token_counts = load_array(folder / TOKEN_COUNTS, (np.int64,), (tokenizer.get_vocab_size(),))
         train, held_out = (_open_split(folder, split, manifest) for split in SPLITS)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,6 +106,8 @@ def _open_split(folder: Path, split: str, manifest: dict) -> Sequences:
     for number, n_sequences in enumerate(manifest[split]):
         if n_sequences:
             shards.append(load_array(folder / shard_name(split, number), (np.uint16, np.uint32), (n_sequences, manifest["max_seq_len"]), mmap_mode="r"))
+    if not shards:
+        raise ValueError(f"there is no shard of {split}")
     return Sequences(shards, np.cumsum([0] + [len(shard) for shard in shards[:-1]]))
 
 
@@ -115,6 +119,8 @@ def load_array(path: Path, dtypes: tuple[type, ...], shape: tuple[int, ...], mma
         raise
     except Exception as error:  # numpy reads a header as Python, and lets through whatever comes of that
         raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path.name} holds several arrays")
     if array.dtype not in dtypes or array.shape != shape:
         raise ValueError(f"{path.name} has {array.dtype} of the shape {array.shape}")
     return array

@@ -42,8 +42,11 @@ def main() -> None:
     except (InputError, ValueError) as error:  # the latter of torchrun's own arguments
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
-    arguments.signals_to_handle = ",".join(_handle_signals())
+    signals = _handle_signals()
+    arguments.signals_to_handle = ",".join(signals)
     exit_code, how_it_ended = _run(arguments)
+    for name in signals:  # one more finds nothing left to stop
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     raise SystemExit(exit_code if config.dry_run else _told_end(Path(config.output_dir), arguments.rdzv_id, exit_code, how_it_ended))
 
 

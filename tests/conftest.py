@@ -4,7 +4,7 @@ import pytest
 from helpers import result, run, small_flags
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("suite", deadline=20_000)  # milliseconds for one input: a hang is a failure, and a busy machine is none
+settings.register_profile("suite", deadline=20_000)  # milliseconds for one input, with room for a busy machine
 settings.register_profile("thorough", settings.get_profile("suite"), max_examples=10_000, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
 

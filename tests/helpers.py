@@ -34,6 +34,15 @@ def corpus_from(finished_run: Path, folder: Path) -> None:
     shutil.copy(finished_run / "corpus.jsonl", folder)
 
 
+def interrupted_copy(finished_run: Path, folder: Path) -> Path:
+    """A copy of the finished run and its corpus as a kill before its end would have left it, with two checkpoints."""
+    copy = folder / "copy"
+    shutil.copytree(finished_run, copy)
+    for name in ("README.md", "model.safetensors", "config.json"):
+        (copy / "run" / name).unlink()
+    return copy
+
+
 def small_flags(folder: Path, **constants: object) -> list[str]:
     """Flags for a run of seconds on the corpus in `folder`, which is written if missing."""
     corpus = folder / "corpus.jsonl"
@@ -69,11 +78,12 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
 
 def end_tree(process: subprocess.Popen) -> None:
     if process.poll() is None:
-        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            try:
+        parent = psutil.Process(process.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent.suspend()  # so that it starts no other meanwhile
+        for one in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-            except psutil.NoSuchProcess:
-                pass
 
 
 def run_here(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -84,6 +94,14 @@ def run_here(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+SLOW_STEPS = """import microbert.step
+real_step = microbert.step.Learner.step
+def slow(*arguments, **options):
+    time.sleep(0.05)
+    return real_step(*arguments, **options)
+microbert.step.Learner.step = slow"""  # a patch: so that what is done to a run after its first checkpoint does not come too late
 
 
 # processes that have their libraries loaded when they begin: a run costs its own time alone, and a kill at a random time falls on what the run does

@@ -1,5 +1,6 @@
 """A small disk (a tmpfs) that is seen by the processes of one namespace alone, and goes with them: full, or read-only, as a person's may be."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -35,7 +36,9 @@ class SmallDisk:
         self._holder = subprocess.Popen([*UNSHARE, "sh", "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def __enter__(self) -> Self:
-        assert self._holder.stdout.readline() == "mounted\n"
+        if self._holder.stdout.readline() != "mounted\n":
+            self.__exit__(None, None, None)
+            raise OSError("the disk could not be mounted")
         self.path = Path(f"/proc/{self._holder.pid}/root{self.mount_point}")
         return self
 
@@ -51,13 +54,14 @@ class SmallDisk:
         subprocess.run(self.command(["mount", "-o", "remount,ro", str(self.mount_point)]), check=True)
 
     def fill(self) -> None:
-        """Takes what is free."""
-        with open(self.path / BALLAST, "ab", buffering=0) as file:
-            try:
-                while file.write(bytes(2**16)):
-                    pass
-            except OSError:
-                pass
+        fill(self.path / BALLAST)
 
     def free(self) -> None:
         (self.path / BALLAST).unlink(missing_ok=True)
+
+
+def fill(file: Path) -> None:
+    """Takes what is free on the file's disk."""
+    with open(file, "ab", buffering=0) as ballast, contextlib.suppress(OSError):
+        while ballast.write(bytes(2**16)):
+            pass

@@ -9,6 +9,7 @@ it falls is up to the machine. Ends with 0 where every round came to the same bi
 
 import argparse
 import collections
+import contextlib
 import random
 import shutil
 import signal
@@ -20,11 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import SCRIPT, end_tree, result, small_flags  # noqa: E402
+import psutil  # noqa: E402
+from helpers import ROOT, SCRIPT, end_tree, result, small_flags  # noqa: E402
 from launches import flags_of, ranks, torchrun_command  # noqa: E402
 from small_disk import SmallDisk, has_small_disks  # noqa: E402
 
-from microbert.checkpoint import verify  # noqa: E402
+from microbert.checkpoint import DAMAGE, verify  # noqa: E402
 from microbert.run import checkpoint_folders  # noqa: E402
 
 N_PROCESSES = {"v1": 1, "v3": 2}
@@ -54,7 +56,7 @@ class Soak:
     def start(self, output_dir: Path) -> subprocess.Popen:
         command = self.command(output_dir)
         self.log = open(self.folder / "log", "w+")
-        return subprocess.Popen(self.disk.command(command) if self.disk else command, stdout=self.log, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(self.disk.command(command) if self.disk else command, stdout=self.log, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
     def end(self, process: subprocess.Popen, fault: str) -> int:
         """Waits, and checks that the launch has ended as the fault lets it."""
@@ -87,12 +89,16 @@ class Soak:
         while True:
             fault = self.rng.choice(self.faults)
             process = self.start(self.seen)
-            self.wait(process)
-            self.inflict(fault, process)
-            code = self.end(process, fault)
-            if self.disk:
-                self.disk.free()
-            self.counts[fault if code else "too late"] += 1
+            try:
+                self.wait(process)
+                if not self.inflict(fault, process):
+                    fault = "nothing"
+                code = self.end(process, fault)
+            finally:
+                end_tree(process)
+                if self.disk:
+                    self.disk.free()
+            self.counts[fault] += 1
             if fault == "damage" and code:
                 self.damage()
             if not code:
@@ -112,17 +118,23 @@ class Soak:
     def newest(self) -> int:
         return int(checkpoint_folders(self.run)[0].name[11:]) if self.run.exists() and checkpoint_folders(self.run) else 0
 
-    def inflict(self, fault: str, process: subprocess.Popen) -> None:
+    def inflict(self, fault: str, process: subprocess.Popen) -> bool:
+        """Returns whether there was something to do it to."""
         if process.poll() is not None:
-            return
+            return False
         if fault == "stop":
             process.terminate()
         elif fault == "fill the disk":
             self.disk.fill()
-        elif fault == "kill a process" and (found := ranks(process)):
-            self.rng.choice([found[rank] for rank in sorted(found)]).kill()
-        elif fault != "kill a process":
+        elif fault == "kill a process":
+            found = ranks(process)
+            if not found:
+                return False
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.rng.choice([found[rank] for rank in sorted(found)]).kill()
+        else:
             end_tree(process)
+        return True
 
     def damage(self) -> None:
         """A file of the newest checkpoint, where the run goes on and there is a whole one before it: cut, overwritten with zeros, or with one bit changed."""
@@ -145,7 +157,7 @@ class Soak:
     def is_damaged(path: Path) -> bool:
         try:
             verify(path)
-        except (OSError, ValueError, KeyError, TypeError):
+        except DAMAGE:
             return True
         return False
 
@@ -155,7 +167,7 @@ def soak(script: str, seed: int, minutes: float, folder: Path, disk: SmallDisk |
     one = Soak(script, seed, folder, disk)
     end = time.monotonic() + 60 * minutes
     reference, rounds = one.reference(), 0
-    while time.monotonic() < end:
+    while not rounds or time.monotonic() < end:
         found = one.round()
         rounds += 1
         if found != reference:

@@ -181,6 +181,7 @@ def test_the_script_answers_in_under_a_second_and_creates_nothing(flags, code, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault(row=28)
 def test_a_misspelt_constant_in_the_script_itself_is_found(tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT.read_text().replace("n_layers = 2", "n_layer = 2"))

@@ -159,9 +159,9 @@ def test_on_another_device_a_run_keeps_its_shape_and_a_new_one_takes_that_device
     beside(finished, tmp_path)
     shutil.copytree(finished / "run" / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
     h100 = Hardware("cuda", 80 * GIB)
-    path, given, settled, _ = look_for_checkpoint(tmp_path / "run", configure_v4(*flags_of(tmp_path)), h100)
+    path, given, settled = look_for_checkpoint(tmp_path / "run", configure_v4(*flags_of(tmp_path)), h100)
     assert path and (given.n_layers, given.batch_size, settled.batch_size, settled.global_batch_size) == (4, 32, 32, 32)
-    path, given, settled, _ = look_for_checkpoint(tmp_path / "new", configure_v4(*flags_of(tmp_path)), h100)
+    path, given, settled = look_for_checkpoint(tmp_path / "new", configure_v4(*flags_of(tmp_path)), h100)
     assert path is None and (given.n_layers, settled.global_batch_size) == (6, 32)
 
 

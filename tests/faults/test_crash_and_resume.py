@@ -4,14 +4,15 @@ import builtins
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import time
 
 import pytest
 import torch
-from helpers import (TIME_LIMIT, corpus_from, end_of, fork, listing, result, run, run_here, small_flags, start, wait_for_checkpoint, wait_until,
-                     write_corpus)
+from helpers import (SLOW_STEPS, TIME_LIMIT, corpus_from, end_of, fork, interrupted_copy, listing, patched_script, result, run, run_here, small_flags, start,
+                     wait_for_checkpoint, wait_until, write_corpus)
 
 import microbert.checkpoint
 import microbert.files
@@ -82,7 +83,7 @@ def test_twenty_kills_at_random_times_change_nothing(tmp_path):
 
 @pytest.mark.fault(row=3)
 def test_resuming_from_every_checkpoint_gives_the_same_run(tmp_path, monkeypatch):
-    flags = small_flags(tmp_path, max_samples=160, save_every=1, keep_checkpoints=1000, eval_every=4, epochs=1)
+    flags = small_flags(tmp_path, max_samples=80, save_every=1, keep_checkpoints=1000, eval_every=4, epochs=2)
     assert run_here(flags, monkeypatch) == 0
     whole = result(tmp_path / "run")
     steps = int(whole["checkpoint"][11:])
@@ -121,13 +122,14 @@ def test_resuming_with_dropout_and_micro_batches_gives_the_same_run(n_threads, t
 def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished_run, reference, tmp_path):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path)
-    process = start(flags)
+    process = start(flags, patched_script(tmp_path / "slow.py", SLOW_STEPS))
     wait_for_checkpoint(process, tmp_path / "run")
     process.send_signal(getattr(signal, name))
     process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=TIME_LIMIT)
     assert process.returncode == 75, errors
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors and errors.count("stopping at the next safe point") == 1
+    assert len([path for path in (tmp_path / "run").glob("checkpoint-*") if int(path.name[11:]) % 10]) <= 1  # one save of two signals
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert not (tmp_path / "run" / "README.md").exists()
@@ -166,7 +168,7 @@ def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tm
 
 @pytest.mark.fault(row=6)
 def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeypatch, reference, finished_run):
-    shutil.copy(finished_run / "corpus.jsonl", tmp_path)
+    corpus_from(finished_run, tmp_path)
     real = microbert.training.masked_scores
     calls = 0
 
@@ -251,7 +253,7 @@ def die_in_second_save(kill_at, points):
 
     microbert.training.save_checkpoint = save
     microbert.files.open = lambda path, mode="r", **options: HalfWritten(builtins.open(path, mode, **options)) if mode == "wb" else builtins.open(path, mode, **options)
-    for name in ("fsync", "replace", "rename", "unlink"):
+    for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
         setattr(os, name, pointed(name, getattr(os, name)))
 
 
@@ -261,7 +263,7 @@ def test_a_kill_at_every_point_inside_a_save_changes_nothing(tmp_path):
     flags = small_flags(tmp_path, epochs=1, max_samples=180, save_every=15, eval_every=1000, keep_checkpoints=1)  # the second save is the last
     assert end_of(fork([*flags, "--output-dir", str(tmp_path / "whole")], tmp_path / "log", die_in_second_save, None, tmp_path / "points")) == 0
     whole, points = result(tmp_path / "whole"), (tmp_path / "points").read_text().splitlines()
-    assert set(points) == {"half a write", "fsync", "replace", "rename", "unlink"}
+    assert set(points) == {"half a write", "fsync", "replace", "rename", "unlink", "rmdir"}
     for number, name in enumerate(points, start=1):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         assert end_of(fork(flags, tmp_path / "log", die_in_second_save, number, tmp_path / "again")) == -signal.SIGKILL, (number, name)
@@ -361,16 +363,6 @@ def test_incomplete_folders_beside_checkpoints_cost_no_valid_one(keep_checkpoint
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == keep_checkpoints
 
 
-
-def interrupted_copy(finished_run, tmp_path):
-    """The reference as a kill before the last steps would have left it, with two checkpoints."""
-    folder = tmp_path / "copy"
-    shutil.copytree(finished_run, folder)
-    for name in ("README.md", "model.safetensors", "config.json"):
-        (folder / "run" / name).unlink()
-    return folder
-
-
 def damage(path, kind):
     data = bytearray(path.read_bytes())
     if kind == "truncated":
@@ -408,11 +400,14 @@ def test_with_every_checkpoint_damaged_the_run_refuses_to_start_over(finished_ru
 
 @pytest.mark.fault(row=20)
 def test_a_second_run_in_the_folder_is_refused_and_the_first_is_named(tmp_path):
-    flags = small_flags(tmp_path, epochs=200)
+    flags = small_flags(tmp_path, epochs=2000)
     first = start(flags)
     try:
         wait_for_checkpoint(first, tmp_path / "run")
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         second = run(flags)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # of a core: a busy machine may take longer
         assert second.returncode == 2 and f"process {first.pid}" in second.stderr
     finally:
         first.kill()

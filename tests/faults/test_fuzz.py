@@ -89,7 +89,7 @@ def ends_well(call, *arguments):
     try:
         return call(*arguments)
     except InputError as error:
-        assert "\n" not in str(error).strip() or len(str(error)) < 2000
+        assert "\n" not in str(error)
     except SystemExit as stop:
         assert stop.code in (0, 2)
 
@@ -190,7 +190,7 @@ def test_checkpoints_of_any_bytes(name, place, data):
         seal(newest)
 
     def load():
-        path, _, settled, _ = look_for_checkpoint(place / "run", config, CPU)
+        path, _, settled = look_for_checkpoint(place / "run", config, CPU)
         model = new_model(shape_of(settled, 300))
         return load_checkpoint(path, model, Optimizer(model, settled), state["tokens_key"])
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, TIME_LIMIT, listing, result, run, small_flags
+from helpers import ROOT, TIME_LIMIT, interrupted_copy, listing, result, run, small_flags
 
 from microbert.checkpoint import verify
 from microbert.files import sha256, write_json
@@ -83,10 +83,7 @@ def test_a_constant_that_cannot_be_is_answered_in_a_second_with_nothing_created(
 @pytest.fixture
 def interrupted(finished_run, tmp_path):
     """The finished run as a kill before its end would have left it, with two checkpoints: its folder, and that of its newest checkpoint."""
-    shutil.copytree(finished_run, tmp_path / "copy")
-    run_folder = tmp_path / "copy" / "run"
-    for name in ("README.md", "model.safetensors", "config.json"):
-        (run_folder / name).unlink()
+    run_folder = interrupted_copy(finished_run, tmp_path) / "run"
     newest = max(run_folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     return run_folder, newest
 
@@ -122,8 +119,12 @@ def test_a_checkpoint_of_another_dataset_names_it(interrupted):
     corpus = run_folder.parent / "corpus.jsonl"
     corpus.rename(run_folder.parent / "other.jsonl")
     corpus.write_bytes(FINE)
+    before = listing(run_folder)
     done = go_on(run_folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+    after = listing(run_folder)
+    before.pop("status.json"), after.pop("status.json")
+    assert after == before
     assert "was trained on other tokens, of dataset = " in done.stderr and "corpus.jsonl" in done.stderr
 
 
@@ -266,4 +267,22 @@ def test_a_link_instead_of_the_lock_is_not_written_through(interrupted, victim):
     (run_folder / ".lock").unlink(missing_ok=True)
     (run_folder / ".lock").symlink_to(victim / "precious.txt")
     done = go_on(run_folder)
-    assert done.returncode in (0, 2) and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.fault(row=31)
+@pytest.mark.parametrize("pattern", ["corpus-*", "*/tokens-*"])
+def test_a_link_instead_of_a_folder_of_the_cache_is_refused(pattern, finished_run, victim, tmp_path):
+    """Also of one that holds what a cache does, which a run would clean up."""
+    shutil.copytree(finished_run, tmp_path / "copy")
+    [folder] = (tmp_path / "copy" / "cache").glob(pattern)
+    shutil.rmtree(folder)
+    folder.symlink_to(victim)
+    for name in (".mine.tmp", "block-of-mine"):
+        (victim / name).write_text("mine")
+    before = listing(victim)
+    done = run(small_flags(tmp_path / "copy", output_dir=tmp_path / "new"))
+    assert done.returncode == 2 and f"{folder} is a link" in done.stderr and "Traceback" not in done.stderr
+    assert listing(victim) == before
+    for name in (".mine.tmp", "block-of-mine"):
+        (victim / name).unlink()

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 import torch
-from helpers import SCRIPT, TIME_LIMIT, corpus_from, patched_script, result, run, run_here, small_flags
-from small_disk import BALLAST, SmallDisk, has_small_disks
+from helpers import ROOT, SCRIPT, TIME_LIMIT, corpus_from, patched_script, result, run, run_here, small_flags
+from small_disk import SmallDisk, has_small_disks
+from safetensors.torch import load_file
 from test_config import configure
 
 import microbert.training
@@ -26,6 +27,7 @@ def test_numbers_that_break_down_stop_the_run_before_the_step_is_applied(learnin
     assert run_here(flags, monkeypatch) == 1
     errors = capfd.readouterr().err
     assert "not applied" in errors and "Traceback" not in errors
+    assert all(weight.isfinite().all() for file in (tmp_path / "run").glob("checkpoint-*/*.safetensors") for weight in load_file(file).values())
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 1
 
 
@@ -56,16 +58,13 @@ def run_on(disk, flags, script=SCRIPT):
 
 
 FILLED_AT_THE_SECOND_SAVE = """import microbert.training as training
+sys.path.insert(0, {tests!r})
+from small_disk import BALLAST, fill
 real, saves = training.save_checkpoint, []
 def save(run, *others):
     saves.append(run)
     if len(saves) == 2:
-        with open(run.folder.parent / {ballast!r}, "ab", buffering=0) as file:
-            try:
-                while file.write(bytes(2**16)):
-                    pass
-            except OSError:
-                pass
+        fill(run.folder.parent / BALLAST)
     real(run, *others)
 training.save_checkpoint = save"""
 
@@ -74,7 +73,7 @@ training.save_checkpoint = save"""
 def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space_the_same_command_goes_on(small_disk, finished_run, reference, tmp_path):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path, output_dir=small_disk.mount_point / "run")
-    full = run_on(small_disk, flags, patched_script(tmp_path / "fills.py", FILLED_AT_THE_SECOND_SAVE.format(ballast=BALLAST)))
+    full = run_on(small_disk, flags, patched_script(tmp_path / "fills.py", FILLED_AT_THE_SECOND_SAVE.format(tests=str(ROOT / "tests"))))
     assert full.returncode == 1 and "Traceback" not in full.stderr
     assert "error: the disk is full" in full.stderr and "the same command goes on" in full.stderr
     assert [path.name for path in small_disk.path.glob("run/checkpoint-*")] == ["checkpoint-10"]
@@ -105,7 +104,6 @@ def test_a_run_in_a_folder_that_has_become_read_only_is_refused_and_stays_as_it_
     done = run_on(small_disk, small_flags(tmp_path, output_dir=small_disk.mount_point / "run"))
     assert done.returncode == 2
     assert done.stderr == f"error: output_dir = '{small_disk.mount_point / 'run'}' cannot be written: Read-only file system\n"
-
 
 
 def caused(full):

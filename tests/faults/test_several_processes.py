@@ -11,7 +11,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-from helpers import TIME_LIMIT, end_tree, result, run, wait_for_checkpoint, wait_until
+from helpers import SLOW_STEPS, TIME_LIMIT, end_tree, patched_script, result, run, wait_for_checkpoint, wait_until
 from launches import FOREVER, SCRIPT, all_gone, faulty_script, finish, flags_of, free_port, launch, ranks, start, status, wait_for_training
 from models import VOCAB_SIZE, as_batch, in_shards, noisy_model, token_rows
 from safetensors.torch import load_file
@@ -120,10 +120,10 @@ def test_sequences_that_do_not_divide_give_equal_steps_and_each_once_an_epoch(n_
 def test_sigterm_to_torchrun_saves_and_ends_with_75_and_the_same_command_comes_to_the_same_model(two, tmp_path):
     beside(two, tmp_path)
     flags = flags_of(tmp_path, 2)
-    process = start(flags, patience=FOREVER)
+    process = start(flags, script=patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT))
     workers = wait_for_training(process, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
-    code, out, err = finish(process)
+    code, out, err = finish(process)  # in the 30 s that torchrun gives its processes, or they are killed
     assert code == 75, err
     assert all_gone(list(workers.values()), 1)
     assert "Traceback" not in err and err.count("stopped by SIGTERM") == 1
@@ -136,7 +136,7 @@ def test_sigterm_to_torchrun_saves_and_ends_with_75_and_the_same_command_comes_t
 @pytest.mark.fault(row=5)
 def test_a_signal_to_one_process_stops_all_and_nothing_starts_again(two, tmp_path):
     beside(two, tmp_path)
-    process = start(flags_of(tmp_path, 2), 2, "--max-restarts=1", module="torch.distributed.run")
+    process = start(flags_of(tmp_path, 2), 2, "--max-restarts=1", module="torch.distributed.run", script=patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT))
     wait_for_training(process, tmp_path / "run")[1].terminate()
     code, out, err = finish(process)
     assert code == 1  # of torchrun itself
@@ -152,7 +152,7 @@ def test_a_killed_process_ends_the_run_with_an_error(rank, two, tmp_path):
     process = start(flags_of(tmp_path, 2, epochs=20), patience=FOREVER)
     workers = wait_for_training(process, tmp_path / "run")
     workers[rank].kill()
-    code, out, err = finish(process)
+    code, out, err = finish(process, 60)  # seconds: soon, also on a busy machine
     assert code == 1
     assert all_gone(list(workers.values()), 1)
     assert "Traceback" not in err
@@ -166,7 +166,7 @@ def test_a_killed_process_ends_the_run_with_an_error(rank, two, tmp_path):
 def test_a_killed_process_with_a_restart_comes_to_the_same_model(two, tmp_path):
     """With --overwrite, which must not throw away what the first attempt has saved."""
     beside(two, tmp_path)
-    process = start([*flags_of(tmp_path, 2), "--overwrite"], 2, "--max-restarts=1")
+    process = start([*flags_of(tmp_path, 2), "--overwrite"], 2, "--max-restarts=1", script=patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT))
     wait_for_training(process, tmp_path / "run")[random.Random(1).choice((0, 1))].kill()
     code, out, err = finish(process)
     assert code == 0, err
@@ -180,7 +180,7 @@ def test_a_silent_process_is_given_up_after_the_time_limit_at_a_step_that_is_nam
     process = start(flags_of(tmp_path, 2, epochs=200, group_timeout=10), patience=3)
     workers = wait_for_training(process, tmp_path / "run")
     workers[1].suspend()
-    code, out, err = finish(process)
+    code, out, err = finish(process, 90)  # seconds: the ten of group_timeout, and room for a busy machine
     assert code == 1
     assert all_gone(list(workers.values()), 1)
     assert "Traceback" not in err and "does not answer" in err
@@ -192,7 +192,8 @@ def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(t
     """Also where a process is killed on one of them, and both start theirs again."""
     beside(two, tmp_path)
     options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=pair", "--local-addr=127.0.0.1", "--max-restarts=1")
-    agents = [start([*flags_of(tmp_path, 2), "--overwrite"], 1, *options) for _ in range(2)]
+    script = patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT)
+    agents = [start([*flags_of(tmp_path, 2), "--overwrite"], 1, *options, script=script) for _ in range(2)]
     try:
         wait_for_checkpoint(agents[0], tmp_path / "run")
         {rank: worker for agent in agents for rank, worker in ranks(agent).items()}[1].kill()  # the first process's torchrun counts no restart
