@@ -306,7 +306,7 @@ def _convert(name: str, value: object) -> object:
             raise InputError(f"{name} = {value!r} must be a text in quotes")
         return value
     if kind is int:
-        return _whole_number(name, value)
+        return whole_number(name, value)
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -316,7 +316,7 @@ def _convert(name: str, value: object) -> object:
     return number
 
 
-def _whole_number(name: str, value: object) -> int:
+def whole_number(name: str, value: object) -> int:
     """32, "32", "500K", "10m", 1e6."""
     if isinstance(value, int):
         return value

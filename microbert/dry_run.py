@@ -35,10 +35,10 @@ PREPARED_MEGABYTES_A_SECOND = 25.0  # on two cores
 TOKENIZER_SECONDS = 10.0  # to train it
 
 
-def tell_plan(config: Config) -> None:
+def tell_plan(config: Config, estimate: Estimate | None = None) -> None:
     """Prints the plan; its last line is one JSON object. Ends the process with the code that a run would end with on bad input.
 
-    Under torchrun the first process does, for all of them.
+    Under torchrun the first process does, for all of them. estimate: of a dataset that is not at hand, instead of the constant's.
     """
     world = World()
     if not world.is_first:
@@ -46,7 +46,7 @@ def tell_plan(config: Config) -> None:
     if config.num_gpus is not None:
         world = World({"WORLD_SIZE": str(config.num_gpus), "LOCAL_WORLD_SIZE": str(config.num_gpus)})
     try:
-        print(json.dumps(_plan(config, world)))
+        print(json.dumps(_plan(config, world, estimate)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
@@ -55,7 +55,7 @@ def tell_plan(config: Config) -> None:
         raise SystemExit(FAILED) from None
 
 
-def _plan(config: Config, world: World) -> dict[str, object]:
+def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, object]:
     folder = Path(config.output_dir)
     check_folder(folder)
     is_at_hand = config.gpu_memory_gb is None
@@ -78,15 +78,16 @@ def _plan(config: Config, world: World) -> dict[str, object]:
             return _finished_plan(given, config, folder, hardware)
     if config.preset is not None:
         tell_tier(given, hardware)
-    corpus = open_corpus(config, lambda: None)
-    tokenizer = find_tokenizer(corpus, config)
-    tokens = find_tokens(corpus, tokenizer, config) if tokenizer else None
+    tokenizer = tokens = None
+    if estimate is None:
+        corpus = open_corpus(config, lambda: None)
+        estimate, tokenizer = corpus.estimate, find_tokenizer(corpus, config)
+        tokens = find_tokens(corpus, tokenizer, config) if tokenizer else None
     vocab_size = tokenizer.get_vocab_size() if tokenizer else config.vocab_size
     if tokens:
         n_sequences, disk, preparation = len(tokens.train), 0.0, 0.0
         print(f"tokens: prepared already, {n_sequences:,} sequences to train on and {len(tokens.held_out):,} held out, in {tokens.folder}")
     else:
-        estimate = corpus.estimate
         n_sequences = _expected_sequences(estimate, config)
         disk, preparation = estimated_megabytes(estimate, config), TOKENIZER_SECONDS + estimate.megabytes / PREPARED_MEGABYTES_A_SECOND
         print(f"tokens: to be prepared from {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB "

@@ -8,8 +8,7 @@ import sys
 import pytest
 from helpers import ROOT, SCRIPT
 
-from microbert.config import InputError, read_config, settle_batch_size
-from microbert.config import _whole_number as whole_number
+from microbert.config import InputError, read_config, settle_batch_size, whole_number
 
 
 def constants(script=SCRIPT):
