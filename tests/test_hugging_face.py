@@ -7,12 +7,12 @@ from models import VOCAB_SIZE, noise_, noisy_model, token_rows
 
 from microbert.hugging_face import from_hugging_face, hugging_face_config, read_hugging_face_config, to_hugging_face
 from microbert.layers import ModelConfig
-from microbert.model import new_model
+from microbert.model import ARCHITECTURES, new_model
 from microbert.tokenizer import PAD_ID
 
 TOLERANCE = 1e-4
 SHAPES = [(1, 1, 4), (2, 2, 4), (3, 4, 32), (2, 3, 24)]  # layers, heads, width
-ARCHS = ("bert", "modern")
+ARCHS = tuple(ARCHITECTURES)
 
 
 def their_model(config):
