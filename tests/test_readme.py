@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 from helpers import ROOT
 
 from microbert.config import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 OTHER_FLAGS = {"--help", "--lr", "--no-lowercase", "--only", "--standalone", "--nproc-per-node"}  # the last two are of torchrun
 
 
@@ -30,3 +32,17 @@ def test_every_file_that_it_links_or_installs_from_is_there():
 def test_the_layout_lists_every_module():
     for module in (ROOT / "microbert").glob("*.py"):
         assert module.name == "__init__.py" or f"  {module.name} " in README, module.name
+
+
+def commands(text):
+    """The lines of the blocks, without comments and, in the layout, without what is said of a file."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [re.split(r"\s+# |(?<=[a-z/])  +", line)[0] for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("of", [
+    commands, lambda text: re.findall(r"\]\((?!README)([^)]+)\)", text), lambda text: sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))),
+    lambda text: sorted(re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.])", text)), lambda text: len(re.findall(r"^#+ ", text, re.MULTILINE))],
+    ids=["commands", "links", "flags", "figures", "headings"])
+def test_the_chinese_one_shows_the_same(of):
+    assert of(CHINESE) == of(README)
