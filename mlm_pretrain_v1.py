@@ -49,6 +49,7 @@ group_timeout = 600  # seconds that a process waits for the others before it giv
 eval_every = None  # steps between evaluations; None: ten in a run
 save_every = None  # steps between checkpoints; None: ten in a run
 keep_checkpoints = 2  # newest checkpoints to keep
+report_to = None  # "tensorboard" (pip install tensorboard) writes its files to output_dir too; nothing is ever sent anywhere
 output_dir = "runs/v1"  # everything that the run leaves
 cache_dir = "cache"  # prepared tokens, used again by the next run
 overwrite = False  # True removes an earlier run in output_dir and starts anew

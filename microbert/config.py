@@ -7,6 +7,7 @@ checks every value. Nothing heavy is imported here, so that `--help` and a mista
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import io
 import math
 import os
@@ -75,6 +76,7 @@ class Config:
     eval_every: int | None
     save_every: int | None
     keep_checkpoints: int
+    report_to: str | None
     output_dir: str
     cache_dir: str
     overwrite: bool
@@ -123,6 +125,9 @@ class Config:
             _require(getattr(self, name) is None or getattr(self, name) > 0, name, "must be None or above 0", self)
         for name in ("gpu_memory_gb", "num_gpus"):
             _require(getattr(self, name) is None or self.dry_run, name, "plans for a machine that is not at hand: it goes with --dry-run", self)
+        _require(self.report_to in (None, "tensorboard"), "report_to", 'must be None or "tensorboard"', self)
+        if self.report_to and importlib.util.find_spec("tensorboard") is None:
+            raise InputError('report_to = "tensorboard" needs a package that is not installed: pip install tensorboard')
         for name in ("dataset", "output_dir", "cache_dir"):
             _require(getattr(self, name).strip() != "", name, "must not be empty", self)
         if self.dataset not in ("imdb", "hf"):

@@ -9,19 +9,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .files import write_atomic, write_text
+from .run import TENSORBOARD
 
 
 class Metrics:
     """metrics.jsonl: one JSON object a line. Opening it for a run that goes on drops the lines after its checkpoint.
 
-    writes: False in a process that leaves it to another.
+    writes: False in a process that leaves it to another. for_tensorboard: the same goes to TensorBoard's files in the folder.
     """
 
-    def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
+    def __init__(self, folder: Path, step: int, writes: bool = True, for_tensorboard: bool = False) -> None:
         self.path, self.writes = folder / "metrics.jsonl", writes
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step] if writes else []
         if writes:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._tensorboard = None
+        if writes and for_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # only here, because it takes a while to load, and a package of its own
+
+            self._tensorboard = SummaryWriter(folder / TENSORBOARD, purge_step=step + 1)  # hides what was written after the checkpoint
 
     def write(self, line: dict[str, float]) -> None:
         if not self.writes:
@@ -31,6 +37,11 @@ class Metrics:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())  # so that no line is lost that a checkpoint's step stands behind
+        if self._tensorboard is not None:
+            for name, value in line.items():
+                if "/" in name:
+                    self._tensorboard.add_scalar(name, value, line["step"])
+            self._tensorboard.flush()
 
     def has_evaluation(self, step: int) -> bool:
         return any(line["step"] == step and "eval/loss" in line for line in self.lines)

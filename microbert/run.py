@@ -23,6 +23,7 @@ from .files import read_json, remove, remove_stale, write_json
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # the last when a terminal closes; Windows has none
 STATUS, LOCK = "status.json", ".lock"
+TENSORBOARD = "tensorboard"  # the folder of its files
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last where `ulimit -f` says how large a file may be; Python ignores its signal
 RUN_FILES = (*MODEL_FILES, "metrics.jsonl", "training_curve.png", STATUS)
@@ -267,7 +268,7 @@ def _is_run(folder: Path) -> bool:
 
 def _remove_earlier_run(folder: Path) -> None:
     """Removes what a run leaves, by name, and nothing else."""
-    for path in checkpoint_folders(folder):
+    for path in (*checkpoint_folders(folder), folder / TENSORBOARD):
         remove(path)
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)

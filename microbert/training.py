@@ -85,7 +85,7 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
     """The loop, from where `state` stands, which it moves on. Returns the metrics, which the first process alone writes."""
     config, world = run.config, run.world
     peak = peak_learning_rate(config)
-    metrics = Metrics(run.folder, state.step, writes=world.is_first)
+    metrics = Metrics(run.folder, state.step, writes=world.is_first, for_tensorboard=config.report_to == "tensorboard")
     seconds_before, start = state.seconds, time.perf_counter()
     logged_step, step_seconds = state.step, 0.0
     unread: collections.deque[Step] = collections.deque()  # at most one behind the step that is under way, so that the device need not wait
