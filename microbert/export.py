@@ -15,7 +15,7 @@ from .files import write_atomic, write_json, write_text
 from .hugging_face import hugging_face_config, to_hugging_face
 from .layers import MaskedLanguageModel
 from .masking import IGNORED, MaskedBatch, mask_batch
-from .run import Run
+from .run import HELD_OUT, Run
 from .tokenizer import PAD_ID, save_tokenizer
 from .tokens import Tokens
 
@@ -65,6 +65,8 @@ def export_run(run: Run, model: MaskedLanguageModel, tokenizer: Tokenizer, token
     batch = next(evaluation_batches(tokens.held_out, RELOAD_SEQUENCES))
     masked = mask_batch(batch, seed=run.config.seed, probability=run.config.mlm_probability, vocab_size=model.config.vocab_size)
     difference = check_reload(model, masked, run.folder)
+    if tokens.held_out_below is not None:
+        write_json(run.folder / HELD_OUT, {"seed": run.config.seed, "below": tokens.held_out_below})
     write_model_card(run.folder, run.folder.name, facts)
     print(f"model: {run.folder}, loads in transformers with the same logits (largest difference {difference:.1e})")
 

@@ -221,7 +221,7 @@ def _lay_out_blocks(blocks: list[_Block], below: int, tokenizer: Tokenizer, conf
                     documents=sum(block.documents for block in blocks), without_tokens=sum(block.without_tokens for block in blocks),
                     train=documents - n_held_out, held_out=n_held_out, duplicates=documents - _count_distinct(folder, len(blocks), documents),
                     **{name: sum(getattr(block, name) for block in blocks) for name in ("characters", "bytes", "tokens")})
-    write_json(folder / MANIFEST, {"format": FORMAT, "max_seq_len": config.max_seq_len, **sequences, "report": dataclasses.asdict(report)})
+    write_json(folder / MANIFEST, {"format": FORMAT, "max_seq_len": config.max_seq_len, "held_out_below": below, **sequences, "report": dataclasses.asdict(report)})
 
 
 def _lay_out_block(number: int, below: int, config: Config, folder: Path, vocab_size: int) -> tuple[int, int, int, np.ndarray]:

@@ -62,7 +62,10 @@ class Sequences:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The prepared corpus. token_counts: int64 [V], how often each ordinary token stands in the training sequences; 0 for special ones."""
+    """The prepared corpus. token_counts: int64 [V], how often each ordinary token stands in the training sequences; 0 for special ones.
+
+    held_out_below: documents whose hash (documents.split_hash) is below are held out; None where a cache from before this was kept does not tell.
+    """
 
     key: str
     folder: Path
@@ -73,6 +76,7 @@ class Tokens:
     tokens_per_word: float
     unknown_rate: float
     megabytes: float
+    held_out_below: int | None
 
 
 def shard_name(split: str, number: int) -> str:
@@ -90,6 +94,9 @@ def open_tokens(folder: Path, key: str, tokenizer: Tokenizer) -> Tokens:
             raise ValueError("the report holds no numbers")
         token_counts = load_array(folder / TOKEN_COUNTS, (np.int64,), (tokenizer.get_vocab_size(),))
         train, held_out = (_open_split(folder, split, manifest) for split in SPLITS)
+        below = manifest.get("held_out_below")
+        if not isinstance(below, int | None):
+            raise ValueError(f"held_out_below is {below!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the token cache is damaged ({error}): delete {folder} and start again") from error
     known, unknown = token_counts[N_SPECIAL:].sum(), token_counts[UNK_ID]
@@ -98,7 +105,7 @@ def open_tokens(folder: Path, key: str, tokenizer: Tokenizer) -> Tokens:
     token_counts[:N_SPECIAL] = 0
     return Tokens(key, folder, report, train, held_out, token_counts, tokens_per_word=float((known + unknown) / words),
                   unknown_rate=float(unknown / (known + unknown)),
-                  megabytes=sum(shard.nbytes for split in (train, held_out) for shard in split.shards) / 1e6)
+                  megabytes=sum(shard.nbytes for split in (train, held_out) for shard in split.shards) / 1e6, held_out_below=below)
 
 
 def _open_split(folder: Path, split: str, manifest: dict) -> Sequences:

@@ -9,7 +9,7 @@ from microbert.config import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
-OTHER_FLAGS = {"--help", "--lr", "--no-lowercase", "--only", "--standalone", "--nproc-per-node"}  # the last two are of torchrun
+OTHER_FLAGS = {"--help", "--label-column", "--lr", "--no-lowercase", "--only", "--standalone", "--nproc-per-node"}  # the last two are of torchrun
 
 
 def test_the_continuous_integration_runs_the_readmes_test_command():
