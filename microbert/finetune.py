@@ -30,6 +30,7 @@ from .device import choose_device
 from .distributed import World
 from .documents import HELD_OUT_SHARE, split_hash
 from .files import read_json
+from .hugging_face import RUNS_NOTHING
 from .labelled import LabelledTexts, read_labelled
 from .report import progress_bar
 from .run import BAD_INPUT, HELD_OUT
@@ -169,13 +170,13 @@ def load_classifier(folder: Path, names: list[str], device: torch.device, seed: 
     transformers.utils.logging.set_verbosity_error()  # it would tell that the classifier is new
     torch.manual_seed(seed)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, **RUNS_NOTHING)
         config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
         config.problem_type = "single_label_classification"
         config.classifier_pooling = "mean"  # of ModernBERT, whose [CLS] pretraining on masked words teaches nothing; BERT's class has a pooler
         auto = transformers.AutoModelForSequenceClassification
-        model = auto.from_pretrained(folder, config=config, local_files_only=True) if pretrained else auto.from_config(config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = auto.from_pretrained(folder, config=config, **RUNS_NOTHING, use_safetensors=True) if pretrained else auto.from_config(config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **RUNS_NOTHING)
     except Exception as error:  # transformers lets through whatever its parsers raise
         raise InputError(f"{folder} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     return Classifier(model.float(), tokenizer, device)

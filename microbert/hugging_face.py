@@ -47,6 +47,7 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
 }
 
 
+RUNS_NOTHING = {"local_files_only": True, "trust_remote_code": False}  # for transformers, where it loads a folder that somebody else may have made
 LARGEST = 1_000_000  # of any of the sizes in a configuration: no table that is made from them alone takes much memory
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from .config import InputError
 from .files import write_atomic
+from .hugging_face import RUNS_NOTHING
 from .report import read_metrics
 from .run import BAD_INPUT, FAILED
 from .tokenizer import N_SPECIAL
@@ -112,8 +113,8 @@ def _load(folder: Path) -> tuple[torch.nn.Module, object]:
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager", local_files_only=True)
-        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager", **RUNS_NOTHING, use_safetensors=True)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **RUNS_NOTHING)
     except Exception as error:  # transformers lets through whatever its parsers raise
         raise InputError(f"{folder} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 

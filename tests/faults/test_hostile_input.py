@@ -183,8 +183,22 @@ def test_a_pickle_in_the_cache_is_refused_and_not_run(pattern, finished_run, tmp
 def test_a_pickle_in_a_folder_that_somebody_shares_is_refused_and_not_run(name, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
-    done = subprocess.run([sys.executable, "-m", "microbert.fill_mask", str(tmp_path / "run"), "a [MASK]"], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    for command in (["fill_mask", "{run}", "a [MASK]"], ["plot", "{run}", "--output-dir", "{out}"], ["finetune", "{run}", "--max-samples", "50", "--output-dir", "{out}"]):
+        command = [part.format(run=tmp_path / "run", out=tmp_path / "out") for part in command]
+        done = subprocess.run([sys.executable, "-m", f"microbert.{command[0]}", *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+        assert done.returncode == 2 and "\nerror: " in "\n" + done.stderr and "Traceback" not in done.stderr, (command, done.stderr)
+        assert not (tmp_path / "canary").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.fault(row=30)
+@pytest.mark.parametrize("module", ["plot", "finetune"])
+def test_weights_that_would_have_to_be_unpickled_are_not_looked_for(module, finished_run, tmp_path):
+    shutil.copytree(finished_run / "run", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    (tmp_path / "run" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
+    flags = ["--output-dir", str(tmp_path / "out"), *(["--max-samples", "50"] if module == "finetune" else [])]
+    done = subprocess.run([sys.executable, "-m", f"microbert.{module}", str(tmp_path / "run"), *flags], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 2 and "cannot be loaded" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "canary").exists()
 
 
