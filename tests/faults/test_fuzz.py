@@ -13,15 +13,15 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from helpers import listing, small_flags
+from helpers import SCRIPT, listing, small_flags
 from hypothesis import given
 from hypothesis import strategies as st
-from test_config import V4, configure, configure_v4
+from test_config import V4, configure
 from test_config import constants as constants_of
 from test_hostile_input import FINE, seal
 
 from microbert.checkpoint import load_checkpoint, look_for_checkpoint
-from microbert.config import Config, InputError
+from microbert.config import Config, InputError, read_config
 from microbert.file_formats import find_text_column, read_rows
 from microbert.fill_mask import load_run
 from microbert.memory import Hardware
@@ -109,9 +109,12 @@ def nothing_is_written(place):
     assert listing(place.parent) == before
 
 
-@given(st.dictionaries(st.sampled_from(sorted(constants_of(V4).keys() & Config.__dataclass_fields__.keys())), ANYTHING, min_size=1, max_size=3))
+CONSTANTS = constants_of(V4)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(CONSTANTS.keys() & Config.__dataclass_fields__.keys())), ANYTHING, min_size=1, max_size=3))
 def test_a_constants_block_of_any_values(values):
-    config = ends_well(lambda: configure_v4(**values))
+    config = ends_well(lambda: read_config(str(V4), CONSTANTS | values, []))
     assert config is None or isinstance(config, Config)
 
 
@@ -119,9 +122,10 @@ FLAGS = st.one_of(st.sampled_from([f"--{name.replace('_', '-')}" for name in sor
 VALUES = st.one_of(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30), NUMBERS.map(str), st.sampled_from(["1e999", "10M", "none", "imdb"]))
 
 
-@given(st.lists(st.one_of(FLAGS, VALUES, st.tuples(FLAGS, VALUES).map("=".join)), max_size=6), st.sampled_from([configure, configure_v4]))
-def test_flags_of_any_words(flags, configure):
-    config = ends_well(lambda: configure(*flags))
+@given(st.lists(st.one_of(FLAGS, VALUES, st.tuples(FLAGS, VALUES).map("=".join)), max_size=6), st.sampled_from([(SCRIPT, constants_of(SCRIPT)), (V4, CONSTANTS)]))
+def test_flags_of_any_words(flags, version):
+    script, constants = version
+    config = ends_well(lambda: read_config(str(script), constants, flags))
     assert config is None or isinstance(config, Config)
 
 
