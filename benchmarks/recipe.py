@@ -1,0 +1,204 @@
+"""What each part of v4's recipe is worth: v4 as it stands, and with one thing changed at a time, at equal steps and at equal time.
+
+    python benchmarks/recipe.py                               every variant, two seeds: hours on two cores; prints a table
+    python benchmarks/recipe.py --variants "masked 15 %" "not gated" --seeds 42 43 44
+    python benchmarks/recipe.py --max-steps 200               shorter runs, each with its whole schedule
+
+4 layers, 8 heads, 128-dim, 10K tokens, packed IMDB. Losses are those of 1,024 held-out sequences, masked at 15 % whatever the training masks.
+"In v4's time": where a step takes another time than v4's, a second run with as many steps as v4's time allows. Times are those of the
+training steps on the processor, of all threads together, so that other work on the machine does not count.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from common import ROOT, held_out_loss, new_learner, prepared, scored_batches, take_step
+from torch import Tensor, nn
+
+from microbert import model as models
+from microbert import modern
+from microbert.batches import steps_in_run
+from microbert.config import Config, peak_learning_rate, read_script
+from microbert.gelu import gelu
+from microbert.layers import MaskedLanguageModel, ModelConfig, Rotary, at_positions
+from microbert.optim import learning_rate_share
+from microbert.step import Learner
+from microbert.tokens import Tokens
+
+BASE = "v4 as it stands"
+SCORED_BATCHES = 32
+SAME_TIME = 0.1  # steps whose times differ by less are not run a second time
+
+
+class LearnedPositions(modern.Embeddings):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.position = nn.Embedding(config.max_seq_len, config.n_embed)
+
+    def forward(self, input_ids: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        return self.dropout(self.norm(self.word(input_ids) + self.position.weight), dropout_keys)
+
+
+class PostNormLayer(modern.Layer):
+    """Norms behind the sums, as in BERT."""
+
+    def __init__(self, config: ModelConfig, number: int, rotary: Rotary) -> None:
+        super().__init__(config, number, rotary)
+        self.attention_norm = modern.new_norm(config)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        x = self.attention_norm(at_positions(x, positions) + self.attention(x, attention_mask, positions))
+        inner, gate = self.expand(x).chunk(2, dim=-1)
+        return self.feed_forward_norm(x + self.contract(gelu(inner) * gate))
+
+
+class UngatedLayer(modern.Layer):
+    """A feed-forward of two matrices with as many numbers as the gated one's three."""
+
+    def __init__(self, config: ModelConfig, number: int, rotary: Rotary) -> None:
+        super().__init__(config, number, rotary)
+        self.expand = nn.Linear(config.n_embed, 4 * config.n_embed, bias=False)
+        self.contract = nn.Linear(4 * config.n_embed, config.n_embed, bias=False)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        x = at_positions(x, positions) + self.attention(self.attention_norm(x), attention_mask, positions)
+        return x + self.contract(gelu(self.expand(self.feed_forward_norm(x))))
+
+
+def with_layers(layer: type[modern.Layer], rotates: bool = True) -> Callable[[ModelConfig], MaskedLanguageModel]:
+    """ModernBert of other layers."""
+
+    def build(config: ModelConfig) -> MaskedLanguageModel:
+        model = modern.ModernBert(config)
+        rotary = Rotary(config) if rotates else None
+        model.layers = nn.ModuleList(layer(config, number, rotary) for number in range(config.n_layers))
+        return model
+
+    return build
+
+
+def with_learned_positions(config: ModelConfig) -> MaskedLanguageModel:
+    model = with_layers(modern.Layer, rotates=False)(config)
+    model.embeddings = LearnedPositions(config)
+    return model
+
+
+def with_post_norm(config: ModelConfig) -> MaskedLanguageModel:
+    model = with_layers(PostNormLayer)(config)
+    model.head.input_norm = nn.Identity()  # the last layer ends with one
+    return model
+
+
+@torch.no_grad()
+def start_wider(model: MaskedLanguageModel) -> None:
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight *= 0.1 / models.INIT_STD
+
+
+@torch.no_grad()
+def start_without_frequencies(model: MaskedLanguageModel) -> None:
+    model.output_bias.zero_()
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """constants: other values than v4's. rate: times the rule's peak. modern: what is built where arch is "modern". start: changes the new model.
+    last_mask: the share masked at the end of the run, where it falls evenly."""
+
+    constants: dict = dataclasses.field(default_factory=dict)
+    rate: float = 1.0
+    modern: Callable[[ModelConfig], MaskedLanguageModel] = modern.ModernBert
+    start: Callable[[MaskedLanguageModel], None] = lambda model: None
+    last_mask: float | None = None
+
+
+VARIANTS = {
+    BASE: Variant(),
+    "masked 15 %": Variant({"mlm_probability": 0.15}),
+    "masked 25 %": Variant({"mlm_probability": 0.25}),
+    "masked 40 % falling to 15 %": Variant(last_mask=0.15),
+    "AdamW": Variant({"optimizer": "adamw"}),
+    "AdamW, half the peak": Variant({"optimizer": "adamw"}, rate=0.5),
+    "linear schedule": Variant({"schedule": "linear"}),
+    "post-norm": Variant(modern=with_post_norm),
+    "learned positions": Variant(modern=with_learned_positions),
+    "not gated": Variant(modern=with_layers(UngatedLayer)),
+    "BERT (post-norm, learned positions, not gated)": Variant({"arch": "bert"}),
+    "not packed": Variant({"packing": False}),
+    "weights from a normal of 0.1": Variant(start=start_wider),
+    "output bias from 0": Variant(start=start_without_frequencies),
+    "dropout 0.1": Variant({"dropout": 0.1}),
+    "16 sequences a step": Variant({"batch_size": 16}),
+    "64 sequences a step": Variant({"batch_size": 64}),
+}
+
+
+def train(variant: Variant, config: Config, tokens: Tokens, steps: int) -> tuple[Learner, float]:
+    """The learner after so many steps, and the seconds of processor time that they took."""
+    models.ARCHITECTURES["modern"] = variant.modern
+    learner, seconds = new_learner(config, tokens), 0.0
+    variant.start(learner.model)
+    for number in range(steps):
+        if variant.last_mask is not None:
+            masked = config.mlm_probability + (variant.last_mask - config.mlm_probability) * number / steps
+            learner.config = dataclasses.replace(config, mlm_probability=masked)
+        start = time.process_time()
+        take_step(learner, tokens, number, config.learning_rate * learning_rate_share(number, steps, config), config.epochs)
+        seconds += time.process_time() - start
+    return learner, seconds
+
+
+@dataclasses.dataclass
+class Results:
+    """Of one variant, seed by seed. times: of the training at equal tokens, as shares of v4's."""
+
+    equal_tokens: list[float] = dataclasses.field(default_factory=list)
+    equal_time: list[float] = dataclasses.field(default_factory=list)
+    times: list[float] = dataclasses.field(default_factory=list)
+
+    def row(self, name: str) -> str:
+        losses = (f"{statistics.mean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})" for losses in (self.equal_tokens, self.equal_time))
+        return f"| {name} | {' | '.join(losses)} | {statistics.mean(self.times):.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=f"beside {BASE!r}, which is always run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43])
+    parser.add_argument("--max-steps", type=int, default=600, help="of 32 sequences; of more or fewer where a variant has others, for as many tokens")
+    parser.add_argument("--cache-dir", default="cache")
+    arguments = parser.parse_args()
+    as_it_stands = read_script(ROOT / "mlm_pretrain_v4.py", ["--vocab-size", "10000", "--n-layers", "4", "--batch-size", "32", "--device", "cpu",
+                                                             "--cache-dir", arguments.cache_dir])
+    results = {name: Results() for name in dict.fromkeys([BASE, *arguments.variants])}
+    for seed in arguments.seeds:
+        base = dataclasses.replace(as_it_stands, seed=seed)
+        packed, of_base = prepared(base)[1], None
+        scored = scored_batches(base, packed, SCORED_BATCHES)
+        for name, of_variant in results.items():
+            variant = VARIANTS[name]
+            config = dataclasses.replace(base, **variant.constants)
+            config = dataclasses.replace(config, learning_rate=peak_learning_rate(config) * variant.rate, lr_scaling="none")
+            tokens = packed if config.packing else prepared(config)[1]
+            steps = min(arguments.max_steps * base.batch_size // config.batch_size, steps_in_run(len(tokens.train), config.epochs, config.batch_size))
+            learner, seconds = train(variant, config, tokens, steps)
+            of_base = of_base or seconds
+            of_variant.times.append(seconds / of_base)
+            of_variant.equal_tokens.append(held_out_loss(learner, scored))
+            if abs(seconds / of_base - 1) > SAME_TIME:
+                learner, _ = train(variant, config, tokens, round(steps * of_base / seconds))
+            of_variant.equal_time.append(held_out_loss(learner, scored))
+            print(f"seed {seed}, {name}: {of_variant.equal_tokens[-1]:.4f} after {steps} steps, {of_variant.equal_time[-1]:.4f} in v4's time "
+                  f"({seconds:.0f} s)", flush=True)
+    print("\n| | held-out loss at equal tokens, mean (each seed) | in v4's time | time of a token, v4's being 1 |\n|---|---|---|---|")
+    for name, of_variant in results.items():
+        print(of_variant.row(name))
+
+
+if __name__ == "__main__":
+    main()
