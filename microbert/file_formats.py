@@ -15,7 +15,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +27,7 @@ from .dataset_names import file_kind
 from .documents import READ_CHARACTERS, READ_ROWS
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what a damaged compressed file raises
+MOST_NAMES, LONGEST_NAME = 50, 80  # of columns in an error; characters
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -67,10 +68,16 @@ def choose_text_column(names: list[str], texts: list[str], wanted: str | None, w
     Raises InputError with all columns' names.
     """
     if wanted is not None and wanted not in names:
-        raise InputError(f'{where} has no column "{wanted}" (text_column); it has: {", ".join(names)}')
+        raise InputError(f'{where} has no column "{wanted}" (text_column); it has: {listed(names)}')
     if wanted is None and "text" not in texts and len(texts) != 1:
-        raise InputError(f"{where}: set text_column to the column to train on; it has: {', '.join(names)}")
+        raise InputError(f"{where}: set text_column to the column to train on; it has: {listed(names)}")
     return wanted or ("text" if "text" in texts else texts[0])
+
+
+def listed(names: Iterable[str]) -> str:
+    """Columns' names in a line for people, whatever is in them and however many there are."""
+    names = [" ".join(name.split())[:LONGEST_NAME] for name in names]
+    return ", ".join(names[:MOST_NAMES]) + f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
 
 
 def parquet_text_column(file: BinaryIO, wanted: str | None, where: str) -> str:
@@ -102,7 +109,7 @@ def read_parquet(file: BinaryIO, column: str, row: int, where: str) -> Iterator[
 def table_rows(table: pa.Table, column: str, where: str) -> list[str | None]:
     """The values of the text column. Raises InputError where it is missing or holds anything but text."""
     if column not in table.column_names:
-        raise InputError(f'{where} has no column "{column}"; it has: {", ".join(table.column_names)}')
+        raise InputError(f'{where} has no column "{column}"; it has: {listed(table.column_names)}')
     values = table.column(column)
     if not _is_text(values.type) and not pa.types.is_null(values.type):
         raise InputError(f'{where}: text_column "{column}" holds {values.type}, not text')
@@ -202,7 +209,7 @@ def _json_texts(file: BinaryIO, path: str, column: str) -> Iterator[str | None]:
                 break
         yield text
     if names:
-        raise InputError(f'{path} has no column "{column}"; it has: {", ".join(names)}')
+        raise InputError(f'{path} has no column "{column}"; it has: {listed(names)}')
 
 
 def _csv_objects(file: BinaryIO, path: str) -> Iterator[dict[str, str | None]]:
@@ -222,7 +229,7 @@ def _csv_objects(file: BinaryIO, path: str) -> Iterator[dict[str, str | None]]:
 def _csv_texts(file: BinaryIO, path: str, column: str) -> Iterator[str | None]:
     for number, fields in enumerate(_csv_objects(file, path)):
         if not number and column not in fields:
-            raise InputError(f'{path} has no column "{column}"; it has: {", ".join(fields)}')
+            raise InputError(f'{path} has no column "{column}"; it has: {listed(fields)}')
         yield fields[column]
 
 

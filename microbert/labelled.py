@@ -9,7 +9,7 @@ from .config import InputError
 from .corpus import labelled_imdb
 from .dataset_names import file_kind, hub_id, named_files
 from .documents import clean
-from .file_formats import choose_text_column
+from .file_formats import choose_text_column, listed
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class")  # where none is named
 MOST_LABELS = 1000
@@ -72,7 +72,7 @@ def _read_table(dataset: str, text_column: str | None, label_column: str | None)
     names = table.column_names
     label_column = label_column or next((name for name in LABEL_COLUMNS if name in names), None)
     if label_column not in names:
-        raise InputError(f"{dataset}: set --label-column to the column with the labels; it has: {', '.join(names)}")
+        raise InputError(f"{dataset}: set --label-column to the column with the labels; it has: {listed(names)}")
     texts = [name for name, feature in table.features.items() if getattr(feature, "dtype", None) in ("string", "large_string") and name != label_column]
     text_column = choose_text_column(names, texts, text_column, dataset)
     feature = table.features[label_column]

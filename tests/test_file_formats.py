@@ -163,3 +163,10 @@ def test_a_large_parquet_file_that_is_left_unfinished_does_not_hang_the_process(
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
         assert (done.returncode, done.stdout) == (0, "200\n"), done.stderr
+
+
+def test_columns_are_told_in_a_line_whatever_their_names(tmp_path):
+    (tmp_path / "a.csv").write_text('"two\nlines",' + ",".join(f"column {number}" for number in range(99)) + "\n" + ",".join("x" * 100) + "\n")
+    with pytest.raises(InputError) as caught:
+        find_text_column(str(tmp_path / "a.csv"), None)
+    assert "two lines, column 0" in str(caught.value) and "50 more" in str(caught.value) and "\n" not in str(caught.value)
