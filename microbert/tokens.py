@@ -125,7 +125,7 @@ def load_array(path: Path, dtypes: tuple[type, ...], shape: tuple[int, ...], mma
     except OSError:
         raise
     except Exception as error:  # numpy reads a header as Python, and lets through whatever comes of that
-        raise ValueError(f"{path.name}: {error}") from error
+        raise ValueError(f"{path.name}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path.name} holds several arrays")
     if array.dtype not in dtypes or array.shape != shape:
