@@ -105,6 +105,10 @@ class Learner:
         losses, grad_norm = self._apply(flat[-self.world.size :], float(masked.labels.size / n_masked.sum()), learning_rate)
         return Step(number, losses, grad_norm, np.flatnonzero(stopping).tolist(), times[0])
 
+    def is_finite(self) -> bool:
+        """Whether all weights are numbers still: those of every process, for they are the same. Waits for the device."""
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all())
+
     def _add_up_micro_batches(self, masked: MaskedBatch, number: int) -> torch.Tensor | None:
         """This process's gradients, as if each slot held a masked token, and behind them its loss among W zeros; None when memory has run out.
 

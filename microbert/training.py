@@ -25,7 +25,7 @@ from .masking import mask_batch
 from .model import unigram_entropy
 from .optim import learning_rate_share, reach
 from .report import Metrics, draw_training_curve, progress_bar
-from .run import Failed, Run, Stopped, stopped_by
+from .run import Diverged, Failed, Run, Stopped, stopped_by
 from .start import start_together
 from .step import Learner, Step
 from .tokens import Sequences, Tokens
@@ -112,6 +112,9 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
         return stopping
 
     def save() -> None:
+        if not learner.is_finite():
+            raise Diverged(f"step {state.step}: the weights are no longer finite, so they are not saved. The last checkpoint is from before it. A lower learning_rate "
+                           "usually helps")
         if world.is_first:
             seconds_now()
             save_checkpoint(run, state, learner.model, learner.optimizer, tokenizer)

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,11 +136,14 @@ def end_of(process: multiprocessing.Process, limit: float = TIME_LIMIT) -> int:
 
 
 def patched_script(path: Path, patch: str, script: Path = SCRIPT) -> Path:
-    """A script that runs another one after some lines of Python."""
+    """A script that runs another one after some lines of Python; and, where it is not run but read, has the other one's constants."""
     path.write_text(f"""import os, runpy, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-{patch}
-runpy.run_path({str(script)!r}, run_name="__main__")
+if __name__ == "__main__":
+{textwrap.indent(patch, "    ")}
+    runpy.run_path({str(script)!r}, run_name="__main__")
+else:
+    globals().update({{name: value for name, value in runpy.run_path({str(script)!r}).items() if not name.startswith("__")}})
 """)
     return path
 

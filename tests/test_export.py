@@ -17,6 +17,7 @@ print(type(model).__name__, len(transformers.pipeline("fill-mask", model=sys.arg
 """
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_run_and_its_checkpoints_without_a_warning_about_weights(finished_run, reference):
     for folder in (finished_run / "run", finished_run / "run" / reference["checkpoint"]):
         done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, timeout=120)

@@ -128,6 +128,7 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
 @pytest.mark.parametrize("flags, told", [
     (["--trainable", "some"], "trainable"), (["--epochs", "0"], "epochs"), (["--lr", "nan"], "learning_rate"), (["--epochs", "1.5"], "epochs"),
     (["--dataset", "no/such.csv"], "no file that exists"), (["--max-samples", "4"], "too few")])
+@pytest.mark.slow
 def test_mistakes_are_told_in_a_line_and_leave_nothing(flags, told, finished_run, tmp_path):
     done = command(str(finished_run / "run"), "--device", "cpu", "--output-dir", str(tmp_path / "out"), *flags)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr

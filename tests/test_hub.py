@@ -119,6 +119,7 @@ def local_shards(tmp_path_factory):
     return shards(folder)
 
 
+@pytest.mark.slow
 def test_v2_trains_on_a_streamed_dataset_which_is_transferred_once_and_the_network_is_not_needed_again(hub, tmp_path, local_shards):
     def launch_v2(name, prepare_only):
         constants = {"n_heads": 1, "n_embed": 4, "batch_size": 64, "epochs": 2, "eval_every": 1000, "save_every": 1000, "packing": False}
@@ -149,6 +150,7 @@ def test_a_large_parquet_file_is_read_by_its_text_column_alone(hub, tmp_path, lo
     assert len(content) > 12_000_000 and hub.bytes_of("org/large", "data/train-0.parquet") < 300_000
 
 
+@pytest.mark.slow
 def test_a_download_gives_the_same_tokens_and_is_found_again_offline(hub, tmp_path, local_shards):
     first = launch(hub, tmp_path, "first", streaming=False)
     assert first.returncode == 0 and "downloading all of org/plain" in first.stdout
@@ -177,6 +179,7 @@ def test_compressed_lines_and_a_named_configuration(hub, tmp_path, local_shards)
                 assert hub.bytes_of("org/named", name) == len(content)
 
 
+@pytest.mark.slow
 def test_a_new_commit_is_another_corpus_and_a_recorded_one_stays(hub, tmp_path):
     launch(hub, tmp_path)
     hub.add("org/plain", {"data/train-0.parquet": parquet(TEXTS[:100])})
@@ -186,6 +189,7 @@ def test_a_new_commit_is_another_corpus_and_a_recorded_one_stays(hub, tmp_path):
     assert "100 read" in launch(hub, tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_passing_trouble_is_waited_out(hub, tmp_path, local_shards):
     hub.add("org/five", {f"data/train-{n}.parquet": parquet(TEXTS[120 * n : 120 * (n + 1)]) for n in range(5)})
     hub.add("org/lines", {"data/train-0.jsonl": lines(TEXTS)})
@@ -201,6 +205,7 @@ def test_passing_trouble_is_waited_out(hub, tmp_path, local_shards):
     assert not any(failure.times for failure in hub.failures)
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_killed_goes_on_behind_what_is_prepared_or_starts_anew_as_a_download(hub, tmp_path):
     """Files that are done are not asked for again. The last file hangs, so that the kill falls there."""
     long_texts = [text * 135 for text in TEXTS]
@@ -237,6 +242,7 @@ def test_the_column_that_a_stream_has_chosen_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["downloaded", "jsonl", "parquet"])
+@pytest.mark.slow
 def test_a_signal_ends_a_transfer_that_hangs(kind, hub, tmp_path):
     n_files = 20 if kind == "downloaded" else 1  # so many go through a pool of threads
     name = "jsonl" if kind == "jsonl" else "parquet"
@@ -257,6 +263,7 @@ def test_a_signal_ends_a_transfer_that_hangs(kind, hub, tmp_path):
         assert again.returncode == 0 and "600 read" in again.stdout, again.stderr
 
 
+@pytest.mark.slow
 def test_without_a_network_the_error_comes_after_one_wait_of_seconds_and_says_what_to_do(hub, tmp_path):
     """Within ten seconds on an idle machine: five of them wait, and about as many load the libraries."""
     record = {"dataset": "org/plain", "configuration": None, "revision": "0" * 40, "documents": 600, "megabytes": 0.1, "is_exact": True}
@@ -318,6 +325,7 @@ def test_what_is_not_streamed():
             reader._check_settings(settings, paths)
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read_are_plain_lines(hub, tmp_path):
     content = bytearray(parquet(TEXTS))
     content[100:2000] = bytes(1900)
@@ -342,6 +350,7 @@ def test_a_full_disk_is_told_as_such(hub, tmp_path):
     assert done.returncode == 1 and "ulimit -f" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_names_that_are_not_there_and_doors_that_are_shut(hub, tmp_path):
     hub.add("org/tests", {"data/test-0.parquet": parquet(TEXTS[:9])})
     hub.add("org/named", {"README.md": README.encode(), "main/train-0.jsonl": lines(TEXTS), "main/test-0.jsonl": lines(TEXTS), "other/x.jsonl": lines(TEXTS)})

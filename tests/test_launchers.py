@@ -108,6 +108,7 @@ def test_the_large_preset_has_its_batch_and_auto_leaves_it_to_the_tier(name, che
     ({"DEVICE": "cpu"}, ["--n-layer", "2"], "did you mean --n-layers?"),
     ({"DEVICE": "cpu", "DATASET": "nothing.txt"}, [], "no file that exists"),
     ({"DEVICE": "cpu"}, ["--output-dir", "scripts"], "holds other files")])
+@pytest.mark.slow
 def test_what_is_wrong_from_the_start_is_told_once_before_any_process_starts(variables, flags, told, checkout):
     done = call(checkout / "train_h200_8gpu_standard.sh", *flags, **variables)
     assert done.returncode == 2
@@ -122,6 +123,7 @@ def test_shellcheck_has_nothing_to_say():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_through_the_launcher_stops_goes_on_and_says_that_it_is_finished(checkout, tmp_path):
     """Exit codes 75, 0 and 0; a signal to the launcher reaches the run."""
     write_corpus(tmp_path / "corpus.jsonl")

@@ -100,6 +100,7 @@ def test_so_it_is_with_each_architecture_and_optimizer(shape, recipe):
 
 @pytest.mark.parametrize("n_parts, dropout, dtype", [(2, 0.1, None), (1, 0.0, torch.bfloat16), (2, 0.1, torch.bfloat16)])
 @pytest.mark.parametrize("shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["large"], SHAPES["one sequence"], SHAPES["long"]], ids=str)
+@pytest.mark.slow
 def test_so_it_is_with_all_of_that_together(shape, n_parts, dropout, dtype):
     config = constants(shape, batch_size=n_parts * shape[-1], micro_batch_size=shape[-1], dropout=dropout, dtype="bfloat16" if dtype else "float32", **RECIPES["v4"])
     assert AT_LEAST <= planned_training_bytes(config, shape[0], NARROW if dtype else CPU) / taken_by_a_step(shape, n_parts, dropout, dtype, **RECIPES["v4"]) <= AT_MOST

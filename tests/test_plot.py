@@ -76,6 +76,7 @@ def plot(*arguments):
     return subprocess.run([sys.executable, "-m", "microbert.plot", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
 
 
+@pytest.mark.slow
 def test_the_command_leaves_pictures(finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "other")
     done = plot(str(finished_run / "run"), str(tmp_path / "other"), "--output-dir", str(tmp_path / "plots"))
@@ -86,6 +87,7 @@ def test_the_command_leaves_pictures(finished_run, tmp_path):
 
 
 @pytest.mark.parametrize("missing, told", [("metrics.jsonl", "evaluations"), ("config.json", "no model"), ("model.safetensors", "cannot be loaded")])
+@pytest.mark.slow
 def test_what_is_missing_is_told_and_nothing_is_drawn(missing, told, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     (tmp_path / "run" / missing).unlink()

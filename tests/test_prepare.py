@@ -137,6 +137,7 @@ def test_accents_go_only_where_that_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 @pytest.mark.fault(row=27)
+@pytest.mark.slow
 def test_a_line_of_fifty_megabytes_is_read_in_bounded_memory(kind, tmp_path):
     rng = random.Random(6)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 12))) for _ in range(5000)]

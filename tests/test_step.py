@@ -170,6 +170,7 @@ step.Learner.step, step.masked_loss = counted, masked_loss""", script=V4)
 
 @pytest.mark.parametrize("n_processes", [1, 2])
 @pytest.mark.fault(row=26)
+@pytest.mark.slow
 def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_micro_batch(n_processes, tmp_path):
     runs_out = short_of_memory(tmp_path, "runs_out.py", f"if is_last and number >= 25 and n_rows > 2 // {n_processes}: raise torch.OutOfMemoryError({NO_MEMORY!r})")
     stops = short_of_memory(tmp_path, "stops.py", "if number == 23: os.kill(os.getpid(), signal.SIGTERM)")  # heard at the next step, the 25th

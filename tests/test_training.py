@@ -27,6 +27,7 @@ def alternating_corpus(folder):
     (folder / "corpus.jsonl").write_text("\n".join(lines))
 
 
+@pytest.mark.slow
 def test_a_run_learns_what_there_is_to_learn(tmp_path, monkeypatch, capfd):
     alternating_corpus(tmp_path)
     flags = small_flags(tmp_path, n_embed=16, n_layers=2, epochs=60, vocab_size=40, eval_every=500, save_every=1000)
@@ -45,6 +46,7 @@ def test_a_rate_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, monkeypatc
     assert "no better than guessing by word frequency" in out
 
 
+@pytest.mark.slow
 def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transformers_loads(tmp_path):
     lines = write_corpus(tmp_path / "plain.txt", n_documents=400).read_bytes().splitlines(keepends=True)
     (tmp_path / "plain.txt").unlink()

@@ -79,6 +79,7 @@ def test_the_dry_run_says_what_the_run_does_and_writes_nothing(finished, tmp_pat
 
 
 @pytest.mark.parametrize("gb, n_layers, batch_size", [(141, 4, 16), (80, 6, 32), (24, 4, 8)])
+@pytest.mark.slow
 def test_a_plan_for_gpus_that_are_not_at_hand(gb, n_layers, batch_size, finished, tmp_path):
     beside(finished, tmp_path)
     done = run(["--dataset", str(tmp_path / "corpus.jsonl"), "--output-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"),
@@ -102,6 +103,7 @@ def test_muons_momentum_is_in_the_checkpoint(finished):
     assert kinds == {"exp_avg", "exp_avg_sq", "momentum"}
 
 
+@pytest.mark.slow
 def test_a_run_of_so_many_minutes_ends_in_time_with_a_model_and_goes_on_after_a_kill(finished, tmp_path):
     beside(finished, tmp_path)
     minutes = 0.6
@@ -120,6 +122,7 @@ def test_a_run_of_so_many_minutes_ends_in_time_with_a_model_and_goes_on_after_a_
 
 
 @pytest.mark.fault(row=1)
+@pytest.mark.slow
 def test_killed_and_stopped_it_comes_to_the_same_model(finished, tmp_path):
     beside(finished, tmp_path)
     flags, rng = flags_of(tmp_path), random.Random(4)
@@ -139,6 +142,7 @@ def test_killed_and_stopped_it_comes_to_the_same_model(finished, tmp_path):
     assert result(tmp_path / "run") == result(finished / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_stop_and_go_on(finished, tmp_path):
     beside(finished, tmp_path)
     whole, stopped = (flags_of(tmp_path, batch_size=16, output_dir=tmp_path / name) for name in ("whole", "stopped"))
@@ -171,6 +175,7 @@ def test_what_does_not_fit_at_all_is_told_before_it_is_tried(finished, tmp_path)
     assert done.returncode == 2 and "memory_budget_gb = 0.5" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_small_budget_makes_smaller_micro_batches_of_the_same_batch(finished, tmp_path):
     beside(finished, tmp_path)
     done = run(flags_of(tmp_path, memory_budget_gb=0.84), V4)

@@ -82,6 +82,7 @@ def test_twenty_kills_at_random_times_change_nothing(tmp_path):
 
 
 @pytest.mark.fault(row=3)
+@pytest.mark.slow
 def test_resuming_from_every_checkpoint_gives_the_same_run(tmp_path, monkeypatch):
     flags = small_flags(tmp_path, max_samples=80, save_every=1, keep_checkpoints=1000, eval_every=4, epochs=2)
     assert run_here(flags, monkeypatch) == 0
@@ -119,6 +120,7 @@ def test_resuming_with_dropout_and_micro_batches_gives_the_same_run(n_threads, t
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 @pytest.mark.fault(row=4)
+@pytest.mark.slow
 def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished_run, reference, tmp_path):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path)
@@ -138,6 +140,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished
 
 
 @pytest.mark.fault(row=6)
+@pytest.mark.slow
 def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tmp_path, monkeypatch, capfd):
     write_corpus(tmp_path / "corpus.jsonl", n_documents=1200)
     monkeypatch.setattr(microbert.prepare, "BLOCK_ROWS", 200)
@@ -399,6 +402,7 @@ def test_with_every_checkpoint_damaged_the_run_refuses_to_start_over(finished_ru
 
 
 @pytest.mark.fault(row=20)
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused_and_the_first_is_named(tmp_path):
     flags = small_flags(tmp_path, epochs=2000)
     first = start(flags)

@@ -179,6 +179,7 @@ def test_token_shards_of_any_bytes(name, tokens_folder, data):
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors", "optimizer.safetensors"])
 @given(data=st.data())
+@pytest.mark.slow
 def test_checkpoints_of_any_bytes(name, place, data):
     """With a manifest that agrees with them, as whoever means harm would write it."""
     config = configure(*small_flags(place))

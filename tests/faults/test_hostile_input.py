@@ -38,6 +38,7 @@ TEXTS = {
 
 @pytest.mark.fault(row=27)
 @pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.slow
 def test_text_is_read_or_told_in_a_line(name, tmp_path):
     file, content, flags, code, told = TEXTS[name]
     (tmp_path / file).write_bytes(content)
@@ -141,6 +142,7 @@ class Bomb:
 @pytest.mark.fault(row=30)
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("is_sealed", [False, True])
+@pytest.mark.slow
 def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(name, is_sealed, interrupted, tmp_path, reference):
     """The checkpoint's own tokenizer and configuration are for transformers: a run goes on without reading them."""
     run_folder, newest = interrupted
@@ -158,6 +160,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(name, is_sealed, interr
 
 @pytest.mark.fault(row=30)
 @pytest.mark.parametrize("header", [2**63 - 1, 2**40, 200_000_000], ids=["2^63", "2^40", "200 MB"])
+@pytest.mark.slow
 def test_a_safetensors_header_that_claims_to_be_huge_is_refused(header, interrupted):
     run_folder, newest = interrupted
     (newest / "model.safetensors").write_bytes(header.to_bytes(8, "little") + b"{}" * 100)
@@ -168,6 +171,7 @@ def test_a_safetensors_header_that_claims_to_be_huge_is_refused(header, interrup
 
 @pytest.mark.fault(row=30)
 @pytest.mark.parametrize("pattern", ["*/tokenizer*.json", "*/tokens-*/token_counts.npy", "*/tokens-*/train-00000.npy", "*/tokens-*/manifest.json"])
+@pytest.mark.slow
 def test_a_pickle_in_the_cache_is_refused_and_not_run(pattern, finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "copy")
     [file] = (tmp_path / "copy" / "cache").glob(pattern)
@@ -180,6 +184,7 @@ def test_a_pickle_in_the_cache_is_refused_and_not_run(pattern, finished_run, tmp
 
 @pytest.mark.fault(row=30)
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.slow
 def test_a_pickle_in_a_folder_that_somebody_shares_is_refused_and_not_run(name, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
@@ -192,6 +197,7 @@ def test_a_pickle_in_a_folder_that_somebody_shares_is_refused_and_not_run(name, 
 
 @pytest.mark.fault(row=30)
 @pytest.mark.parametrize("module", ["plot", "finetune"])
+@pytest.mark.slow
 def test_weights_that_would_have_to_be_unpickled_are_not_looked_for(module, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
@@ -216,6 +222,7 @@ def victim(tmp_path):
 
 @pytest.mark.fault(row=31)
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.slow
 def test_a_link_in_a_checkpoint_is_refused(name, interrupted, victim, reference):
     run_folder, newest = interrupted
     target = victim / "precious.txt"
@@ -233,6 +240,7 @@ def test_a_link_in_a_checkpoint_is_refused(name, interrupted, victim, reference)
 
 @pytest.mark.fault(row=31)
 @pytest.mark.parametrize("name", ["../../victim/precious.txt", "/etc/passwd", "extra.txt"])
+@pytest.mark.slow
 def test_a_manifest_that_names_other_files_is_refused(name, interrupted, victim, reference):
     run_folder, newest = interrupted
     manifest = json.loads((newest / "manifest.json").read_text())
@@ -244,6 +252,7 @@ def test_a_manifest_that_names_other_files_is_refused(name, interrupted, victim,
 
 
 @pytest.mark.fault(row=31)
+@pytest.mark.slow
 def test_links_where_a_run_writes_are_replaced_and_not_followed(interrupted, victim, reference):
     run_folder, newest = interrupted
     shutil.rmtree(newest)
@@ -262,6 +271,7 @@ def test_links_where_a_run_writes_are_replaced_and_not_followed(interrupted, vic
 
 
 @pytest.mark.fault(row=31)
+@pytest.mark.slow
 def test_starting_anew_follows_no_link(interrupted, victim, reference):
     run_folder, newest = interrupted
     (newest / "link").symlink_to(victim)

@@ -26,13 +26,14 @@ def test_numbers_that_break_down_stop_the_run_before_the_step_is_applied(learnin
     flags = [*small_flags(tmp_path, save_every=1), "--lr", learning_rate, "--lr-scaling", "none", "--warmup-ratio", "0"]
     assert run_here(flags, monkeypatch) == 1
     errors = capfd.readouterr().err
-    assert "not applied" in errors and "Traceback" not in errors
+    assert ("not applied" in errors or "not saved" in errors) and "Traceback" not in errors
     assert all(weight.isfinite().all() for file in (tmp_path / "run").glob("checkpoint-*/*.safetensors") for weight in load_file(file).values())
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 1
 
 
 @pytest.mark.parametrize("largest_file", [2_000, 60_000])  # bytes: less than the tokenizer takes; less than the training curve, and more than the kernel of attention
 @pytest.mark.fault(row=22)
+@pytest.mark.slow
 def test_a_file_that_cannot_grow_is_told_and_the_same_command_goes_on(largest_file, finished_run, reference, tmp_path):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path)
@@ -70,6 +71,7 @@ training.save_checkpoint = save"""
 
 
 @pytest.mark.fault(row=22)
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space_the_same_command_goes_on(small_disk, finished_run, reference, tmp_path):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path, output_dir=small_disk.mount_point / "run")

@@ -134,6 +134,7 @@ def test_sigterm_to_torchrun_saves_and_ends_with_75_and_the_same_command_comes_t
 
 
 @pytest.mark.fault(row=5)
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_nothing_starts_again(two, tmp_path):
     beside(two, tmp_path)
     process = start(flags_of(tmp_path, 2), 2, "--max-restarts=1", module="torch.distributed.run", script=patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT))
@@ -147,6 +148,7 @@ def test_a_signal_to_one_process_stops_all_and_nothing_starts_again(two, tmp_pat
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.fault(row=10)
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_an_error(rank, two, tmp_path):
     beside(two, tmp_path)
     process = start(flags_of(tmp_path, 2, epochs=20), patience=FOREVER)
@@ -175,6 +177,7 @@ def test_a_killed_process_with_a_restart_comes_to_the_same_model(two, tmp_path):
 
 
 @pytest.mark.fault(row=12)
+@pytest.mark.slow
 def test_a_silent_process_is_given_up_after_the_time_limit_at_a_step_that_is_named(two, tmp_path):
     beside(two, tmp_path)
     process = start(flags_of(tmp_path, 2, epochs=200, group_timeout=10), patience=3)
@@ -207,6 +210,7 @@ def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(t
 
 
 @pytest.mark.fault(row=14)
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(two, one, tmp_path):
     """Saved on 2, continued on 1 and on 4, with the command as it was: the batch of all processes together stays."""
     for n_processes in (1, 4):
@@ -242,6 +246,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_group_for
 
 
 @pytest.mark.fault(row=18)
+@pytest.mark.slow
 def test_preparation_that_takes_longer_than_the_group_waits_is_waited_for(two, tmp_path):
     shutil.copy(two / "corpus.jsonl", tmp_path)
     patch = """import microbert.prepare as prepare
@@ -275,6 +280,7 @@ prepare.prepare_tokens = crash"""
 
 
 @pytest.mark.fault(row=18)
+@pytest.mark.slow
 def test_a_process_killed_while_another_prepares_ends_both(two, tmp_path):
     shutil.copy(two / "corpus.jsonl", tmp_path)
     patch = f"""import microbert.distributed as distributed, microbert.prepare as prepare
@@ -297,6 +303,7 @@ prepare.prepare_tokens = long"""
 
 
 @pytest.mark.fault(row=19)
+@pytest.mark.slow
 def test_two_launches_at_once_with_the_usual_ports_taken_both_finish(two, tmp_path):
     taken = []
     for port in (12355, 29500, 29400):
@@ -324,6 +331,7 @@ def test_two_launches_at_once_with_the_usual_ports_taken_both_finish(two, tmp_pa
 
 @pytest.mark.fault(row=20)
 @pytest.mark.fault(row=21)
+@pytest.mark.slow
 def test_a_second_launch_in_the_folder_is_refused_and_torchruns_death_orphans_nobody(two, tmp_path):
     beside(two, tmp_path)
     flags = flags_of(tmp_path, 2, epochs=2000)
@@ -346,6 +354,7 @@ def test_a_second_launch_in_the_folder_is_refused_and_torchruns_death_orphans_no
 
 
 @pytest.mark.fault(row=24)
+@pytest.mark.slow
 def test_numbers_that_break_down_in_one_process_stop_all_before_the_step_is_applied(two, tmp_path):
     beside(two, tmp_path)
     patch = """import microbert.step as step
@@ -366,6 +375,7 @@ step.masked_loss = broken"""
 
 
 @pytest.mark.fault(row=29)
+@pytest.mark.slow
 def test_a_machine_with_other_tokens_or_constants_is_found_out(two, tmp_path):
     beside(two, tmp_path)
     (tmp_path / "other.jsonl").write_text((two / "corpus.jsonl").read_text() + '{"text": "one more film"}\n')
