@@ -13,7 +13,6 @@ import io
 import shlex
 import shutil
 import socket
-import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,10 +26,10 @@ from .documents import Estimate
 from .dry_run import tell_plan
 from .hub import choose_dataset
 from .prepare import estimated_megabytes
-from .run import BAD_INPUT
+from .run import plain_errors
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_GB, MOST_VERSION = (7, 14, 21.5), (1, 2, 3, 4)  # of a GPU's memory in GiB, as drivers report 8, 16 and 24 GB, and the version up to each
+MEMORY_STEPS, VERSIONS = (7, 14, 21.5), (1, 2, 3, 4)  # GiB of a GPU, as drivers report 8, 16 and 24 GB; the version below the first, from it on, and so forth
 BY_SAMPLES = ((100_000, (1, 2)), (1_000_000, (2, 3)), (10_000_000, (3, 4)))  # the versions that are made for datasets below so many documents; v4 beyond
 BY_USE = {"learning": 1, "standard": 2, "many-gpus": 3, "production": 4}
 MADE_FOR = {1: "the quick start", 2: "the standard version, for any dataset", 3: "made for many GPUs", 4: "for production: sized to the device, within 24 GB a GPU"}
@@ -68,7 +67,7 @@ class Advice:
 
 def advise(machine: Machine, dataset: str, estimate: Estimate, use: str | None = None) -> Advice:
     """The version for this machine, dataset and use. What it is to be used for decides; else the size of the dataset, and within that the GPU."""
-    most_by_memory = 1 if machine.gpu_memory is None else MOST_VERSION[sum(machine.gpu_memory >= gib * GIB for gib in MOST_GB)]
+    most_by_memory = 1 if machine.gpu_memory is None else VERSIONS[sum(machine.gpu_memory >= gib * GIB for gib in MEMORY_STEPS)]
     lowest, highest = next((versions for most, versions in BY_SAMPLES if estimate.documents < most), (4, 4))
     fitting = max(most_by_memory, 3) if machine.n_gpus > 1 else most_by_memory
     version = min(max(fitting, lowest), highest)
@@ -80,21 +79,22 @@ def advise(machine: Machine, dataset: str, estimate: Estimate, use: str | None =
         reasons.append(f"{machine.gpu_memory / GIB:.0f} GiB a GPU: up to v{most_by_memory}")
     if machine.n_gpus > 1:
         reasons.append(f"{machine.n_gpus} GPUs: v3 and v4 are made for several")
-    warnings = []
+    warnings: tuple[str, ...] = ()
     if use is not None:
         wanted = BY_USE[use]
         reasons.append(f"for {use.replace('-', ' ')}: v{wanted}")
         if not lowest <= wanted <= highest:
-            warnings.append(f"for so many documents {made_for} would be the choice")
+            warnings = (f"for so many documents {made_for} would be the choice",)
         version = wanted
-    flags = _flags(version, machine, dataset, estimate, warnings)
+    flags, obstacles = _flags(version, machine, dataset, estimate)
     if version == 4 and machine.gpu_memory is None:
         reasons.append("v4 without a GPU: 10,000 words and 20 minutes give a first model that fills blanks sensibly")
-    return Advice(version, flags, _command(version, machine, flags), tuple(reasons), tuple(warnings))
+    return Advice(version, flags, _command(version, machine, flags), tuple(reasons), (*warnings, *obstacles))
 
 
-def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate, warnings: list[str]) -> tuple[str, ...]:
-    """Adds to the warnings what stands in the way of the run."""
+def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> tuple[tuple[str, ...], list[str]]:
+    """The flags of the version's script, and what stands in the way of the run, a line each."""
+    warnings: list[str] = []
     flags = [] if dataset == "imdb" else ["--dataset", dataset]
     if version == 4 and machine.gpu_memory is None:
         flags += ["--vocab-size", "10000", "--max-minutes", "20"]
@@ -115,7 +115,7 @@ def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate, war
         warnings.append(f"the disk has no room for {download / 1e9:,.1f} GB of downloads: the dataset is read as it comes")
     if is_of_the_hub and not machine.has_network:
         warnings.append("without a network a dataset of the Hub cannot be read: prepare it elsewhere (--prepare-only) and bring cache/, or give files")
-    return tuple(flags)
+    return tuple(flags), warnings
 
 
 def _config(version: int, flags: list[str]) -> Config:
@@ -165,11 +165,8 @@ def main() -> None:
     parser.add_argument("--gpu-memory-gb", type=float, help="of each GPU of a machine that is not at hand; 0: none")
     parser.add_argument("--num-gpus", type=int, help="of a machine that is not at hand")
     arguments = parser.parse_args()
-    try:
+    with plain_errors():
         _tell(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
 
 
 def _tell(arguments: argparse.Namespace) -> None:

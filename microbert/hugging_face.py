@@ -3,12 +3,16 @@
 One class for each architecture: `BertForMaskedLM` and `ModernBertForMaskedLM`, both as they stand.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import bert, modern
+from .config import InputError
 from .layers import ROTARY_BASE, MaskedLanguageModel, ModelConfig
 from .model import INIT_STD
 from .tokenizer import CLS_ID, PAD_ID, SEP_ID
@@ -48,7 +52,16 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
 
 
 RUNS_NOTHING = {"local_files_only": True, "trust_remote_code": False}  # for transformers, where it loads a folder that somebody else may have made
-LARGEST = 1_000_000  # of any of the sizes in a configuration: no table that is made from them alone takes much memory
+LARGEST = 1_000_000  # of the sizes in a configuration
+
+
+@contextlib.contextmanager
+def errors_of_loading(folder: Path) -> Iterator[None]:
+    """Raises InputError, in one line, for what transformers raises where it loads the folder: it lets through whatever its parsers do."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{folder} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _hugging_face_names(arch: str, name: str) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from .config import InputError
-from .corpus import labelled_imdb
+from .corpus import imdb_file, labelled_imdb
 from .dataset_names import file_kind, hub_id, named_files
 from .documents import clean
 from .file_formats import choose_text_column, listed
@@ -35,7 +35,7 @@ def read_labelled(dataset: str, text_column: str | None, label_column: str | Non
     Raises InputError where the dataset cannot be read, a column is missing, or there are not at least two labels.
     """
     if dataset == "imdb":
-        rows = labelled_imdb()
+        rows = labelled_imdb(imdb_file())
     else:
         rows = _read_table(dataset, text_column, label_column)
     rows = [(text, label) for text, label in ((clean(text), label) for text, label in rows) if text and label is not None]

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 from .config import InputError
 from .files import write_atomic
-from .hugging_face import RUNS_NOTHING
+from .fill_mask import load_run
+from .hugging_face import RUNS_NOTHING, errors_of_loading
 from .report import read_metrics
-from .run import BAD_INPUT, FAILED
+from .run import FAILED, plain_errors
 from .tokenizer import N_SPECIAL
 
 TEXT = "i have never seen such a bad film ."
@@ -106,17 +107,14 @@ def draw_curves(folders: list[Path]) -> Figure:
 
 
 def _load(folder: Path) -> tuple[torch.nn.Module, object]:
-    """The run's model as transformers has it, which gives its attention out, and its tokenizer."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no model yet: give a finished run's folder, or a checkpoint in it")
+    """The run's model as transformers has it, which gives its attention out, and its tokenizer. Raises InputError as `load_run` does."""
+    load_run(folder)  # which finds out what is wrong with it before transformers builds what config.json asks for
     import transformers  # only here, because it takes seconds to load
 
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with errors_of_loading(folder):
         model = transformers.AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager", **RUNS_NOTHING, use_safetensors=True)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **RUNS_NOTHING)
-    except Exception as error:  # transformers lets through whatever its parsers raise
-        raise InputError(f"{folder} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
 def main() -> None:
@@ -125,18 +123,16 @@ def main() -> None:
     parser.add_argument("--text", default=TEXT, help=f'whose attention is drawn, "{TEXT}" unless you say another')
     parser.add_argument("--output-dir", type=Path, default=Path("plots"), help="where the pictures go, plots unless you say another")
     arguments = parser.parse_args()
-    try:
+    with plain_errors():
         figures = {"curves.png": draw_curves(arguments.folders)}
         for folder in arguments.folders:
             figures[f"attention-{folder.name}.png"] = draw_attention(folder, arguments.text)
             figures[f"embeddings-{folder.name}.png"] = draw_embeddings(folder)
+    try:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             write_atomic(arguments.output_dir / name, lambda file, figure=figure: figure.savefig(file, format="png", dpi=110))
             print(arguments.output_dir / name)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
     except OSError as error:
         print(f"error: {arguments.output_dir} cannot be written: {error.strerror}", file=sys.stderr)
         raise SystemExit(FAILED) from None

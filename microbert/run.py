@@ -49,6 +49,16 @@ class Diverged(Failed):
     """The numbers broke down (NaN or infinity)."""
 
 
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """For the modules that people start: what they can mend is told in one line, with exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+
+
 class Run:
     """The folder of a run, and this process among those that work on it. The first of them holds the folder's lock, and writes.
 
