@@ -115,6 +115,11 @@ def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> 
         warnings.append(f"the disk has no room for {download / 1e9:,.1f} GB of downloads: the dataset is read as it comes")
     if is_of_the_hub and not machine.has_network:
         warnings.append("without a network a dataset of the Hub cannot be read: prepare it elsewhere (--prepare-only) and bring cache/, or give files")
+    folder, number = Path(config.output_dir), 2
+    while folder.exists():  # a run of another day, which is none of this one's business
+        folder, number = Path(f"{config.output_dir}-{number}"), number + 1
+    if number > 2:
+        flags += ["--output-dir", str(folder)]
     return tuple(flags), warnings
 
 

@@ -81,6 +81,15 @@ def test_on_this_machine_with_files_it_tells_a_command_that_runs_and_what_it_tak
     assert [path.name for path in tmp_path.iterdir()] == ["a b.jsonl"]
 
 
+def test_a_run_that_is_there_already_stays_out_of_it(tmp_path):
+    (tmp_path / "runs" / "v1").mkdir(parents=True)
+    (tmp_path / "runs" / "v1-2").mkdir()
+    (tmp_path / "runs" / "v1" / "notes.txt").write_text("mine")
+    done = run_advise("--dataset", str(write_corpus(tmp_path / "corpus.jsonl")), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--output-dir runs/v1-3" in done.stdout and "time: about" in done.stdout
+
+
 def test_a_machine_and_a_dataset_that_are_not_at_hand():
     done = run_advise("--samples", "20M", "--gpu-memory-gb", "24", "--num-gpus", "8")
     assert done.returncode == 0, done.stderr
