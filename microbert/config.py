@@ -23,6 +23,7 @@ from .dataset_names import FILE_KINDS, InputError, hub_id, named_files
 
 PRETRAINING = 128  # times the learning rate of fine-tuning
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
+DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 # what a preset gives to constants that are None; "auto" leaves those of BY_TIER to the device (memory.py)
 PRESETS: dict[str, dict[str, int]] = {
     "auto": {"n_heads": 8, "n_embed": 128, "max_seq_len": 128, "vocab_size": 50_000},
@@ -118,7 +119,7 @@ class Config:
         _require(self.weight_decay >= 0, "weight_decay", "must be at least 0", self)
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", "must be None or above 0", self)
         _require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2**63", self)
-        _require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, "device",
+        _require(re.fullmatch(DEVICES, self.device) is not None, "device",
                  'must be "auto", "cpu", "cuda", "cuda:N" or "mps"', self)
         _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", 'must be "auto", "float32" or "bfloat16"', self)
         for name in ("memory_budget_gb", "gpu_memory_gb", "max_minutes"):

@@ -58,7 +58,10 @@ def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
         from_hugging_face(model, weights)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {error}") from error
-    return model, load_tokenizer(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise InputError(f"{folder} cannot be loaded: its tokenizer has {tokenizer.get_vocab_size():,} tokens, and its model {config.vocab_size:,}")
+    return model, tokenizer
 
 
 def main() -> None:

@@ -154,7 +154,12 @@ def read_hugging_face_config(stored: dict) -> ModelConfig:
     for name in ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"):
         if type(stored[name]) is not int or not 1 <= stored[name] <= LARGEST:
             raise ValueError(f"{name} is {stored[name]!r}")
-    if stored["hidden_size"] % stored["num_attention_heads"]:
-        raise ValueError(f"num_attention_heads = {stored['num_attention_heads']} does not divide hidden_size = {stored['hidden_size']}")
+    if stored["hidden_size"] % (stored["num_attention_heads"] * (2 if arch == "modern" else 1)):
+        raise ValueError(f"num_attention_heads = {stored['num_attention_heads']} does not divide hidden_size = {stored['hidden_size']}"
+                         + (" into even parts" if arch == "modern" else ""))
+    if stored["max_position_embeddings"] < 3:
+        raise ValueError("max_position_embeddings must be at least 3: [CLS], one token, [SEP]")
+    if type(stored[dropout]) not in (int, float) or not 0 <= stored[dropout] < 1:
+        raise ValueError(f"{dropout} is {stored[dropout]!r}")
     return ModelConfig(vocab_size=stored["vocab_size"], n_layers=stored["num_hidden_layers"], n_heads=stored["num_attention_heads"],
                        n_embed=stored["hidden_size"], max_seq_len=stored["max_position_embeddings"], dropout=stored[dropout], arch=arch)

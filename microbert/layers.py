@@ -159,12 +159,16 @@ class MaskedLanguageModel(nn.Module):
         positions: int64 [B, M]. dropout_keys: int64 [B], a random number for each sequence; None where nothing is to be dropped.
         Returns [B * M, D]; times `output_weight` plus `output_bias` are the logits.
         """
+        return self.head(self.hidden_states(input_ids, attention_mask, positions, dropout_keys).flatten(0, 1))
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, dropout_keys: Tensor | None = None) -> Tensor:
+        """What the last layer gives at the positions, or for all tokens where these are None: [B, Q, D]. Else as for forward."""
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # the same for all heads and queries
         x = self.embeddings(input_ids, dropout_keys)
         for layer in self.layers[:-1]:
             x = layer(x, attention_mask, dropout_keys)
-        return self.head(self.layers[-1](x, attention_mask, dropout_keys, positions).flatten(0, 1))
+        return self.layers[-1](x, attention_mask, dropout_keys, positions)
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
         """Arguments as for forward; returns [B * M, V]."""

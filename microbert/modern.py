@@ -57,7 +57,11 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, D]. Returns [N, D]."""
-        return self.norm(gelu(self.transform(self.input_norm(x))))
+        return self.after_norm(self.input_norm(x))
+
+    def after_norm(self, x: Tensor) -> Tensor:
+        """The same for what has been through `input_norm`: what transformers calls the head."""
+        return self.norm(gelu(self.transform(x)))
 
 
 class ModernBert(MaskedLanguageModel):

@@ -51,12 +51,12 @@ class Diverged(Failed):
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """For the modules that people start: what they can mend is told in one line, with exit code 2."""
+    """For the modules that people start: what they can mend is told in one line, with exit code 2, and what else cannot go on with 1."""
     try:
         yield
-    except InputError as error:
+    except (InputError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+        raise SystemExit(BAD_INPUT if isinstance(error, InputError) else FAILED) from None
 
 
 class Run:

@@ -93,6 +93,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     for token_id, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != token_id:
             raise InputError(f"{path}: {token} must have the id {token_id}")
+    if tokenizer.normalizer is None or tokenizer.pre_tokenizer is None:
+        raise InputError(f"{path} is none of this suite's tokenizers: it has no normalizer or no pre-tokenizer")
     return tokenizer
 
 

@@ -12,14 +12,14 @@ import torch
 import transformers
 from helpers import ROOT, TIME_LIMIT, WORDS
 from models import noisy_model
+from safetensors.torch import load_file
 
+from microbert.classifier import TextClassifier, encode_texts, save_classifier
 from microbert.config import InputError
 from microbert.export import save_model
 from microbert.fill_mask import load_run
-from microbert.finetune import Classifier, Settings, choose_trainable, finetune, held_out, load_classifier
+from microbert.finetune import Settings, accuracy_of, check_output, finetune, held_out, train
 from microbert.labelled import LabelledTexts, read_labelled
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +47,14 @@ def folder(request, finished_run, tmp_path):
 
 def test_it_learns_what_a_word_tells_and_transformers_loads_the_folder(folder, labels, tmp_path, capsys):
     output = tmp_path / "classifier"
-    found = finetune(folder, Settings(dataset=str(labels), epochs=8, device="cpu", output_dir=str(output)))
+    found = finetune(folder, Settings(dataset=str(labels), epochs=30, device="cpu", output_dir=str(output)))
     told = capsys.readouterr().out
     accuracy = found[f"{folder}, fine-tuned"]
     assert accuracy > 0.9 > 0.7 > found["the most frequent label"] and f"{accuracy:.1%}" in told
-    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(output, output_loading_info=True)
-    assert not any(report.values()) and model.config.id2label == {0: "better", 1: "worse"}
-    classifier = Classifier(model, transformers.AutoTokenizer.from_pretrained(output), CPU)
     texts = read_labelled(str(labels), None, None, None, 42)
-    assert classifier.accuracy(texts.take(held_out(texts, folder)), 7) == accuracy
+    test = texts.take(held_out(texts, folder))
+    classify = transformers.pipeline("text-classification", model=str(output), device="cpu")
+    assert np.mean([found["label"] == test.names[label] for found, label in zip(classify(test.texts), test.labels)]) == accuracy
     with pytest.raises(InputError, match="there already"):
         finetune(folder, Settings(dataset=str(labels), output_dir=str(output)))
 
@@ -75,37 +74,43 @@ def test_it_judges_by_the_documents_that_the_run_has_held_out(finished_run):
 
 def changed_by_training(folder, labels, trainable):
     """The names of the weights that training changes."""
-    texts = read_labelled(str(labels), None, None, 64, 42)
-    classifier = load_classifier(folder, texts.names, CPU, 0, pretrained=True)
-    before = {name: weight.clone() for name, weight in classifier.model.state_dict().items()}
-    classifier.train(texts, Settings(trainable=trainable, epochs=1, device="cpu"), "training")
-    return {name for name, weight in classifier.model.state_dict().items() if not torch.equal(weight, before[name])}
+    texts, (encoder, tokenizer) = read_labelled(str(labels), None, None, 64, 42), load_run(folder)
+    model = TextClassifier(encoder, 2, seed=0)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    train(model, encode_texts(tokenizer, texts.texts, 32), texts.labels, Settings(trainable=trainable, epochs=1), "training")
+    return {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+
+
+BEHIND_THE_LAYERS = {"bert": {"classifier.weight", "classifier.bias", "pooler.weight", "pooler.bias"},
+                     "modern": {"classifier.weight", "classifier.bias", "encoder.head.transform", "encoder.head.norm"}}
 
 
 def test_the_layers_that_are_chosen_learn_and_no_other(folder, labels):
-    names = set(load_classifier(folder, ["a", "b"], CPU, 0, pretrained=True).model.state_dict())
-    of_layer = {number: {name for name in names if f"layer.{number}." in name or f"layers.{number}." in name} for number in range(3)}
-    assert all(of_layer.values())
-    of_encoder = {name for name in names if name.startswith(("bert.", "model.")) and "pooler" not in name}
-    assert changed_by_training(folder, labels, "classifier") <= names - of_encoder
-    last_2 = changed_by_training(folder, labels, "last_2")
-    assert not last_2 & of_layer[0] and last_2 & of_layer[1] and last_2 & of_layer[2] and not any("embeddings" in name for name in last_2)
-    assert changed_by_training(folder, labels, "all") & of_layer[0]
+    parts = {trainable: {".".join(name.split(".")[: 2 if "embeddings" in name else 3]) for name in changed_by_training(folder, labels, trainable)}
+             for trainable in ("classifier", "last_2", "all")}
+    arch = load_run(folder)[0].config.arch
+    assert parts["classifier"] == BEHIND_THE_LAYERS[arch]
+    assert parts["last_2"] == parts["classifier"] | {"encoder.layers.1", "encoder.layers.2"}
+    assert parts["all"] == parts["last_2"] | {"encoder.layers.0", "encoder.embeddings"} | ({"encoder.head.input_norm"} if arch == "modern" else set())
 
 
-def test_the_pretrained_encoder_is_taken_and_the_random_one_is_not(folder):
-    def weights(pretrained):
-        model = load_classifier(folder, ["a", "b"], CPU, 0, pretrained).model
-        return model.get_input_embeddings().weight.detach().numpy()
+def test_it_starts_from_the_runs_encoder(folder, labels, tmp_path):
+    finetune(folder, Settings(dataset=str(labels), max_samples=100, epochs=1, trainable="classifier", device="cpu", baselines=False, output_dir=str(tmp_path / "out")))
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    of_encoder = [name for name in after if name.startswith(("bert.", "model.")) and "pooler" not in name]
+    assert len(of_encoder) > 10 and all(torch.equal(before[name], after[name]) for name in of_encoder)
 
-    stored = load_run(folder)[0].embeddings.word.weight.detach().numpy()
-    np.testing.assert_array_equal(weights(True), stored)
-    assert np.abs(weights(False) - stored).mean() > 0.01
+
+def test_the_same_accuracy_whatever_the_batches_are(folder, labels):
+    texts, (encoder, tokenizer) = read_labelled(str(labels), None, None, 100, 42), load_run(folder)
+    model, rows = TextClassifier(encoder, 2, seed=0), encode_texts(tokenizer, texts.texts, 32)
+    found = {size: accuracy_of(model, rows, texts.labels, size) for size in (1, 7, 100)}
+    assert 0.2 < found[1] == found[7] == found[100]
 
 
 def test_one_seed_gives_one_result(folder, labels):
     def run(seed, name):
-        return finetune(folder, Settings(dataset=str(labels), max_samples=100, epochs=1, seed=seed, device="cpu", baselines=False, output_dir=str(folder / name)))
+        return finetune(folder, Settings(dataset=str(labels), epochs=1, seed=seed, device="cpu", baselines=False, output_dir=str(folder / name)))
 
     run(1, "a"), run(1, "b"), run(2, "c")
     weights = [(folder / name / "model.safetensors").read_bytes() for name in "abc"]
@@ -127,7 +132,7 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
 
 @pytest.mark.parametrize("flags, told", [
     (["--trainable", "some"], "trainable"), (["--epochs", "0"], "epochs"), (["--lr", "nan"], "learning_rate"), (["--epochs", "1.5"], "epochs"),
-    (["--dataset", "no/such.csv"], "no file that exists"), (["--max-samples", "4"], "too few")])
+    (["--dataset", "no/such.csv"], "no file that exists"), (["--device", "gpu"], "device"), (["--max-samples", "4"], "too few")])
 @pytest.mark.slow
 def test_mistakes_are_told_in_a_line_and_leave_nothing(flags, told, finished_run, tmp_path):
     done = command(str(finished_run / "run"), "--device", "cpu", "--output-dir", str(tmp_path / "out"), *flags)
@@ -140,8 +145,33 @@ def test_a_folder_without_a_model_is_told(tmp_path):
     assert done.returncode == 2 and "holds no model yet" in done.stderr
 
 
-def test_freezing_leaves_the_classifier_alone(folder):
-    model = load_classifier(folder, ["a", "b", "c"], CPU, 0, pretrained=True).model
-    choose_trainable(model, "classifier")
-    assert {name.split(".")[0] for name, weight in model.named_parameters() if weight.requires_grad} >= {"classifier"}
-    assert model.config.num_labels == 3
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_is_told_in_a_line_and_leaves_nothing(finished_run, labels, tmp_path):
+    done = command(str(finished_run / "run"), "--dataset", str(labels), "--device", "cpu", "--output-dir", str(tmp_path / "out"), "--lr", "1e30")
+    assert done.returncode == 1 and "lower learning_rate" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: path.write_text(""), lambda path: path.symlink_to("nowhere"), lambda path: (path / "notes").mkdir(parents=True),
+    lambda path: shutil.copytree(path.parent / "run", path), lambda path: path.symlink_to(path.parent / "classifier")],
+    ids=["file", "broken link", "other files", "run", "link to a classifier"])
+def test_only_a_classifier_is_ever_replaced(make, folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(folder, place / "run")
+    encoder, tokenizer = load_run(folder)
+    (place / "classifier").mkdir()
+    save_classifier(TextClassifier(encoder, 2, seed=0), tokenizer, ["a", "b"], place / "classifier")
+    make(place / "output")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="nothing of yours is replaced"):
+            check_output(place / "output", overwrite)
+    check_output(place / "classifier", overwrite=True)
+    check_output(place / "new" / "output", overwrite=False)
+    (place / "empty").mkdir()
+    check_output(place / "empty", overwrite=False)
+    with pytest.raises(InputError, match="--overwrite"):
+        check_output(place / "classifier", overwrite=False)
+    (place / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be made"):
+        check_output(place / "file" / "output", overwrite=False)
