@@ -7,7 +7,7 @@ share of the time that is used up, and the learning rate with it.
 from .config import Config, InputError
 
 POINTS_PER_RUN = 10  # evaluations and checkpoints, where eval_every and save_every are None
-EXPORT_SECONDS = 12  # kept for the export and its check
+EXPORT_SECONDS = 20  # kept for the export and its check, on a slow machine
 EVALUATIONS_SHARE = 0.1  # of the time that max_minutes leaves, at most
 
 
