@@ -29,8 +29,7 @@ from microbert.device import choose_device, compute_dtype, describe_compute, des
 from microbert.distributed import World  # noqa: E402
 from microbert.masking import mask_batch, n_slots  # noqa: E402
 from microbert.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
-from microbert.layers import ModelConfig  # noqa: E402
-from microbert.model import build_model  # noqa: E402
+from microbert.model import build_model, shape_of  # noqa: E402
 from microbert.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v4.py"
@@ -81,8 +80,7 @@ def measure(config: Config, steps: int) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats(device)
     config = dataclasses.replace(config, micro_batch_size=plan_memory(config, config.vocab_size, hardware_of(device, world)).micro_batch_size)
     cap_memory(config, hardware_of(device, world), device)
-    model = build_model(ModelConfig(config.vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout), config.seed)
-    learner = Learner(model.to(device), config, world)
+    learner = Learner(build_model(shape_of(config, config.vocab_size), config.seed).to(device), config, world)
     begin = time.perf_counter()
     for number in range(WARM_UP + steps):
         if number == WARM_UP:

@@ -64,6 +64,7 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
         print(f"going on after step {state.step}, from {checkpoint}" + learner.ran_short * f", with {state.micro_batch_size} sequences at a time")
     try:
         metrics = _train(run, state, course, learner, tokens, tokenizer)
+        peak_gb = _peak_gb(learner)
     except RuntimeError as error:
         if not out_of_memory(error) and (lost := lost_process(error)):
             raise Failed(f"step {state.step}: {lost}") from error
@@ -73,8 +74,8 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
         masked = {"train": config.mlm_probability, "eval": EVALUATION_PROBABILITY}
         draw_training_curve(run.folder, metrics.lines, masked, uniform_loss, unigram_loss)
     print(f"held-out loss: {state.last_eval_loss:.4f} at the end, {state.best_eval_loss:.4f} at best (step {state.best_step}); "
-          f"accuracy {state.last_eval_accuracy:.1%}, {tokens.report.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text; {state.seconds:.0f} s, at most {peak_memory_gb(device):.2f} GB"
-          + (" in the first process" if world.size > 1 else ""))
+          f"accuracy {state.last_eval_accuracy:.1%}, {tokens.report.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text; {state.seconds:.0f} s, at most {peak_gb:.2f} GB"
+          + (" in any process" if world.size > 1 else ""))
     if state.last_eval_loss > unigram_loss - HUGS_UNIGRAM:
         print(f"warning: that is no better than guessing by word frequency ({unigram_loss:.2f}): the model has learnt little. "
               "A higher learning_rate, more epochs or more text would help, in this order")
@@ -160,7 +161,7 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
                     "train/loss": mean_loss, "train/learning_rate": learning_rate, "train/grad_norm": grad_norm,
                     "train/samples_per_second": round(samples_per_second, 1),
                     "train/tokens_per_second": round(samples_per_second * config.max_seq_len),
-                    "train/peak_memory_gb": round(peak_memory_gb(learner.device), 3)}))
+                    "train/peak_memory_gb": round(_peak_gb(learner), 3)}))
                 share = "" if of_steps else f"{course.position / course.steps:.0%} of the time, "
                 bar.set_postfix_str(f"{share}loss {mean_loss:.3f}, {samples_per_second * config.max_seq_len / 1000:.0f}k tokens/s", refresh=False)
                 logged_step, step_seconds, state.loss_sum, state.loss_steps = state.step, 0.0, 0.0, 0
@@ -171,6 +172,11 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
         if stopping:
             stop()
     return metrics
+
+
+def _peak_gb(learner: Learner) -> float:
+    """The most that any process of the run has held so far. To be called by all together."""
+    return float(learner.world.gather(peak_memory_gb(learner.device)).max())
 
 
 def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, str]:

@@ -3,7 +3,7 @@
 set -euo pipefail
 
 PRESET="${PRESET:-large}"                       # "auto" takes model and batch by the GPU's memory
-BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-96}"  # sequences a step, of the large preset
+BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-96}"  # sequences a step; counts only with PRESET="large"
 MAX_SAMPLES="${MAX_SAMPLES:-10M}"               # documents to read
 EPOCHS="${EPOCHS:-5}"
 LEARNING_RATE="${LEARNING_RATE:-3e-5}"

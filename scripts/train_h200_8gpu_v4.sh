@@ -4,7 +4,7 @@ set -euo pipefail
 
 NUM_GPUS="${NUM_GPUS:-8}"                       # processes, one for each GPU
 PRESET="${PRESET:-large}"                       # "auto" takes model and batch by the GPU's memory
-BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-96}"  # sequences a step, of the large preset
+BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-96}"  # sequences a step; counts only with PRESET="large"
 MAX_SAMPLES="${MAX_SAMPLES:-10M}"               # documents to read
 EPOCHS="${EPOCHS:-5}"
 LEARNING_RATE="${LEARNING_RATE:-3e-5}"

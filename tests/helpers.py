@@ -77,6 +77,11 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
     wait_until(lambda: any(folder.glob("checkpoint-*")), process)
 
 
+def newest_step(folder: Path) -> int:
+    """Of the checkpoints in the folder; 0 where there are none."""
+    return max((int(path.name[11:]) for path in folder.glob("checkpoint-*")), default=0)
+
+
 def end_tree(process: subprocess.Popen) -> None:
     if process.poll() is None:
         parent = psutil.Process(process.pid)
@@ -150,7 +155,7 @@ else:
 
 def result(folder: Path) -> dict[str, object]:
     """Everything that must be bitwise the same between a run and the same run interrupted: weights, optimizer, metrics."""
-    checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    checkpoint = folder / f"checkpoint-{newest_step(folder)}"
     files = [folder / "model.safetensors", checkpoint / "model.safetensors", checkpoint / "optimizer.safetensors"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {"checkpoint": checkpoint.name, "hashes": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],

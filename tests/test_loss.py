@@ -1,8 +1,13 @@
 """The loss: cross-entropy over masked tokens, the same however it is cut into chunks and micro-batches."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, TIME_LIMIT
 from hypothesis import given
 from hypothesis import strategies as st
 from models import VOCAB_SIZE, as_batch, many_examples, noisy_model, on_threads, token_rows
@@ -147,6 +152,16 @@ def test_scores_are_the_summed_loss_and_the_number_of_right_guesses(monkeypatch,
 def test_scores_without_a_masked_token_are_zero():
     leaves, labels = inputs()
     assert masked_scores(*leaves, torch.full_like(labels, IGNORED)) == (0.0, 0)
+
+
+@pytest.mark.slow
+def test_it_takes_a_tenth_at_most_of_the_memory_of_all_logits():
+    rows, vocab_size, n_embed = 8192, 50_000, 128
+    command = [sys.executable, str(ROOT / "benchmarks" / "head.py"), "--growth-of", "chunks", "--rows", str(rows), "--vocab-size", str(vocab_size), "--n-embed", str(n_embed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 0, done.stderr
+    gradients = 4 * (rows + vocab_size) * n_embed
+    assert gradients / 1e9 < json.loads(done.stdout) <= 0.1 * 4 * rows * vocab_size / 1e9
 
 
 def gradients_of_a_step(micro_batch_size):

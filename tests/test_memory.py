@@ -3,23 +3,25 @@
 import contextlib
 import dataclasses
 import random
+import re
 import types
 
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from models import few_examples
-from test_config import configure
+from test_config import configure, configure_v4
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import microbert.memory
 from microbert.config import InputError, fill_in
 from microbert.layers import ModelConfig
-from microbert.loss import masked_loss
+from microbert.loss import CHUNK_ELEMENTS, masked_loss
 from microbert.masking import n_slots
-from microbert.memory import GB, GIB, TIERS, Hardware, hold_to_budget, plan_memory, planned_training_bytes
+from microbert.memory import CPU_TIER, GB, GIB, TIERS, Hardware, hold_to_budget, plan_memory, planned_training_bytes
 from microbert.model import count_parameters, new_model
 from microbert.optim import Optimizer
 from microbert.run import Run
@@ -31,6 +33,11 @@ PRODUCTION = ("a 140 GB GPU", "an 80 GB GPU", "a 24 GB GPU", "large")
 AT_LEAST, AT_MOST = 1.0, 1.25  # of what the step takes
 CPU = Hardware("cpu", None)
 NARROW = Hardware("mps", None)  # which takes bf16 as a GPU does, and logits in the chunks of a CPU, where this is computed
+# by the rows of docs/memory.md
+VERSION_4 = {f"auto, {tier.name.removeprefix('GPUs of ').removeprefix('the ')}": fill_in(configure_v4(), tier.values()) for tier in (*TIERS, CPU_TIER)}
+VERSION_4["large"] = configure_v4("--preset", "large")
+RECIPES = {"v4": {name: getattr(VERSION_4["large"], name) for name in ("arch", "optimizer", "mlm_probability")},
+           "modern with AdamW": {"arch": "modern"}, "BERT with Muon": {"optimizer": "muon"}}
 
 
 def constants(shape, **others):
@@ -39,10 +46,10 @@ def constants(shape, **others):
                         "optimizer": "adamw", **others})
 
 
-def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, **recipe):
+def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, mlm_probability=0.15, **recipe):
     """Bytes of the tensors that are alive at the peak of a training step of micro-batches. Nothing is computed: the tensors are fake."""
     vocab_size, n_layers, n_heads, n_embed, T, batch_size = shape
-    M = n_slots(T, 0.15)
+    M = n_slots(T, mlm_probability)
     with FakeTensorMode():
         model = new_model(ModelConfig(vocab_size, n_layers, n_heads, n_embed, T, dropout, recipe.get("arch", "bert")))
         optimizer = Optimizer(model, configure(optimizer=recipe.get("optimizer", "adamw")))
@@ -88,9 +95,6 @@ def test_so_it_is_in_bf16(shape):
     assert AT_LEAST <= planned / taken_by_a_step(shape, dtype=torch.bfloat16) <= AT_MOST
 
 
-RECIPES = {"v4": {"arch": "modern", "optimizer": "muon"}, "modern with AdamW": {"arch": "modern"}, "BERT with Muon": {"optimizer": "muon"}}
-
-
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(10)], ids=str)
 def test_so_it_is_with_each_architecture_and_optimizer(shape, recipe):
@@ -104,6 +108,30 @@ def test_so_it_is_with_each_architecture_and_optimizer(shape, recipe):
 def test_so_it_is_with_all_of_that_together(shape, n_parts, dropout, dtype):
     config = constants(shape, batch_size=n_parts * shape[-1], micro_batch_size=shape[-1], dropout=dropout, dtype="bfloat16" if dtype else "float32", **RECIPES["v4"])
     assert AT_LEAST <= planned_training_bytes(config, shape[0], NARROW if dtype else CPU) / taken_by_a_step(shape, n_parts, dropout, dtype, **RECIPES["v4"]) <= AT_MOST
+
+
+@pytest.mark.parametrize("chunks_of", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config", VERSION_4.values(), ids=VERSION_4)
+def test_so_it_is_with_each_size_of_version_4_also_with_the_chunks_of_a_gpu(config, dtype, chunks_of, monkeypatch):
+    assert (config.arch, config.optimizer, config.mlm_probability) == ("modern", "muon", 0.4)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", CHUNK_ELEMENTS[chunks_of])  # of the step, which is followed on a CPU
+    shape = (config.vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.batch_size)
+    hardware = Hardware("cuda", None) if chunks_of == "cuda" else NARROW if dtype else CPU
+    planned = planned_training_bytes(dataclasses.replace(config, dtype="bfloat16" if dtype else "float32"), config.vocab_size, hardware)
+    assert AT_LEAST <= planned / taken_by_a_step(shape, dtype=dtype, **RECIPES["v4"]) <= AT_MOST
+
+
+def test_the_table_in_the_docs_has_the_tiers_and_the_plan():
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", page, re.MULTILINE)]
+    told = {name: figures for name, _, *figures in (row for row in rows if row[0] in VERSION_4)}
+    assert told.keys() == VERSION_4.keys()
+    for name, config in VERSION_4.items():
+        kind = "cpu" if name == "auto, CPU" else "cuda"
+        planned = [f"{planned_training_bytes(config, config.vocab_size, Hardware(kind, None, has_bf16=has_bf16)) / GB:.2f} GB" for has_bf16 in (False, True)]
+        sizes = (config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.vocab_size, config.batch_size)
+        assert told[name] == [*(f"{size:,}" for size in sizes), planned[0], planned[1] if kind == "cuda" else ""]
 
 
 @pytest.mark.parametrize("gib, n_layers, batch_size", [(139.8, 4, 16), (94, 4, 16), (93.5, 6, 32), (79.6, 6, 32), (39.4, 6, 32), (37, 4, 8), (23.6, 4, 8),

@@ -14,6 +14,7 @@ from test_config import configure
 import microbert.step
 from microbert.distributed import World
 from microbert.masking import mask_batch
+from microbert.model import ARCHITECTURES
 from microbert.run import Diverged, Failed
 from microbert.step import Learner
 
@@ -26,7 +27,8 @@ def masked_rows(n=8, seed=0):
 
 
 def new_learner(**constants):
-    return Learner(noisy_model(dropout=constants.get("dropout", 0.0)), configure(batch_size=8, **constants), World({}))
+    model = noisy_model(dropout=constants.get("dropout", 0.0), arch=constants.get("arch", "bert"))
+    return Learner(model, configure(batch_size=8, **constants), World({}))
 
 
 def run_short(monkeypatch, capacity, message=NO_MEMORY, after=0):
@@ -125,9 +127,10 @@ def test_in_bf16_a_step_is_about_the_same():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("constants", [{}, {"dropout": 0.1, "micro_batch_size": 3}])
-def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(constants):
-    eager, compiled = new_learner(**constants), new_learner(torch_compile=True, **constants)
+def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(constants, arch):
+    eager, compiled = new_learner(arch=arch, **constants), new_learner(arch=arch, torch_compile=True, **constants)
     for number in range(3):
         numbers = [learner.step(masked_rows(seed=number), number, 1e-2).read() for learner in (eager, compiled)]
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-4)

@@ -11,8 +11,8 @@ import time
 
 import pytest
 import torch
-from helpers import (SLOW_STEPS, TIME_LIMIT, corpus_from, end_of, fork, interrupted_copy, listing, patched_script, result, run, run_here, small_flags, start,
-                     wait_for_checkpoint, wait_until, write_corpus)
+from helpers import (SLOW_STEPS, TIME_LIMIT, corpus_from, end_of, fork, interrupted_copy, listing, newest_step, patched_script, result, run, run_here,
+                     small_flags, start, wait_for_checkpoint, wait_until, write_corpus)
 
 import microbert.checkpoint
 import microbert.files
@@ -33,9 +33,6 @@ def test_twenty_kills_at_random_times_change_nothing(tmp_path):
     def flags(name):
         return small_flags(tmp_path, dataset="imdb", max_samples=1200, vocab_size=1000, epochs=2, save_every=20, eval_every=200,
                            output_dir=tmp_path / name, cache_dir=tmp_path / f"{name}_cache")
-
-    def newest_step(folder):
-        return max((int(path.name[11:]) for path in folder.glob("checkpoint-*")), default=0)
 
     def launch(name):
         return fork(flags(name), tmp_path / "log")

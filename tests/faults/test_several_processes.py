@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -64,6 +65,15 @@ def test_two_processes_train_as_one_does(two, one):
     assert losses(two / "run", "train/loss") == pytest.approx(losses(one / "run", "train/loss"), abs=1e-4)
     assert_weights_close(two / "run", one / "run")
     assert status(two / "run")["exit_code"] == 0
+
+
+@pytest.mark.slow
+def test_of_memory_they_tell_what_the_one_with_the_most_has_held(two, tmp_path):
+    beside(two, tmp_path)
+    code, out, err = launch(flags_of(tmp_path, 2), 2, script=faulty_script(tmp_path / "holds.py", "ballast = b'1' * (10**9 * rank)"))
+    assert code == 0, err
+    at_the_end = re.search(r"^held-out loss: .*, at most (\S+) GB in any process$", out, re.MULTILINE)
+    assert max(losses(two / "run", "train/peak_memory_gb")) < 1 < min([float(at_the_end[1]), *losses(tmp_path / "run", "train/peak_memory_gb")])
 
 
 def gradients(rank, size, port, micro_batch_size):
