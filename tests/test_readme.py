@@ -8,8 +8,7 @@ from helpers import ROOT
 from microbert.config import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
-OTHER_FLAGS = {"--help", "--label-column", "--lr", "--no-lowercase", "--only", "--standalone", "--nproc-per-node"}  # the last two are of torchrun
+OTHER_FLAGS = {"--documents", "--help", "--label-column", "--lr", "--no-lowercase", "--no-torch-compile", "--samples", "--use", "--standalone", "--nproc-per-node"}  # the last two are of torchrun
 
 
 def test_the_continuous_integration_runs_the_readmes_test_command():
@@ -17,9 +16,10 @@ def test_the_continuous_integration_runs_the_readmes_test_command():
     assert command and command[0] in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_flag_that_it_names_is_a_constant():
+@pytest.mark.parametrize("page", ["README.md", "docs/versions.md"])
+def test_every_flag_that_it_names_is_a_constant(page):
     known = {"--" + name.replace("_", "-") for name in Config.__dataclass_fields__} | OTHER_FLAGS
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / page).read_text(encoding="utf-8"))) <= known
 
 
 def test_every_file_that_it_links_or_installs_from_is_there():
@@ -41,8 +41,9 @@ def commands(text):
 
 
 @pytest.mark.parametrize("of", [
-    commands, lambda text: re.findall(r"\]\((?!README)([^)]+)\)", text), lambda text: sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))),
-    lambda text: sorted(re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.])", text)), lambda text: len(re.findall(r"^#+ ", text, re.MULTILINE))],
-    ids=["commands", "links", "flags", "figures", "headings"])
-def test_the_chinese_one_shows_the_same(of):
-    assert of(CHINESE) == of(README)
+    commands, lambda text: [link.replace(".zh-CN", "") for link in re.findall(r"\]\(([^)]+)\)", text)], lambda text: sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))),
+    lambda text: sorted(re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.])", text, re.ASCII)), lambda text: len(re.findall(r"^#+ ", text, re.MULTILINE)), lambda text: text.count("|")],
+    ids=["commands", "links", "flags", "figures", "headings", "tables"])
+@pytest.mark.parametrize("page", ["README.md", "docs/versions.md"])
+def test_the_chinese_one_shows_the_same(page, of):
+    assert of((ROOT / page.replace(".md", ".zh-CN.md")).read_text(encoding="utf-8")) == of((ROOT / page).read_text(encoding="utf-8"))
