@@ -243,10 +243,12 @@ def stoppable(call: Callable[[], object], check_stop: Callable[[], None]) -> obj
 
 
 def _forget_daemon_threads() -> None:
-    queues = concurrent.futures.thread._threads_queues
-    for thread in [reference() for reference in queues.keyrefs()]:
-        if thread is not None and thread.daemon:
-            queues.pop(thread, None)
+    pools = concurrent.futures.thread
+    with pools._global_shutdown_lock:  # a pool holds it from the start of a thread until that is among the queues
+        pools._shutdown = True  # and starts none from here on
+        for thread in [reference() for reference in pools._threads_queues.keyrefs()]:
+            if thread is not None and thread.daemon:
+                pools._threads_queues.pop(thread, None)
 
 
 def wait(seconds: float, check_stop: Callable[[], None]) -> None:
