@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 
 from .config import BY_TIER, Config, InputError, fill_in, settle_batch_size
-from .export import save_model
+from .export import MODEL_FILES, save_model
 from .files import read_json, remove, sha256, sync_folder, write_atomic, write_json
 from .hugging_face import from_hugging_face
 from .layers import MaskedLanguageModel
@@ -26,7 +26,7 @@ from .run import Run, checkpoint_folders
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "state.json"}
+FILES = MODEL_FILES | {"optimizer.safetensors", "state.json"}
 TEMPORARY = ".checkpoint.tmp"
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading a file that is not as it was written
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared

@@ -5,26 +5,23 @@ pretraining, because masked words teach its [CLS] nothing.
 Shapes: N texts, B of a batch, T tokens, D = n_embed, C classes.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from .counter_rng import random_bits
 from .encoder import Encoder
-from .export import RELOAD_TOLERANCE
-from .files import read_json, write_atomic, write_json
+from .export import RELOAD_TOLERANCE, reload, write_model_files
+from .files import read_json
 from .hugging_face import hugging_face_config, to_hugging_face
 from .layers import MaskedLanguageModel
 from .model import INIT_STD
 from .run import Diverged
-from .tokenizer import CLS_ID, PAD_ID, SEP_ID, save_tokenizer
+from .tokenizer import CLS_ID, PAD_ID, SEP_ID
 
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 STOCK_CLASSES = {"bert": "BertForSequenceClassification", "modern": "ModernBertForSequenceClassification"}
 LEFT_OUT = {"bert": "cls.", "modern": "decoder."}  # what of the pretrained model these classes do not have, by the names of transformers
 POOLING = {"bert": {}, "modern": {"classifier_pooling": "mean"}}
@@ -96,19 +93,16 @@ def batch_of(rows: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(rows[:, :longest].astype(np.int64)).to(device)
 
 
-def save_classifier(model: TextClassifier, tokenizer: Tokenizer, names: Iterable[str], folder: Path) -> None:
+def save_classifier(model: TextClassifier, tokenizer: Tokenizer, names: list[str], folder: Path) -> None:
     """Writes the folder from which `AutoModelForSequenceClassification` and `AutoTokenizer` load. names: of the classes."""
-    config, names = model.encoder.config, list(names)
+    config = model.encoder.config
     weights = {name: weight for name, weight in to_hugging_face(model.encoder).items() if not name.startswith(LEFT_OUT[config.arch])}
     for ours, theirs in ((model.pooler, "bert.pooler.dense"), (model.classifier, "classifier")):
         if ours is not None:
             weights |= {f"{theirs}.weight": ours.weight.detach().cpu(), f"{theirs}.bias": ours.bias.detach().cpu()}
-    stored = save(weights, metadata={"format": "pt"})
-    write_atomic(folder / "model.safetensors", lambda file: file.write(stored))
-    write_json(folder / "config.json", hugging_face_config(config) | {
+    write_model_files(weights, hugging_face_config(config) | {
         "architectures": [STOCK_CLASSES[config.arch]], "problem_type": "single_label_classification",
-        "id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}} | POOLING[config.arch])
-    save_tokenizer(tokenizer, folder, config.max_seq_len)
+        "id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}} | POOLING[config.arch], tokenizer, folder)
 
 
 def is_classifier(folder: Path) -> bool:
@@ -126,14 +120,9 @@ def check_classifier(model: TextClassifier, rows: np.ndarray, folder: Path) -> f
     Returns the largest absolute difference. Raises Diverged where a logit is no number, RuntimeError where a weight is missing or unexpected, or the
     difference is above RELOAD_TOLERANCE (of the largest logit, where that is above 1).
     """
-    import transformers  # only here, because it takes seconds to load
-
-    transformers.utils.logging.disable_progress_bar()
-    loaded, report = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
-    if any(report.values()):
-        raise RuntimeError(f"transformers does not load {folder} as it was written: {report}")
+    loaded = reload(folder, "AutoModelForSequenceClassification")
     input_ids = batch_of(rows, torch.device("cpu"))
-    theirs, ours = loaded.eval()(input_ids=input_ids, attention_mask=(input_ids != PAD_ID).long()).logits, model.eval().cpu()(input_ids)
+    theirs, ours = loaded(input_ids=input_ids, attention_mask=(input_ids != PAD_ID).long()).logits, model.eval().cpu()(input_ids)
     if not ours.isfinite().all():
         raise Diverged("the classifier gives no numbers any more: a lower learning_rate would help")
     difference = float((ours - theirs).abs().max())

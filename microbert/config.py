@@ -23,7 +23,7 @@ from .dataset_names import FILE_KINDS, InputError, hub_id, named_files
 
 PRETRAINING = 128  # times the learning rate of fine-tuning
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
-DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
+DEVICES = r"auto|cpu|mps|cuda(:\d+)?"  # what the constant `device` may be
 # what a preset gives to constants that are None; "auto" leaves those of BY_TIER to the device (memory.py)
 PRESETS: dict[str, dict[str, int]] = {
     "auto": {"n_heads": 8, "n_embed": 128, "max_seq_len": 128, "vocab_size": 50_000},

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 from .batches import evaluation_batches
 from .files import write_atomic, write_json, write_text
@@ -19,16 +20,34 @@ from .run import HELD_OUT, Run
 from .tokenizer import PAD_ID, save_tokenizer
 from .tokens import Tokens
 
+MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RELOAD_TOLERANCE = 1e-4  # of the logits, in fp32
 RELOAD_SEQUENCES = 8  # transformers computes the logits of every token of them: 0.2 GB for v4
 
 
 def save_model(model: MaskedLanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the four files from which `AutoModelForMaskedLM` and `AutoTokenizer` load."""
-    weights = save(to_hugging_face(model), metadata={"format": "pt"})
-    write_atomic(folder / "model.safetensors", lambda file: file.write(weights))
-    write_json(folder / "config.json", hugging_face_config(model.config))
-    save_tokenizer(tokenizer, folder, model.config.max_seq_len)
+    write_model_files(to_hugging_face(model), hugging_face_config(model.config), tokenizer, folder)
+
+
+def write_model_files(weights: dict[str, Tensor], config: dict, tokenizer: Tokenizer, folder: Path) -> None:
+    """MODEL_FILES. weights, config: under the names of transformers."""
+    stored = save(weights, metadata={"format": "pt"})
+    write_atomic(folder / "model.safetensors", lambda file: file.write(stored))
+    write_json(folder / "config.json", config)
+    save_tokenizer(tokenizer, folder, config["max_position_embeddings"])
+
+
+def reload(folder: Path, auto_class: str) -> nn.Module:
+    """The folder's model by that class of transformers, on the CPU. Raises RuntimeError where a weight is missing or unexpected."""
+    import transformers  # only here, because it takes seconds to load
+
+    transformers.utils.logging.disable_progress_bar()
+    loaded, report = getattr(transformers, auto_class).from_pretrained(folder, output_loading_info=True)
+    problems = {kind: names for kind, names in report.items() if names}
+    if problems:
+        raise RuntimeError(f"transformers does not load {folder} as it was written: {problems}")
+    return loaded.eval()
 
 
 @torch.no_grad()
@@ -38,15 +57,8 @@ def check_reload(model: MaskedLanguageModel, batch: MaskedBatch, folder: Path) -
     Returns the largest absolute difference. Raises RuntimeError when a weight is missing or unexpected, or the difference is
     above RELOAD_TOLERANCE.
     """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    loaded, report = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
-    problems = {kind: names for kind, names in report.items() if names}
-    if problems:
-        raise RuntimeError(f"transformers does not load {folder} as it was written: {problems}")
+    loaded = reload(folder, "AutoModelForMaskedLM")
     model = model.eval().cpu()
-    loaded = loaded.eval()
     input_ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
     attention_mask = input_ids != PAD_ID
     used = torch.from_numpy(batch.labels).reshape(-1) != IGNORED

@@ -6,7 +6,7 @@
 
 Accuracy is that on documents which neither this nor pretraining has trained on, beside that of the same model from random weights, of the most frequent
 class, and of tf-idf with logistic regression where scikit-learn is installed. It leaves a folder that AutoModelForSequenceClassification loads.
-Shapes: N texts, T = max_seq_len of the model.
+Shapes: N texts, T tokens of the longest, at most the model's max_seq_len.
 """
 
 import argparse
@@ -27,12 +27,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from .classifier import FILES, WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
+from .classifier import WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
 from .config import DEVICES, InputError, whole_number
 from .counter_rng import random_bits
 from .device import choose_device, out_of_memory
 from .distributed import World
 from .documents import HELD_OUT_SHARE, split_hash
+from .export import MODEL_FILES
 from .files import read_json
 from .fill_mask import load_run
 from .labelled import LabelledTexts, read_labelled
@@ -41,7 +42,7 @@ from .report import progress_bar
 from .run import FAILED, HELD_OUT, Diverged, Failed, plain_errors
 
 WARMUP = 0.06  # share of the steps
-LEARNS = {"all": "all of it learns", "last_2": "its last two layers and the classifier learn", "classifier": "the classifier alone learns"}
+LEARNS = {"all": "all of it learns", "last_2": "its last two layers and the classifier learn", "classifier": "what is behind its layers learns"}
 CHECKED_TEXTS = 8  # whose logits transformers is to give too
 
 
@@ -165,7 +166,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"output_dir = {str(output)!r} cannot be made: {above} is no folder that can be written to")
     if not output.is_symlink() and (not output.exists() or output.is_dir() and not any(output.iterdir())):
         return
-    if output.is_symlink() or not output.is_dir() or {path.name for path in output.iterdir()} != FILES or not is_classifier(output):
+    if output.is_symlink() or not output.is_dir() or {path.name for path in output.iterdir()} != MODEL_FILES or not is_classifier(output):
         raise InputError(f"output_dir = {str(output)!r} holds something else than a classifier; choose a new folder, so that nothing of yours is replaced")
     if not overwrite:
         raise InputError(f"output_dir = {str(output)!r} is there already; --overwrite replaces it, another --output-dir keeps both")
