@@ -10,7 +10,7 @@ They take turns; each turn starts a new model from the same seed and leaves out 
 step and so is timed over fewer steps, on the first of the rows, in an order of its own.
 
 What differs is the point: BertForMaskedLM computes logits at every position, this project at the masked ones alone, in chunks.
-On a CPU with units for bf16 (AMX) this project multiplies the matrices of the widest shape in it, as v4 does; `--dtype float32` tells what that gives.
+On a CPU with units for bf16 this project multiplies the matrices of the widest shape in it, as v4 does; `--dtype float32` tells what that gives.
 What also differs, at no cost: initial output bias, Adam's betas and eps, the Trainer's falling learning rate, the masks drawn.
 Prints samples/s of both (medians), and the median and range of the paired ratios. Other work on the machine falls on one side
 of a pair or the other: where the range is wide, run it again on a quiet machine.

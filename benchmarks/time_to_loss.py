@@ -5,9 +5,9 @@
     python benchmarks/time_to_loss.py --dtype float32                    other flags are v4's
 
 The Trainer gets BertForMaskedLM of the same shape, this project's tokenizer, packed sequences, no dropout, and the best of three learning rates that
-bracket its optimum, as found in shorter runs. This project runs v4 as it stands, for a tenth of the time; where the CPU has units for
-bf16 (AMX), it multiplies its matrices in that, unless `--dtype float32` is given. Both are charged with the preparation, both
-are scored on the same held-out masks, and neither for the time that scoring takes.
+bracket its optimum, as found in shorter runs. This project runs v4 as it stands, for a tenth of the time; where the CPU has units for bf16,
+it multiplies its matrices in that, unless `--dtype float32` is given. Both are charged with the preparation, both are scored on the same held-out
+masks, and neither for the time that scoring takes.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from .distributed import World
 GIB = 2**30
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")  # of the CPU, Windows, MPS, CUDA's libraries
 NARROWEST_IN_BF16 = 64  # n_embed, on CPUs; measured is 128, where a step takes two thirds of the time
+UNITS_FOR_BF16 = ("amx_bf16", "avx512_bf16")  # of CPUs, as torch.cpu.get_capabilities calls them: Intel's from 2023 on, AMD's from Zen 4 on
 COMPILERS = ("cc", "gcc", "clang")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
 PROCESS_STATUS = Path("/proc/self/status")
@@ -119,8 +120,14 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def multiplies_bf16(config: Config, device: torch.device) -> bool:
-    """Whether bf16 is the faster one for these matrices: also on a CPU with units for it (AMX), if they are not narrow."""
-    return has_bf16(device) or (device.type == "cpu" and config.n_embed >= NARROWEST_IN_BF16 and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
+    """Whether bf16 is the faster one for these matrices: also on a CPU with units for it, if they are not narrow."""
+    return has_bf16(device) or (device.type == "cpu" and config.n_embed >= NARROWEST_IN_BF16 and cpu_multiplies_bf16())
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has units for it. A torch that does not tell is taken for one on a CPU without."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(unit, False) for unit in UNITS_FOR_BF16)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -16,7 +16,8 @@ from torch import Tensor
 from .device import find_compiler
 
 # the last two let square roots and rounding be instructions; what else -ffast-math stands for would lose NaN, or denormals in all of the process
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+# -pipe: the assembler's text, twice as long as the library, is no file that could be too long for `ulimit -f` where the library is not
+FLAGS = ("-O3", "-march=native", "-pipe", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 
 @functools.cache

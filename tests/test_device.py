@@ -57,7 +57,8 @@ def test_how_a_gpu_computes_is_chosen_and_what_is_asked_for_wins(two_gpus, monke
     assert not is_compiled(configure_v4(), gpu)
 
 
-@pytest.mark.parametrize("capabilities, n_embed, is_bf16", [({"amx_bf16": True}, 128, True), ({"amx_bf16": True}, 32, False), ({"avx512_bf16": True}, 128, False)])
+@pytest.mark.parametrize("capabilities, n_embed, is_bf16", [
+    ({"amx_bf16": True}, 128, True), ({"amx_bf16": True}, 32, False), ({"avx512_bf16": True}, 128, True), ({"avx2": True, "amx_bf16": False}, 128, False)])
 def test_a_cpu_with_units_for_bf16_uses_them_where_matrices_are_wide(capabilities, n_embed, is_bf16, monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
     config, cpu = configure_v4("--n-embed", str(n_embed)), torch.device("cpu")

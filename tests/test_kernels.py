@@ -41,6 +41,17 @@ def test_sources_compile_without_a_warning_for_old_processors_too(source, consta
         assert done.returncode == 0 and not done.stderr
 
 
+@needs_compiler
+@pytest.mark.parametrize("source, constants", ALL, ids=lambda x: getattr(x, "stem", ""))
+def test_no_file_on_the_way_to_a_library_is_longer_than_it(source, constants, tmp_path):
+    """So that a limit on files that lets a run go on does not change what it computes with."""
+    resource = pytest.importorskip("resource")
+    command = [find_compiler(), *microbert.kernels.FLAGS, *(f"-D{name}={value}" for name, value in constants.items()), "-o", tmp_path / "x.so", source, "-lm"]
+    subprocess.run(command, check=True)
+    size = (tmp_path / "x.so").stat().st_size
+    subprocess.run(command, check=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
 def results():
     """Of each kernel, with gradients."""
     generator = torch.Generator().manual_seed(0)
