@@ -17,10 +17,10 @@ from pathlib import Path
 import common  # noqa: F401  so that the package is found
 import numpy as np
 
-from microbert.classifier import TextClassifier, encode_texts
+from microbert.classifier import encode_texts
 from microbert.config import InputError
 from microbert.fill_mask import load_run
-from microbert.finetune import Settings, accuracy_of, held_out, tf_idf_accuracy, train
+from microbert.finetune import Settings, accuracy_of, held_out, new_classifier, tf_idf_accuracy, train
 from microbert.labelled import LabelledTexts, read_labelled
 from microbert.model import build_model
 from microbert.run import Diverged, plain_errors
@@ -33,9 +33,10 @@ def accuracies(folder: Path, train_texts: LabelledTexts, test_texts: LabelledTex
     found = []
     for seed in seeds:
         start = time.perf_counter()
-        model = TextClassifier(load_run(folder)[0] if is_pretrained else build_model(encoder.config, seed), len(train_texts.names), seed)
+        settings = dataclasses.replace(settings, seed=seed)
+        model = new_classifier(load_run(folder)[0] if is_pretrained else build_model(encoder.config, seed), len(train_texts.names), settings, is_pretrained)
         try:
-            train(model, train_rows, train_texts.labels, dataclasses.replace(settings, seed=seed), f"seed {seed}")
+            train(model, train_rows, train_texts.labels, settings, f"seed {seed}")
             found.append(accuracy_of(model, test_rows, test_texts.labels, settings.batch_size))
         except Diverged:
             found.append(math.nan)

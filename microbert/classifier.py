@@ -59,8 +59,8 @@ class TextClassifier(nn.Module):
         x = (x * is_real[:, :, None]).sum(1) / is_real.sum(1, keepdim=True)
         return self.classifier(head.after_norm(x))
 
-    def choose_trainable(self, trainable: str) -> list[nn.Parameter]:
-        """Freezes what is not to learn, and returns the rest. trainable: "all", "last_2" layers, or "classifier": what is behind the layers."""
+    def choose_trainable(self, trainable: str) -> None:
+        """Freezes what is not to learn. trainable: "all", "last_2" layers, or "classifier": what is behind the layers."""
         self.requires_grad_(False)
         trained: list[nn.Module] = list(filter(None, (self.pooler, self.classifier)))
         if self.pooler is None:
@@ -71,7 +71,17 @@ class TextClassifier(nn.Module):
             trained += self.encoder.layers[-2:]
         for module in trained:
             module.requires_grad_(True)
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        """Scales the matrices of those layers that learn, as Ash and Adams do for what goes on with a trained model (2020, arXiv:1910.08475).
+
+        Pretraining at the rates of a new model leaves them ten times as large as what fine-tuning's rates can move. They speak of the words that stand
+        where, louder than the embeddings do of what the text is about, and it is with them that a few thousand labels are learnt by heart.
+        """
+        for module in self.encoder.layers.modules():
+            if isinstance(module, nn.Linear) and module.weight.requires_grad:
+                module.weight.mul_(factor)
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str], max_seq_len: int) -> np.ndarray:

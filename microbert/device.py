@@ -119,9 +119,10 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def multiplies_bf16(config: Config, device: torch.device) -> bool:
-    """Whether bf16 is the faster one for these matrices: also on a CPU with units for it, if they are not narrow."""
-    return has_bf16(device) or (device.type == "cpu" and config.n_embed >= NARROWEST_IN_BF16 and cpu_multiplies_bf16())
+def fastest_dtype(n_embed: int, device: torch.device) -> torch.dtype:
+    """In which a model so wide is multiplied soonest: bf16 also on a CPU with units for it, if matrices are not narrow."""
+    is_bf16 = has_bf16(device) or (device.type == "cpu" and n_embed >= NARROWEST_IN_BF16 and cpu_multiplies_bf16())
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -132,9 +133,12 @@ def cpu_multiplies_bf16() -> bool:
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """In which matrices are multiplied; the weights stay in fp32."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if multiplies_bf16(config, device) else torch.float32
-    return getattr(torch, config.dtype)
+    return fastest_dtype(config.n_embed, device) if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def multiplying_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager:
+    """Within it matrices are multiplied in that dtype. The rest, and the weights, stay in fp32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def is_compiled(config: Config, device: torch.device) -> bool:

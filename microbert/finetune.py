@@ -30,13 +30,14 @@ from torch import nn
 from .classifier import WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
 from .config import DEVICES, InputError, whole_number
 from .counter_rng import random_bits
-from .device import choose_device, out_of_memory
+from .device import choose_device, fastest_dtype, multiplying_in, out_of_memory
 from .distributed import World
 from .documents import HELD_OUT_SHARE, split_hash
 from .export import MODEL_FILES
 from .files import read_json
 from .fill_mask import load_run
 from .labelled import LabelledTexts, read_labelled
+from .layers import MaskedLanguageModel
 from .model import build_model
 from .report import progress_bar
 from .run import FAILED, HELD_OUT, Diverged, Failed, plain_errors
@@ -54,6 +55,7 @@ class Settings:
     text_column: str | None = None  # the column with the texts; None takes "text", or the only one that holds text
     label_column: str | None = None  # the column with the labels; None takes "label" or the like
     max_samples: int | None = None  # documents, drawn by the seed; None takes all
+    shrink: float = 0.4  # what learns of the run's layers starts at so much of its matrices (docs/experiments.md); 1 leaves them as they are
     trainable: str = "all"  # what learns: "all", "last_2" (the last two layers and the classifier), "classifier" (with BERT's pooler or the modern head)
     epochs: int = 3  # passes over the training documents
     batch_size: int = 32  # documents a step
@@ -73,6 +75,8 @@ class Settings:
             raise InputError(f"max_samples = {self.max_samples} must be at least 4")
         if self.trainable not in LEARNS:
             raise InputError(f'trainable = "{self.trainable}" must be one of {", ".join(LEARNS)}')
+        if not 0 < self.shrink <= 1:
+            raise InputError(f"shrink = {self.shrink} must be above 0 and at most 1")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"learning_rate = {self.learning_rate} must be a finite number above 0")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
@@ -104,12 +108,21 @@ def learning_rate_of(settings: Settings, n_embed: int) -> float:
     return settings.learning_rate * WIDTH / n_embed
 
 
+def new_classifier(encoder: MaskedLanguageModel, n_classes: int, settings: Settings, is_pretrained: bool) -> TextClassifier:
+    """As it is before the first step."""
+    model = TextClassifier(encoder, n_classes, settings.seed)
+    model.choose_trainable(settings.trainable)
+    if is_pretrained:
+        model.shrink(settings.shrink)
+    return model
+
+
 def train(model: TextClassifier, rows: np.ndarray, labels: np.ndarray, settings: Settings, described: str) -> None:
-    """All epochs, by the settings. rows: int32 [N, T]. labels: int64 [N]. described: what the progress bar calls it. Raises Diverged."""
-    weights, device = model.choose_trainable(settings.trainable), model.classifier.weight.device
+    """All epochs of what is not frozen. rows: int32 [N, T]. labels: int64 [N]. described: what the progress bar calls it. Raises Diverged."""
+    weights, device = [weight for weight in model.parameters() if weight.requires_grad], model.classifier.weight.device
     groups = [{"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": settings.weight_decay},
               {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}]
-    peak = learning_rate_of(settings, model.encoder.config.n_embed)
+    peak, dtype = learning_rate_of(settings, model.encoder.config.n_embed), fastest_dtype(model.encoder.config.n_embed, device)
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
     total = settings.epochs * -(-len(rows) // settings.batch_size)
     warmup, rng, step = int(WARMUP * total), np.random.default_rng(settings.seed), 0
@@ -120,7 +133,9 @@ def train(model: TextClassifier, rows: np.ndarray, labels: np.ndarray, settings:
             for start in range(0, len(order), settings.batch_size):
                 chosen = order[start : start + settings.batch_size]
                 keys = torch.from_numpy(random_bits(settings.seed, step, np.arange(len(chosen))).astype(np.int64)).to(device)
-                loss = nn.functional.cross_entropy(model(batch_of(rows[chosen], device), keys), torch.from_numpy(labels[chosen]).to(device))
+                with multiplying_in(dtype, device):
+                    logits = model(batch_of(rows[chosen], device), keys)
+                loss = nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[chosen]).to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(weights, 1.0)
@@ -195,11 +210,11 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
         train(model, train_rows, train_texts.labels, settings, described)
         return accuracy_of(model, test_rows, test_texts.labels, settings.batch_size)
 
-    model = TextClassifier(encoder, len(texts.names), settings.seed).to(device)
+    model = new_classifier(encoder, len(texts.names), settings, is_pretrained=True).to(device)
     found = {f"{folder}, fine-tuned": accuracy_after_training(model, "fine-tuning")}
     _save(model, tokenizer, texts.names, test_rows[:CHECKED_TEXTS], output)
     if settings.baselines:
-        random = TextClassifier(build_model(shape, settings.seed), len(texts.names), settings.seed).to(device)
+        random = new_classifier(build_model(shape, settings.seed), len(texts.names), settings, is_pretrained=False).to(device)
         found["the same from random weights"] = accuracy_after_training(random, "from random weights")
         if (of_words := tf_idf_accuracy(train_texts, test_texts)) is not None:
             found["tf-idf and logistic regression"] = of_words

@@ -5,7 +5,6 @@ they reduce. And none waits for its device: what a step gives is read when the n
 Shapes: B sequences of a process's batch, T = max_seq_len, M masked slots a sequence, W processes.
 """
 
-import contextlib
 import dataclasses
 import math
 import sys
@@ -18,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from .config import Config
 from .counter_rng import random_bits
-from .device import Fetched, compute_dtype, free_memory, is_compiled, out_of_memory, send
+from .device import Fetched, compute_dtype, free_memory, is_compiled, multiplying_in, out_of_memory, send
 from .distributed import World
 from .layers import MaskedLanguageModel
 from .loss import masked_loss
@@ -83,8 +82,7 @@ class Learner:
         is_always_masked = self._is_compiled and not self.config.packing  # each way is compiled for itself
         attention_mask = None if is_real.all() and not is_always_masked else send(is_real, self.device)
         keys = None if dropout_keys is None else send(dropout_keys, self.device)
-        is_narrow = self._dtype != torch.float32
-        with torch.autocast(self.device.type, self._dtype) if is_narrow else contextlib.nullcontext():
+        with multiplying_in(self._dtype, self.device):
             hidden = self._forward(send(masked.input_ids, self.device), attention_mask, send(masked.positions, self.device), keys)
         return hidden.float(), self.model.output_weight, self.model.output_bias, send(masked.labels, self.device).reshape(-1)
 

@@ -18,7 +18,7 @@ from microbert.classifier import TextClassifier, encode_texts, save_classifier
 from microbert.config import InputError
 from microbert.export import save_model
 from microbert.fill_mask import load_run
-from microbert.finetune import Settings, accuracy_of, check_output, finetune, held_out, train
+from microbert.finetune import Settings, accuracy_of, check_output, finetune, held_out, new_classifier, train
 from microbert.labelled import LabelledTexts, read_labelled
 
 
@@ -75,9 +75,10 @@ def test_it_judges_by_the_documents_that_the_run_has_held_out(finished_run):
 def changed_by_training(folder, labels, trainable):
     """The names of the weights that training changes."""
     texts, (encoder, tokenizer) = read_labelled(str(labels), None, None, 64, 42), load_run(folder)
-    model = TextClassifier(encoder, 2, seed=0)
+    settings = Settings(trainable=trainable, epochs=1)
+    model = new_classifier(encoder, 2, settings, is_pretrained=True)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    train(model, encode_texts(tokenizer, texts.texts, 32), texts.labels, Settings(trainable=trainable, epochs=1), "training")
+    train(model, encode_texts(tokenizer, texts.texts, 32), texts.labels, settings, "training")
     return {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
 
 
@@ -92,6 +93,17 @@ def test_the_layers_that_are_chosen_learn_and_no_other(folder, labels):
     assert parts["classifier"] == BEHIND_THE_LAYERS[arch]
     assert parts["last_2"] == parts["classifier"] | {"encoder.layers.1", "encoder.layers.2"}
     assert parts["all"] == parts["last_2"] | {"encoder.layers.0", "encoder.embeddings"} | ({"encoder.head.input_norm"} if arch == "modern" else set())
+
+
+@pytest.mark.parametrize("trainable, n_shrunk", [("classifier", 0), ("last_2", 2), ("all", 3)])
+def test_the_matrices_of_the_layers_that_learn_are_shrunk_where_a_run_has_made_them(trainable, n_shrunk, folder):
+    settings, pretrained = Settings(trainable=trainable, shrink=0.25), load_run(folder)[0].state_dict()
+    for is_pretrained in (True, False):
+        model = new_classifier(load_run(folder)[0], 2, settings, is_pretrained)
+        shrunk = {name for name, weight in model.encoder.state_dict().items() if not torch.equal(weight, pretrained[name])}
+        expected = {name for name, weight in pretrained.items() if name.startswith("layers.") and int(name.split(".")[1]) >= 3 - n_shrunk and weight.ndim == 2}
+        assert shrunk == (expected if is_pretrained else set()) and (n_shrunk == 0) == (not expected)
+        assert all(torch.equal(model.encoder.state_dict()[name], 0.25 * pretrained[name]) for name in shrunk)
 
 
 def test_it_starts_from_the_runs_encoder(folder, labels, tmp_path):
@@ -131,7 +143,7 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [
-    (["--trainable", "some"], "trainable"), (["--epochs", "0"], "epochs"), (["--lr", "nan"], "learning_rate"), (["--epochs", "1.5"], "epochs"),
+    (["--trainable", "some"], "trainable"), (["--epochs", "0"], "epochs"), (["--lr", "nan"], "learning_rate"), (["--shrink", "0"], "shrink"), (["--epochs", "1.5"], "epochs"),
     (["--dataset", "no/such.csv"], "no file that exists"), (["--device", "gpu"], "device"), (["--max-samples", "4"], "too few")])
 @pytest.mark.slow
 def test_mistakes_are_told_in_a_line_and_leave_nothing(flags, told, finished_run, tmp_path):
