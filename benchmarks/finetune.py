@@ -2,12 +2,14 @@
 
     python benchmarks/finetune.py runs/v1 runs/v2 runs/v3 runs/first           three seeds of the classifier, of the random weights and of the order
     python benchmarks/finetune.py runs/first --factors 0.5 1 2 4 --seeds 42    several learning rates, as multiples of microbert.finetune's
-    python benchmarks/finetune.py runs/first --documents 5000                  with fewer labels, judged on as many documents
+    python benchmarks/finetune.py runs/first --documents 1000                  with fewer labels, judged on as many documents
+    python benchmarks/finetune.py runs/first --max-seq-len 256 --shrink 1      reading more of each review, and from the layers as pretraining has left them
 
 On the bundled reviews and the CPU, judged on those that the runs have held out, which have to be the same for all. tf-idf has no seed.
 """
 
 import argparse
+import copy
 import dataclasses
 import math
 import statistics
@@ -20,7 +22,7 @@ import numpy as np
 from microbert.classifier import encode_texts
 from microbert.config import InputError
 from microbert.fill_mask import load_run
-from microbert.finetune import Settings, accuracy_of, held_out, new_classifier, tf_idf_accuracy, train
+from microbert.finetune import Settings, accuracy_of, held_out, new_classifier, reading, tf_idf_accuracy, train
 from microbert.labelled import LabelledTexts, read_labelled
 from microbert.model import build_model
 from microbert.run import Diverged, plain_errors
@@ -29,12 +31,13 @@ from microbert.run import Diverged, plain_errors
 def accuracies(folder: Path, train_texts: LabelledTexts, test_texts: LabelledTexts, settings: Settings, seeds: list[int], is_pretrained: bool) -> list[float]:
     """On the texts held out, of each seed; NaN where the training diverged."""
     encoder, tokenizer = load_run(folder)
+    encoder = reading(encoder, settings.max_seq_len)
     train_rows, test_rows = (encode_texts(tokenizer, part.texts, encoder.config.max_seq_len) for part in (train_texts, test_texts))
     found = []
     for seed in seeds:
         start = time.perf_counter()
         settings = dataclasses.replace(settings, seed=seed)
-        model = new_classifier(load_run(folder)[0] if is_pretrained else build_model(encoder.config, seed), len(train_texts.names), settings, is_pretrained)
+        model = new_classifier(copy.deepcopy(encoder) if is_pretrained else build_model(encoder.config, seed), len(train_texts.names), settings, is_pretrained)
         try:
             train(model, train_rows, train_texts.labels, settings, f"seed {seed}")
             found.append(accuracy_of(model, test_rows, test_texts.labels, settings.batch_size))
@@ -60,7 +63,7 @@ def compare(arguments: argparse.Namespace) -> None:
         train_texts = train_texts.take(np.random.default_rng(0).permutation(len(train_texts.texts))[: arguments.documents])
     for folder in arguments.folders:
         for factor in arguments.factors:
-            settings = Settings(epochs=arguments.epochs, learning_rate=factor * Settings.learning_rate)
+            settings = Settings(epochs=arguments.epochs, learning_rate=factor * Settings.learning_rate, shrink=arguments.shrink, max_seq_len=arguments.max_seq_len)
             of_rate = f", {factor:g} x the rate" if len(arguments.factors) > 1 else ""
             for name, is_pretrained in (("pretrained", True), ("from random weights", False)):
                 lines.append(row(f"{folder}, {name}{of_rate}", accuracies(folder, train_texts, test_texts, settings, arguments.seeds, is_pretrained)))
@@ -76,6 +79,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--factors", nargs="+", type=float, default=[1.0], help="of microbert.finetune's learning rate")
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
+    parser.add_argument("--shrink", type=float, default=Settings.shrink)
+    parser.add_argument("--max-seq-len", type=int, help="tokens of a review; the runs', unless given")
     parser.add_argument("--documents", type=int, help="to train on; all, unless given")
     arguments = parser.parse_args()
     with plain_errors():

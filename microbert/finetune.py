@@ -6,7 +6,7 @@
 
 Accuracy is that on documents which neither this nor pretraining has trained on, beside that of the same model from random weights, of the most frequent
 class, and of tf-idf with logistic regression where scikit-learn is installed. It leaves a folder that AutoModelForSequenceClassification loads.
-Shapes: N texts, T tokens of the longest, at most the model's max_seq_len.
+Shapes: N texts, T tokens of the longest, at most max_seq_len.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from .files import read_json
 from .fill_mask import load_run
 from .labelled import LabelledTexts, read_labelled
 from .layers import MaskedLanguageModel
-from .model import build_model
+from .model import build_model, with_max_seq_len
 from .report import progress_bar
 from .run import FAILED, HELD_OUT, Diverged, Failed, plain_errors
 
@@ -56,6 +56,7 @@ class Settings:
     label_column: str | None = None  # the column with the labels; None takes "label" or the like
     max_samples: int | None = None  # documents, drawn by the seed; None takes all
     shrink: float = 0.4  # what learns of the run's layers starts at so much of its matrices (docs/experiments.md); 1 leaves them as they are
+    max_seq_len: int | None = None  # tokens of a text that it reads, and the classifier after it; None takes the run's; another needs rotary positions (arch "modern")
     trainable: str = "all"  # what learns: "all", "last_2" (the last two layers and the classifier), "classifier" (with BERT's pooler or the modern head)
     epochs: int = 3  # passes over the training documents
     batch_size: int = 32  # documents a step
@@ -71,6 +72,8 @@ class Settings:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.max_seq_len is not None and not 3 <= self.max_seq_len <= 8192:
+            raise InputError(f"max_seq_len = {self.max_seq_len} must be from 3, for one token between [CLS] and [SEP], to 8192")
         if self.max_samples is not None and self.max_samples < 4:
             raise InputError(f"max_samples = {self.max_samples} must be at least 4")
         if self.trainable not in LEARNS:
@@ -106,6 +109,16 @@ def held_out(texts: LabelledTexts, folder: Path) -> np.ndarray:
 def learning_rate_of(settings: Settings, n_embed: int) -> float:
     """Narrower models take larger steps, as in pretraining (width transfer for Adam, arXiv:2203.03466)."""
     return settings.learning_rate * WIDTH / n_embed
+
+
+def reading(encoder: MaskedLanguageModel, max_seq_len: int | None) -> MaskedLanguageModel:
+    """The run's model for texts of so many tokens. Raises InputError where it cannot read them."""
+    own = encoder.config.max_seq_len
+    if max_seq_len in (None, own):
+        return encoder
+    if encoder.config.arch != "modern":
+        raise InputError(f'max_seq_len = {max_seq_len}: this run has weights for {own} positions, and reads as many; another length needs arch = "modern", as v4 has it')
+    return with_max_seq_len(encoder, max_seq_len)
 
 
 def new_classifier(encoder: MaskedLanguageModel, n_classes: int, settings: Settings, is_pretrained: bool) -> TextClassifier:
@@ -192,6 +205,7 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     output = Path(settings.output_dir or f"{folder}-finetuned")
     check_output(output, settings.overwrite)
     device, (encoder, tokenizer) = choose_device(settings.device, World({})), load_run(folder)
+    encoder = reading(encoder, settings.max_seq_len)
     shape = encoder.config
     texts = read_labelled(settings.dataset, settings.text_column, settings.label_column, settings.max_samples, settings.seed)
     is_held_out = held_out(texts, folder)
@@ -202,7 +216,7 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
         raise InputError(f"{settings.dataset}: too few documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {which}")
     print(f"{settings.dataset}: {len(train_texts.texts):,} documents to train on, {len(test_texts.texts):,} held out, {len(texts.names)} labels: {', '.join(texts.names[:10])}"
           + ", ..." * (len(texts.names) > 10))
-    print(f"{folder}: {LEARNS[settings.trainable]}, {settings.epochs} epochs at {learning_rate_of(settings, shape.n_embed):.3g} "
+    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, {settings.epochs} epochs at {learning_rate_of(settings, shape.n_embed):.3g} "
           f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed})", flush=True)
     train_rows, test_rows = (encode_texts(tokenizer, part.texts, shape.max_seq_len) for part in (train_texts, test_texts))
 

@@ -1,5 +1,6 @@
 """The model that the constants describe, as it is before the first step."""
 
+import dataclasses
 import functools
 
 import torch
@@ -37,6 +38,13 @@ def build_model(config: ModelConfig, seed: int, token_counts: Tensor | None = No
         if token_counts is not None:
             model.output_bias.copy_(torch.log((token_counts + 0.5) / (token_counts + 0.5).sum()))
     return model
+
+
+def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int) -> MaskedLanguageModel:
+    """The same weights for sequences of another length: for arch = "modern", whose rotary positions have no weights of their own."""
+    other = new_model(dataclasses.replace(model.config, max_seq_len=max_seq_len))
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 @functools.cache

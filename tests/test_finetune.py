@@ -106,6 +106,20 @@ def test_the_matrices_of_the_layers_that_learn_are_shrunk_where_a_run_has_made_t
         assert all(torch.equal(model.encoder.state_dict()[name], 0.25 * pretrained[name]) for name in shrunk)
 
 
+def test_it_reads_more_of_a_text_where_positions_are_rotary(folder, labels, tmp_path):
+    """The label stands behind the run's 32 tokens."""
+    path, output = tmp_path / "long.jsonl", tmp_path / "classifier"
+    rows = [json.loads(line) for line in labels.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps(row | {"text": " ".join(["the"] * 40) + " " + row["text"]}) for row in rows))
+    settings = Settings(dataset=str(path), max_seq_len=80, epochs=30, device="cpu", baselines=False, output_dir=str(output))
+    if load_run(folder)[0].config.arch == "bert":
+        with pytest.raises(InputError, match="32 positions"):
+            finetune(folder, settings)
+        return
+    assert finetune(folder, settings)[f"{folder}, fine-tuned"] > 0.9
+    assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == transformers.AutoTokenizer.from_pretrained(output).model_max_length == 80
+
+
 def test_it_starts_from_the_runs_encoder(folder, labels, tmp_path):
     finetune(folder, Settings(dataset=str(labels), max_samples=100, epochs=1, trainable="classifier", device="cpu", baselines=False, output_dir=str(tmp_path / "out")))
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
@@ -143,7 +157,7 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [
-    (["--trainable", "some"], "trainable"), (["--epochs", "0"], "epochs"), (["--lr", "nan"], "learning_rate"), (["--shrink", "0"], "shrink"), (["--epochs", "1.5"], "epochs"),
+    (["--trainable", "some"], "trainable"), (["--epochs", "0"], "epochs"), (["--lr", "nan"], "learning_rate"), (["--shrink", "0"], "shrink"), (["--max-seq-len", "2"], "max_seq_len"), (["--epochs", "1.5"], "epochs"),
     (["--dataset", "no/such.csv"], "no file that exists"), (["--device", "gpu"], "device"), (["--max-samples", "4"], "too few")])
 @pytest.mark.slow
 def test_mistakes_are_told_in_a_line_and_leave_nothing(flags, told, finished_run, tmp_path):
