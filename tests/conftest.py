@@ -8,8 +8,15 @@ settings.register_profile("suite", deadline=20_000)  # milliseconds for one inpu
 settings.register_profile("thorough", settings.get_profile("suite"), max_examples=10_000, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
 
+LONGEST = ("test_commands", "test_crash_and_resume", "test_version_4")  # files by their names
+
 # before torch is loaded, for this process and those that it starts: on few cores, more threads than tests mostly wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take minutes come first, so that no worker has one of them left when the other has nothing more to do."""
+    items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +31,26 @@ def finished_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reference(finished_run):
     return result(finished_run / "run")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    from pages import make_clone  # here, because it loads much
+
+    folder = tmp_path_factory.mktemp("fresh") / "clone"
+    make_clone(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub_environment(clone):
+    from pages import small_hub
+
+    with small_hub(clone) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def ran():
+    """The commands that pages before have run."""
+    return set()

@@ -1,145 +1,17 @@
-"""The commands that README.md and docs/ show run, page by page and in their order, in a fresh clone; and they make the pictures that the pages show.
+"""The commands that README.md and CONTRIBUTING.md show run, and make the pictures; and so every page's commands and pictures are known."""
 
-Each runs as it stands, with flags behind it that make it short, and with the tests' stand-in for the Hub.
-"""
-
-import gzip
-import io
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-from helpers import ROOT, TIME_LIMIT, end_tree, write_corpus
-from hub_server import HubServer
-from launches import finish, free_port
-from test_readme import commands
-
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BEGINS = r"(?:[A-Z_]+=\S+ )*(?:python|pytest|(?:\.venv/bin/|scripts/|\./)\S+|torchrun|sbatch) "  # what a command in the text begins with
-SMALL = "--max-samples 300 --vocab-size 300 --epochs 1"
-RUN = f"{SMALL} --overwrite"  # commands of one page share folders
-ONE_LAYER = f"{RUN} --n-layers 1 --n-embed 16 --batch-size 8"
-
-# what is set behind a command, by the first of these that is found in it. None: installations, which the continuous integration makes, Slurm, for which
-# tests/test_launchers.py has a stand-in, and several machines, see below
-SHORT = {
-    r"install |-m venv|sbatch|train_multinode|microbert\.torchrun$": None,
-    r"pytest": "--collect-only -q -n 0", r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "", r"--dry-run": "--overwrite",
-    r"--prepare-only": f"{SMALL} --output-dir runs/prepared",
-    r"microbert\.finetune": "--max-samples 200 --epochs 1 --overwrite",
-    r"/train_(h200_8gpu_v4|24gb)": ONE_LAYER, r"/train_": RUN, r"pretrain_v4.*--max-minutes": f"{ONE_LAYER} --max-minutes 2", r"pretrain_v4": ONE_LAYER, r"pretrain_": RUN,
-    r"attention\.py": "--rounds 1", r"compare_hf\.py": "--shapes v1 --rounds 1", r"gpu\.py": f"--steps 2 --shapes large --device cpu {ONE_LAYER}",
-    r"benchmarks/finetune\.py": "--seeds 42 --epochs 1 --documents 100", r"head\.py": "--rows 64 --vocab-size 1000 --rounds 2", r"learning_rate\.py": "--scripts v1 --factors 1 --max-steps 5",
-    r"recipe\.py": "--max-steps 2 --seeds 42 --variants 'dropout 0.1'", r"scaling\.py": "--rounds 1 --steps 2", r"soak\.py": "--minutes 0.01 --scripts v1",
-    r"time_to_loss\.py": f"--minutes 0.4 --search-minutes 0.25 {SMALL}",
-}
-FOR_THIS_MACHINE = {"--nproc-per-node=8": "--nproc-per-node=2", "--nproc_per_node=8": "--nproc_per_node=2"}
-# the command that makes each picture of docs/, and what it is called there
-MADE_BY = {
-    "v1_training_curve.png": ("mlm_pretrain_v1.py", "runs/v1/training_curve.png"),
-    "v1_attention.png": ("microbert.plot runs/v1", "plots/attention-v1.png"),
-    "v1_embeddings.png": ("microbert.plot runs/v1", "plots/embeddings-v1.png"),
-    "v4_training_curve.png": ("mlm_pretrain_v4.py --vocab-size 10000 --max-minutes 20 --output-dir runs/first", "runs/first/training_curve.png"),
-    "learning_rate.png": ("benchmarks/learning_rate.py", "learning_rate.png"),
-    "time_to_loss.png": ("benchmarks/time_to_loss.py", "time_to_loss.png"),
-}
+from helpers import ROOT
+from pages import MADE_BY, PAGES, SHORT, pictures, run_page, shortened, shown
 
 
-def shown(page):
-    """The page's commands in their order, those in its blocks first; an installation apart from what follows it."""
-    text = page.read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"^```bash\n.*?^```$\n", text, re.MULTILINE | re.DOTALL))
-    in_the_text = re.findall(rf"`({BEGINS}[^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
-    return list(dict.fromkeys(one.strip() for line in [*commands(blocks), *in_the_text] for one in line.split("&&") if one.strip()))
-
-
-def shortened(command):
-    """The command as it runs here; None where it does not."""
-    [behind] = [behind for pattern, behind in SHORT.items() if re.search(pattern, command)][:1]  # a command that none describes fails
-    if behind is None:
-        return None
-    for there, here in FOR_THIS_MACHINE.items():
-        command = command.replace(there, here)
-    return f"{command} {behind}"
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """What a clone of the repository holds, an environment for it, and the files that the pages take for granted."""
-    folder = tmp_path_factory.mktemp("fresh") / "clone"
-    ignored = [line.strip("/\n") for line in (ROOT / ".gitignore").read_text().splitlines()]
-    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", *ignored, *MADE_BY))
-    (folder / ".venv").symlink_to(sys.prefix)
-    lines = write_corpus(folder / "corpus.jsonl").read_text()
-    (folder / "texts").mkdir()
-    (folder / "texts" / "1.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (folder / "more.txt").write_text("one document more\nand another\n")
-    (folder / "labels.csv").write_text("review,stars\n" + "".join(f"film {number} was {('bad', 'good')[number % 2]},{number % 2}\n" for number in range(100)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def environment(clone):
-    """With the datasets that the pages name on the stand-in for the Hub, small."""
-    lines, table = (clone / "corpus.jsonl").read_bytes(), io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": [json.loads(line)["text"] for line in lines.splitlines()]}), table)
-    card = "---\nconfigs:\n- config_name: {}\n  data_files:\n  - split: train\n    path: {}/*\n---\n"
-    with HubServer() as hub:
-        hub.add("Salesforce/wikitext", {"README.md": card.format("wikitext-103-raw-v1", "wiki").encode(), "wiki/train.parquet": table.getvalue()})
-        hub.add("allenai/c4", {"README.md": card.format("en", "en").encode(), "en/c4-train.00000-of-00001.json.gz": gzip.compress(lines)})
-        yield hub.env(clone.parent / "hub") | {"PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}", "DEVICE": "cpu", "NUM_GPUS": "2", "CUDA_VISIBLE_DEVICES": ""}
-
-
-@pytest.fixture(scope="module")
-def ran():
-    """The commands that pages before have run."""
-    return set()
-
-
-def start(command, clone, environment):
-    return subprocess.Popen(command, shell=True, executable="/bin/bash", cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def pictures(page):
-    return re.findall(r"!\[[^\]]*\]\((?:docs/)?(\w+\.png)\)", page.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if any([shortened(command) for command in shown(page)])], ids=lambda page: page.name)
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_commands_of_a_page_run_and_make_its_pictures(page, clone, environment, ran):
-    for command in [found for command in shown(page) if (found := shortened(command))]:
-        if (as_python := command.replace(".venv/bin/", "")) in ran:
-            continue
-        code, out, _ = finish(start(command, clone, environment), 4 * TIME_LIMIT)
-        assert code == 0 and "Traceback" not in out, f"{command}\n{out}"
-        ran.add(as_python)
-    for picture in pictures(page):
-        assert (clone / MADE_BY[picture][1]).stat().st_size > 1000, picture
-
-
-@pytest.mark.slow
-def test_the_commands_for_several_machines_run(clone, environment):
-    """Both on this one, each with the processes of one GPU."""
-    there = {"host0": "127.0.0.1", "/shared": str(clone / "shared")}
-    commands = [re.sub("|".join(there), lambda found: there[found[0]], command) for command in shown(ROOT / "docs" / "multi-gpu.md") if "train_multinode" in command]
-    assert len(commands) == 2
-    of_each = environment | {"NUM_GPUS": "1", "PORT": str(free_port())}
-    processes = [start(f"{command} {SMALL}", clone, of_each) for command in commands]
-    try:
-        for process in processes:
-            code, out, _ = finish(process)
-            assert code == 0, out
-    finally:
-        for process in processes:
-            end_tree(process)
-    assert (clone / "shared" / "runs" / "v3" / "model.safetensors").exists()
+def test_the_commands_of_a_page_run_and_make_its_pictures(name, clone, hub_environment, ran):
+    run_page(ROOT / name, clone, hub_environment, ran)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
