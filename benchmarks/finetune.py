@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--factors", nargs="+", type=float, default=[1.0], help="of microbert.finetune's learning rate")
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
-    parser.add_argument("--shrink", type=float, default=Settings.shrink)
+    parser.add_argument("--shrink", type=float, default=Settings.shrink, help="of the layers' matrices, as in microbert.finetune")
     parser.add_argument("--max-seq-len", type=int, help="tokens of a review; the runs', unless given")
     parser.add_argument("--documents", type=int, help="to train on; all, unless given")
     arguments = parser.parse_args()

@@ -74,10 +74,9 @@ class TextClassifier(nn.Module):
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
-        """Scales the matrices of those layers that learn, as Ash and Adams do for what goes on with a trained model (2020, arXiv:1910.08475).
+        """Scales the matrices of those layers that learn: the shrinking of shrink and perturb (Ash and Adams 2020, arXiv:1910.08475), without its noise.
 
-        Pretraining at the rates of a new model leaves them ten times as large as what fine-tuning's rates can move. They speak of the words that stand
-        where, louder than the embeddings do of what the text is about, and it is with them that a few thousand labels are learnt by heart.
+        After v4's pretraining they are ten times as large as new ones, more than the rates of fine-tuning can move. What it is worth: docs/experiments.md.
         """
         for module in self.encoder.layers.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad:

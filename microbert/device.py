@@ -19,7 +19,7 @@ from .distributed import World
 GIB = 2**30
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")  # of the CPU, Windows, MPS, CUDA's libraries
 NARROWEST_IN_BF16 = 64  # n_embed, on CPUs; measured is 128, where a step takes two thirds of the time
-UNITS_FOR_BF16 = ("amx_bf16", "avx512_bf16")  # of CPUs, as torch.cpu.get_capabilities calls them: Intel's from 2023 on, AMD's from Zen 4 on
+UNITS_FOR_BF16 = ("amx_bf16", "avx512_bf16")  # of CPUs, as torch.cpu.get_capabilities calls them; AMD's have the latter from Zen 4 on
 COMPILERS = ("cc", "gcc", "clang")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
 PROCESS_STATUS = Path("/proc/self/status")
@@ -137,7 +137,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def multiplying_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it matrices are multiplied in that dtype. The rest, and the weights, stay in fp32."""
+    """Within it matrices are multiplied in that dtype, and so is what follows them until something in fp32 is added. Weights stay in fp32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 

@@ -2,6 +2,7 @@
 
     python -m microbert.finetune runs/v4                                  the bundled reviews: which are positive?
     python -m microbert.finetune runs/v4 --dataset labels.csv --text-column review --label-column stars
+    python -m microbert.finetune runs/v4 --max-seq-len 256                reads more of each text than the run did, where positions are rotary
     python -m microbert.finetune runs/v4 --trainable classifier           the encoder stays as pretraining left it
 
 Accuracy is that on documents which neither this nor pretraining has trained on, beside that of the same model from random weights, of the most frequent
@@ -30,7 +31,7 @@ from torch import nn
 from .classifier import WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
 from .config import DEVICES, InputError, whole_number
 from .counter_rng import random_bits
-from .device import choose_device, fastest_dtype, multiplying_in, out_of_memory
+from .device import NARROWEST_IN_BF16, choose_device, fastest_dtype, multiplying_in, out_of_memory
 from .distributed import World
 from .documents import HELD_OUT_SHARE, split_hash
 from .export import MODEL_FILES
@@ -38,7 +39,7 @@ from .files import read_json
 from .fill_mask import load_run
 from .labelled import LabelledTexts, read_labelled
 from .layers import MaskedLanguageModel
-from .model import build_model, with_max_seq_len
+from .model import ROTARY, build_model, with_max_seq_len
 from .report import progress_bar
 from .run import FAILED, HELD_OUT, Diverged, Failed, plain_errors
 
@@ -72,8 +73,8 @@ class Settings:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.max_seq_len is not None and not 3 <= self.max_seq_len <= 8192:
-            raise InputError(f"max_seq_len = {self.max_seq_len} must be from 3, for one token between [CLS] and [SEP], to 8192")
+        if self.max_seq_len is not None and self.max_seq_len < 3:
+            raise InputError(f"max_seq_len = {self.max_seq_len} must be at least 3: [CLS], one token, [SEP]")
         if self.max_samples is not None and self.max_samples < 4:
             raise InputError(f"max_samples = {self.max_samples} must be at least 4")
         if self.trainable not in LEARNS:
@@ -111,12 +112,17 @@ def learning_rate_of(settings: Settings, n_embed: int) -> float:
     return settings.learning_rate * WIDTH / n_embed
 
 
+def dtype_of(n_embed: int, device: torch.device) -> torch.dtype:
+    """In which matrices are multiplied in training. Narrow ones in fp32 on every device, as v1 to v3 pretrain them."""
+    return fastest_dtype(n_embed, device) if n_embed >= NARROWEST_IN_BF16 else torch.float32
+
+
 def reading(encoder: MaskedLanguageModel, max_seq_len: int | None) -> MaskedLanguageModel:
     """The run's model for texts of so many tokens. Raises InputError where it cannot read them."""
     own = encoder.config.max_seq_len
     if max_seq_len in (None, own):
         return encoder
-    if encoder.config.arch != "modern":
+    if encoder.config.arch not in ROTARY:
         raise InputError(f'max_seq_len = {max_seq_len}: this run has weights for {own} positions, and reads as many; another length needs arch = "modern", as v4 has it')
     return with_max_seq_len(encoder, max_seq_len)
 
@@ -135,7 +141,7 @@ def train(model: TextClassifier, rows: np.ndarray, labels: np.ndarray, settings:
     weights, device = [weight for weight in model.parameters() if weight.requires_grad], model.classifier.weight.device
     groups = [{"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": settings.weight_decay},
               {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}]
-    peak, dtype = learning_rate_of(settings, model.encoder.config.n_embed), fastest_dtype(model.encoder.config.n_embed, device)
+    peak, dtype = learning_rate_of(settings, model.encoder.config.n_embed), dtype_of(model.encoder.config.n_embed, device)
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
     total = settings.epochs * -(-len(rows) // settings.batch_size)
     warmup, rng, step = int(WARMUP * total), np.random.default_rng(settings.seed), 0
@@ -217,7 +223,7 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     print(f"{settings.dataset}: {len(train_texts.texts):,} documents to train on, {len(test_texts.texts):,} held out, {len(texts.names)} labels: {', '.join(texts.names[:10])}"
           + ", ..." * (len(texts.names) > 10))
     print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, {settings.epochs} epochs at {learning_rate_of(settings, shape.n_embed):.3g} "
-          f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed})", flush=True)
+          f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed}){', in bf16' * (dtype_of(shape.n_embed, device) == torch.bfloat16)}", flush=True)
     train_rows, test_rows = (encode_texts(tokenizer, part.texts, shape.max_seq_len) for part in (train_texts, test_texts))
 
     def accuracy_after_training(model: TextClassifier, described: str) -> float:
@@ -295,7 +301,7 @@ def main() -> None:
     except RuntimeError as error:
         if not (reason := out_of_memory(error)):
             raise
-        print(f"error: out of memory ({reason}): a smaller batch_size takes less", file=sys.stderr)
+        print(f"error: out of memory ({reason}): a smaller batch_size or max_seq_len takes less", file=sys.stderr)
         raise SystemExit(FAILED) from None
 
 

@@ -14,6 +14,7 @@ from .tokens import Tokens
 
 INIT_STD = 0.02
 ARCHITECTURES = {"bert": Bert, "modern": ModernBert}
+ROTARY = {"modern"}  # those whose positions have no weights
 
 
 def new_model(config: ModelConfig) -> MaskedLanguageModel:
@@ -41,7 +42,7 @@ def build_model(config: ModelConfig, seed: int, token_counts: Tensor | None = No
 
 
 def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int) -> MaskedLanguageModel:
-    """The same weights for sequences of another length: for arch = "modern", whose rotary positions have no weights of their own."""
+    """The same weights for sequences of another length: of an architecture in ROTARY."""
     other = new_model(dataclasses.replace(model.config, max_seq_len=max_seq_len))
     other.load_state_dict(model.state_dict())
     return other

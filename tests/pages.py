@@ -21,13 +21,14 @@ from launches import finish
 from test_readme import commands
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [page for page in PAGES if page.parent == ROOT / "docs"]
 BEGINS = r"(?:[A-Z_]+=\S+ )*(?:python|pytest|(?:\.venv/bin/|scripts/|\./)\S+|torchrun|sbatch) "  # what a command in the text begins with
 SMALL = "--max-samples 300 --vocab-size 300 --epochs 1"
 RUN = f"{SMALL} --overwrite"  # commands of one page share folders
 ONE_LAYER = f"{RUN} --n-layers 1 --n-embed 16 --batch-size 8"
 
 # what is set behind a command, by the first of these that is found in it. None: installations, which the continuous integration makes, Slurm, for which
-# tests/test_launchers.py has a stand-in, and several machines, see below
+# tests/test_launchers.py has a stand-in, and several machines, which tests/test_commands_docs.py starts
 SHORT = {
     r"install |-m venv|sbatch|train_multinode|microbert\.torchrun$": None,
     r"pytest": "--collect-only -q -n 0", r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "", r"--dry-run": "--overwrite",
@@ -67,6 +68,11 @@ def shortened(command):
     for there, here in FOR_THIS_MACHINE.items():
         command = command.replace(there, here)
     return f"{command} {behind}"
+
+
+def with_commands(pages):
+    """Those of the pages that show a command which runs here."""
+    return [page for page in pages if any(map(shortened, shown(page)))]
 
 
 def make_clone(folder):

@@ -1,17 +1,17 @@
-"""The commands that README.md and CONTRIBUTING.md show run, and make the pictures; and so every page's commands and pictures are known."""
+"""The commands that README.md and CONTRIBUTING.md show run, and make their pictures; and pages.py knows every page's commands and pictures."""
 
 import re
 
 import pytest
 from helpers import ROOT
-from pages import MADE_BY, PAGES, SHORT, pictures, run_page, shortened, shown
+from pages import DOCS, MADE_BY, PAGES, SHORT, pictures, run_page, shortened, shown, with_commands
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", with_commands([page for page in PAGES if page not in DOCS]), ids=lambda page: page.name)
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_commands_of_a_page_run_and_make_its_pictures(name, clone, hub_environment, ran):
-    run_page(ROOT / name, clone, hub_environment, ran)
+def test_the_commands_of_a_page_run_and_make_its_pictures(page, clone, hub_environment, ran):
+    run_page(page, clone, hub_environment, ran)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

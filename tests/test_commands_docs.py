@@ -5,12 +5,10 @@ import re
 import pytest
 from helpers import ROOT, end_tree
 from launches import finish, free_port
-from pages import PAGES, SMALL, run_page, shortened, shown, start
-
-DOCS = [page for page in PAGES if page.parent.name == "docs" and any(map(shortened, shown(page)))]
+from pages import DOCS, SMALL, run_page, shown, start, with_commands
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", with_commands(DOCS), ids=lambda page: page.name)
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_commands_of_a_page_run_and_make_its_pictures(page, clone, hub_environment, ran):

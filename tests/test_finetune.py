@@ -18,7 +18,7 @@ from microbert.classifier import TextClassifier, encode_texts, save_classifier
 from microbert.config import InputError
 from microbert.export import save_model
 from microbert.fill_mask import load_run
-from microbert.finetune import Settings, accuracy_of, check_output, finetune, held_out, new_classifier, train
+from microbert.finetune import Settings, accuracy_of, check_output, dtype_of, finetune, held_out, new_classifier, train
 from microbert.labelled import LabelledTexts, read_labelled
 
 
@@ -57,6 +57,23 @@ def test_it_learns_what_a_word_tells_and_transformers_loads_the_folder(folder, l
     assert np.mean([found["label"] == test.names[label] for found, label in zip(classify(test.texts), test.labels)]) == accuracy
     with pytest.raises(InputError, match="there already"):
         finetune(folder, Settings(dataset=str(labels), output_dir=str(output)))
+
+
+def test_in_bf16_it_learns_the_same_and_is_judged_in_fp32(folder, labels, tmp_path, monkeypatch):
+    assert dtype_of(16, torch.device("cuda")) == torch.float32
+    monkeypatch.setattr("microbert.finetune.dtype_of", lambda n_embed, device: torch.bfloat16)
+    seen, forward = set(), TextClassifier.forward
+
+    def watched(self, *arguments):
+        logits = forward(self, *arguments)
+        seen.add((self.training, logits.dtype))
+        return logits
+
+    monkeypatch.setattr(TextClassifier, "forward", watched)
+    found = finetune(folder, Settings(dataset=str(labels), epochs=30, device="cpu", baselines=False, output_dir=str(tmp_path / "out")))
+    assert found[f"{folder}, fine-tuned"] > 0.9
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}
+    assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
 
 
 def test_it_judges_by_the_documents_that_the_run_has_held_out(finished_run):

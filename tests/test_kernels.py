@@ -12,6 +12,8 @@ from microbert import attention, gelu, loss, norm
 from microbert.device import find_compiler, is_for_kernels
 from microbert.kernels import address, compiled_kernel, n_threads
 
+LARGEST_FILE = 60_000  # bytes: with which tests/faults/test_resources.py lets a run be computed, and not be told
+
 ALL = [(attention.SOURCE, {"HEAD": 3}), (gelu.SOURCE, {}), (loss.SOURCE, {}), (norm.SOURCE, {"D": 5})]
 needs_compiler = pytest.mark.skipif(compiled_kernel(loss.SOURCE) is None, reason="no C compiler with OpenMP")
 
@@ -49,6 +51,7 @@ def test_no_file_on_the_way_to_a_library_is_longer_than_it(source, constants, tm
     command = [find_compiler(), *microbert.kernels.FLAGS, *(f"-D{name}={value}" for name, value in constants.items()), "-o", tmp_path / "x.so", source, "-lm"]
     subprocess.run(command, check=True)
     size = (tmp_path / "x.so").stat().st_size
+    assert size < LARGEST_FILE
     subprocess.run(command, check=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 

@@ -1,6 +1,5 @@
 """The planned memory is what a training step takes; tiers, micro-batches and the budget follow from it."""
 
-import contextlib
 import dataclasses
 import random
 import re
@@ -18,6 +17,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 import microbert.memory
 from microbert.config import InputError, fill_in
+from microbert.device import multiplying_in
 from microbert.layers import ModelConfig
 from microbert.loss import CHUNK_ELEMENTS, masked_loss
 from microbert.masking import n_slots
@@ -59,7 +59,7 @@ def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, mlm_probability=0
         tracker.track_external(model, *optimizer.members, ids, positions, labels)
         with tracker:
             for _ in range(n_parts):
-                with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
+                with multiplying_in(dtype or torch.float32, torch.device("cpu")):
                     hidden = model(ids, None, positions, keys if dropout else None)
                 masked_loss(hidden.float(), model.output_weight, model.output_bias, labels, batch_size * M, dtype).backward()
                 del hidden
