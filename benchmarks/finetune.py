@@ -22,7 +22,7 @@ import numpy as np
 from microbert.classifier import encode_texts
 from microbert.config import InputError
 from microbert.fill_mask import load_run
-from microbert.finetune import Settings, accuracy_of, held_out, new_classifier, reading, tf_idf_accuracy, train
+from microbert.finetune import Settings, accuracy_of, epochs_of, held_out, new_classifier, reading, tf_idf_accuracy, train
 from microbert.labelled import LabelledTexts, read_labelled
 from microbert.model import build_model
 from microbert.run import Diverged, plain_errors
@@ -68,7 +68,7 @@ def compare(arguments: argparse.Namespace) -> None:
             for name, is_pretrained in (("pretrained", True), ("from random weights", False)):
                 lines.append(row(f"{folder}, {name}{of_rate}", accuracies(folder, train_texts, test_texts, settings, arguments.seeds, is_pretrained)))
     of_words = tf_idf_accuracy(train_texts, test_texts)
-    print(f"\n{len(train_texts.texts):,} reviews to train on, {len(test_texts.texts):,} held out, {arguments.epochs} epochs\n\n| | accuracy | each seed |\n|---|---|---|")
+    print(f"\n{len(train_texts.texts):,} reviews to train on, {len(test_texts.texts):,} held out, {epochs_of(settings, len(train_texts.texts))} epochs\n\n| | accuracy | each seed |\n|---|---|---|")
     print("\n".join(lines))
     print("(scikit-learn is not installed: no tf-idf)" if of_words is None else row("tf-idf and logistic regression", [of_words]))
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="runs on the bundled reviews")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--factors", nargs="+", type=float, default=[1.0], help="of microbert.finetune's learning rate")
-    parser.add_argument("--epochs", type=int, default=Settings.epochs)
+    parser.add_argument("--epochs", type=int, help="as in microbert.finetune, unless given")
     parser.add_argument("--shrink", type=float, default=Settings.shrink, help="of the layers' matrices, as in microbert.finetune")
     parser.add_argument("--max-seq-len", type=int, help="tokens of a review; the runs', unless given")
     parser.add_argument("--documents", type=int, help="to train on; all, unless given")

@@ -44,6 +44,7 @@ from .report import progress_bar
 from .run import FAILED, HELD_OUT, Diverged, Failed, plain_errors
 
 WARMUP = 0.06  # share of the steps
+EPOCHS, FEWEST_STEPS = 3, 300  # with fewer steps, few labels would be told apart by nothing that learns (Mosbach et al. 2021, arXiv:2006.04884)
 LEARNS = {"all": "all of it learns", "last_2": "its last two layers and the classifier learn", "classifier": "what is behind its layers learns"}
 CHECKED_TEXTS = 8  # whose logits transformers is to give too
 
@@ -59,7 +60,7 @@ class Settings:
     shrink: float = 0.4  # what learns of the run's layers starts at so much of its matrices (docs/experiments.md); 1 leaves them as they are
     max_seq_len: int | None = None  # tokens of a text that it reads, and the classifier after it; None takes the run's; another needs rotary positions (arch "modern")
     trainable: str = "all"  # what learns: "all", "last_2" (the last two layers and the classifier), "classifier" (with BERT's pooler or the modern head)
-    epochs: int = 3  # passes over the training documents
+    epochs: int | None = None  # passes over the training documents; None takes three, or as many as make 300 steps
     batch_size: int = 32  # documents a step
     learning_rate: float = 5e-5  # of a 768-wide BERT; a narrower one takes as much more as it is narrower
     weight_decay: float = 0.01  # of the weight matrices
@@ -71,7 +72,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.max_seq_len is not None and self.max_seq_len < 3:
             raise InputError(f"max_seq_len = {self.max_seq_len} must be at least 3: [CLS], one token, [SEP]")
@@ -105,6 +106,11 @@ def held_out(texts: LabelledTexts, folder: Path) -> np.ndarray:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error})") from error
     return np.array([split_hash(text, seed) < below for text in texts.texts])
+
+
+def epochs_of(settings: Settings, n_texts: int) -> int:
+    """Passes over so many texts."""
+    return settings.epochs or max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(n_texts / settings.batch_size)))
 
 
 def learning_rate_of(settings: Settings, n_embed: int) -> float:
@@ -143,11 +149,12 @@ def train(model: TextClassifier, rows: np.ndarray, labels: np.ndarray, settings:
               {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}]
     peak, dtype = learning_rate_of(settings, model.encoder.config.n_embed), dtype_of(model.encoder.config.n_embed, device)
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
-    total = settings.epochs * -(-len(rows) // settings.batch_size)
+    n_epochs = epochs_of(settings, len(rows))
+    total = n_epochs * -(-len(rows) // settings.batch_size)
     warmup, rng, step = int(WARMUP * total), np.random.default_rng(settings.seed), 0
     model.train()
     with progress_bar(total, 0, described, " steps", leave=False) as bar:
-        for _ in range(settings.epochs):
+        for _ in range(n_epochs):
             order = rng.permutation(len(rows))
             for start in range(0, len(order), settings.batch_size):
                 chosen = order[start : start + settings.batch_size]
@@ -222,7 +229,7 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
         raise InputError(f"{settings.dataset}: too few documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {which}")
     print(f"{settings.dataset}: {len(train_texts.texts):,} documents to train on, {len(test_texts.texts):,} held out, {len(texts.names)} labels: {', '.join(texts.names[:10])}"
           + ", ..." * (len(texts.names) > 10))
-    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, {settings.epochs} epochs at {learning_rate_of(settings, shape.n_embed):.3g} "
+    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, {epochs_of(settings, len(train_texts.texts))} epochs at {learning_rate_of(settings, shape.n_embed):.3g} "
           f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed}){', in bf16' * (dtype_of(shape.n_embed, device) == torch.bfloat16)}", flush=True)
     train_rows, test_rows = (encode_texts(tokenizer, part.texts, shape.max_seq_len) for part in (train_texts, test_texts))
 

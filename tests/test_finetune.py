@@ -18,7 +18,7 @@ from microbert.classifier import TextClassifier, encode_texts, save_classifier
 from microbert.config import InputError
 from microbert.export import save_model
 from microbert.fill_mask import load_run
-from microbert.finetune import Settings, accuracy_of, check_output, dtype_of, finetune, held_out, new_classifier, train
+from microbert.finetune import Settings, accuracy_of, check_output, dtype_of, epochs_of, finetune, held_out, new_classifier, train
 from microbert.labelled import LabelledTexts, read_labelled
 
 
@@ -57,6 +57,11 @@ def test_it_learns_what_a_word_tells_and_transformers_loads_the_folder(folder, l
     assert np.mean([found["label"] == test.names[label] for found, label in zip(classify(test.texts), test.labels)]) == accuracy
     with pytest.raises(InputError, match="there already"):
         finetune(folder, Settings(dataset=str(labels), output_dir=str(output)))
+
+
+def test_few_texts_are_passed_more_often():
+    assert [epochs_of(Settings(), n_texts) for n_texts in (1, 32, 1000, 3200, 5000, 10**6)] == [300, 300, 10, 3, 3, 3]
+    assert epochs_of(Settings(batch_size=8), 1000) == 3 and epochs_of(Settings(epochs=1), 10) == 1
 
 
 def test_in_bf16_it_learns_the_same_and_is_judged_in_fp32(folder, labels, tmp_path, monkeypatch):
