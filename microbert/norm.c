@@ -3,7 +3,16 @@
 // Nothing is kept for the backward pass, which computes mean and deviation again. Each thread adds up gradients of weight and bias of its own, for rows
 // beside each other, and these are added in the order of the threads.
 //
+// A product and the sum that it goes into are rounded apart (no fused instruction): which of its loops the compiler takes depends on how far the arrays
+// lie from each other, and they would fuse differently.
+//
 // N rows.
+
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
 
 #include <math.h>
 

@@ -1,5 +1,8 @@
 """Our kernel for narrow rows computes PyTorch's layer norm."""
 
+import ctypes
+import random
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +11,7 @@ from models import many_examples, on_threads
 from torch.nn import functional as F
 
 import microbert.norm
-from microbert.kernels import compiled_kernel
+from microbert.kernels import address, compiled_kernel
 from microbert.norm import NARROW_ROW, SOURCE, layer_norm
 
 needs_kernel = pytest.mark.skipif(compiled_kernel(SOURCE, D=4) is None, reason="no C compiler with OpenMP")
@@ -64,3 +67,26 @@ def test_wide_rows_other_types_and_machines_without_a_compiler_are_left_to_pytor
     monkeypatch.setattr(microbert.norm, "compiled_kernel", lambda *_, **__: None)
     tensors, _ = inputs()
     assert torch.equal(ours(*tensors), pytorch_norm(*tensors)) and not is_ours(ours(*tensors))
+
+
+@needs_kernel
+@pytest.mark.parametrize("n_embed", [4, NARROW_ROW])
+@pytest.mark.parametrize("n_rows", [10, 32])
+def test_wherever_the_arrays_lie_gradients_are_the_same_bits(n_embed, n_rows):
+    """A compiler may take other loops for arrays that lie close to each other; found where a product and its sum were fused in some of them."""
+    kernel, generator, rng = compiled_kernel(SOURCE, D=n_embed), torch.Generator().manual_seed(0), random.Random(0)
+    x, output_grad = torch.randn(2, n_rows * n_embed, generator=generator)
+    arrays = [x, output_grad, torch.randn(n_embed, generator=generator), torch.zeros_like(x), torch.zeros(2 * n_embed)]  # the last two: x_grad, parameter_grads
+
+    def gradients():
+        buffer, placed, end = torch.zeros(10_000), {}, 0
+        for number in rng.sample(range(5), 5):
+            start = end + rng.choice([0, 8, 16, 500])
+            end = start + len(arrays[number])
+            placed[number] = buffer[start:end].copy_(arrays[number])
+        of_x, of_output, of_weight, x_grad, parameter_grads = (address(placed[number]) for number in range(5))
+        kernel.backward(ctypes.c_int(1), ctypes.c_long(n_rows), ctypes.c_float(EPS), of_x, of_weight, of_output, x_grad, parameter_grads)
+        return placed[3].tolist(), placed[4].tolist()
+
+    expected = gradients()
+    assert all(gradients() == expected for _ in range(300))
