@@ -22,16 +22,16 @@ import numpy as np
 from microbert.classifier import encode_texts
 from microbert.config import InputError
 from microbert.fill_mask import load_run
-from microbert.finetune import Settings, accuracy_of, epochs_of, held_out, new_classifier, reading, tf_idf_accuracy, train
+from microbert.finetune import Settings, accuracy_of, epochs_of, held_out, new_classifier, tf_idf_accuracy, train
 from microbert.labelled import LabelledTexts, read_labelled
-from microbert.model import build_model
+from microbert.model import build_model, with_max_seq_len
 from microbert.run import Diverged, plain_errors
 
 
 def accuracies(folder: Path, train_texts: LabelledTexts, test_texts: LabelledTexts, settings: Settings, seeds: list[int], is_pretrained: bool) -> list[float]:
     """On the texts held out, of each seed; NaN where the training diverged."""
     encoder, tokenizer = load_run(folder)
-    encoder = reading(encoder, settings.max_seq_len)
+    encoder = with_max_seq_len(encoder, settings.max_seq_len)
     train_rows, test_rows = (encode_texts(tokenizer, part.texts, encoder.config.max_seq_len) for part in (train_texts, test_texts))
     found = []
     for seed in seeds:

@@ -39,7 +39,7 @@ from .files import read_json
 from .fill_mask import load_run
 from .labelled import LabelledTexts, read_labelled
 from .layers import MaskedLanguageModel
-from .model import ROTARY, build_model, with_max_seq_len
+from .model import build_model, with_max_seq_len
 from .report import progress_bar
 from .run import FAILED, HELD_OUT, Diverged, Failed, plain_errors
 
@@ -57,7 +57,7 @@ class Settings:
     text_column: str | None = None  # the column with the texts; None takes "text", or the only one that holds text
     label_column: str | None = None  # the column with the labels; None takes "label" or the like
     max_samples: int | None = None  # documents, drawn by the seed; None takes all
-    shrink: float = 0.4  # what learns of the run's layers starts at so much of its matrices (docs/experiments.md); 1 leaves them as they are
+    shrink: float = 0.4  # the layers' matrices that learn start at so much of what pretraining has made them (docs/experiments.md); 1 leaves them
     max_seq_len: int | None = None  # tokens of a text that it reads, and the classifier after it; None takes the run's; another needs rotary positions (arch "modern")
     trainable: str = "all"  # what learns: "all", "last_2" (the last two layers and the classifier), "classifier" (with BERT's pooler or the modern head)
     epochs: int | None = None  # passes over the training documents; None takes three, or as many as make 300 steps
@@ -109,7 +109,7 @@ def held_out(texts: LabelledTexts, folder: Path) -> np.ndarray:
 
 
 def epochs_of(settings: Settings, n_texts: int) -> int:
-    """Passes over so many texts."""
+    """Passes over the training texts, n_texts of them."""
     return settings.epochs or max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(n_texts / settings.batch_size)))
 
 
@@ -123,18 +123,8 @@ def dtype_of(n_embed: int, device: torch.device) -> torch.dtype:
     return fastest_dtype(n_embed, device) if n_embed >= NARROWEST_IN_BF16 else torch.float32
 
 
-def reading(encoder: MaskedLanguageModel, max_seq_len: int | None) -> MaskedLanguageModel:
-    """The run's model for texts of so many tokens. Raises InputError where it cannot read them."""
-    own = encoder.config.max_seq_len
-    if max_seq_len in (None, own):
-        return encoder
-    if encoder.config.arch not in ROTARY:
-        raise InputError(f'max_seq_len = {max_seq_len}: this run has weights for {own} positions, and reads as many; another length needs arch = "modern", as v4 has it')
-    return with_max_seq_len(encoder, max_seq_len)
-
-
 def new_classifier(encoder: MaskedLanguageModel, n_classes: int, settings: Settings, is_pretrained: bool) -> TextClassifier:
-    """As it is before the first step."""
+    """As it is before the first step: what is not to learn frozen, and shrunk what a run has made of the layers that are to."""
     model = TextClassifier(encoder, n_classes, settings.seed)
     model.choose_trainable(settings.trainable)
     if is_pretrained:
@@ -218,7 +208,7 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     output = Path(settings.output_dir or f"{folder}-finetuned")
     check_output(output, settings.overwrite)
     device, (encoder, tokenizer) = choose_device(settings.device, World({})), load_run(folder)
-    encoder = reading(encoder, settings.max_seq_len)
+    encoder = with_max_seq_len(encoder, settings.max_seq_len)
     shape = encoder.config
     texts = read_labelled(settings.dataset, settings.text_column, settings.label_column, settings.max_samples, settings.seed)
     is_held_out = held_out(texts, folder)

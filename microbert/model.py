@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .bert import Bert
-from .config import Config
+from .config import Config, InputError
 from .layers import MaskedLanguageModel, ModelConfig
 from .modern import ModernBert
 from .tokens import Tokens
@@ -41,8 +41,13 @@ def build_model(config: ModelConfig, seed: int, token_counts: Tensor | None = No
     return model
 
 
-def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int) -> MaskedLanguageModel:
-    """The same weights for sequences of another length: of an architecture in ROTARY."""
+def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int | None) -> MaskedLanguageModel:
+    """The same weights for sequences of so many tokens; None leaves the model as it is. Raises InputError where its positions have weights."""
+    own = model.config.max_seq_len
+    if max_seq_len in (None, own):
+        return model
+    if model.config.arch not in ROTARY:
+        raise InputError(f'max_seq_len = {max_seq_len}: this run has weights for {own} positions, and reads as many; another length needs arch = "modern", as v4 has it')
     other = new_model(dataclasses.replace(model.config, max_seq_len=max_seq_len))
     other.load_state_dict(model.state_dict())
     return other

@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "mlm_pretrain_v1.py"
 TIME_LIMIT = 240  # seconds for one run, many times what it takes: a hang is a failure, and a busy machine is none
+LARGEST_FILE = 60_000  # bytes: less than the training curve takes, and more than any kernel, so that a run is computed and not told
 TIMES = {"seconds", "train/samples_per_second", "train/tokens_per_second", "train/peak_memory_gb"}  # what a clock decides
 WORDS = "the a film actor story was is great bad slow and it of scene music end plot never always funny".split()
 

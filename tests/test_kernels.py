@@ -6,13 +6,12 @@ import subprocess
 
 import pytest
 import torch
+from helpers import LARGEST_FILE
 
 import microbert.kernels
 from microbert import attention, gelu, loss, norm
 from microbert.device import find_compiler, is_for_kernels
 from microbert.kernels import address, compiled_kernel, n_threads
-
-LARGEST_FILE = 60_000  # bytes: with which tests/faults/test_resources.py lets a run be computed, and not be told
 
 ALL = [(attention.SOURCE, {"HEAD": 3}), (gelu.SOURCE, {}), (loss.SOURCE, {}), (norm.SOURCE, {"D": 5})]
 needs_compiler = pytest.mark.skipif(compiled_kernel(loss.SOURCE) is None, reason="no C compiler with OpenMP")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SCRIPT, TIME_LIMIT, corpus_from, patched_script, result, run, run_here, small_flags
+from helpers import LARGEST_FILE, ROOT, SCRIPT, TIME_LIMIT, corpus_from, patched_script, result, run, run_here, small_flags
 from small_disk import SmallDisk, has_small_disks
 from safetensors.torch import load_file
 from test_config import configure
@@ -31,7 +31,7 @@ def test_numbers_that_break_down_stop_the_run_before_the_step_is_applied(learnin
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 1
 
 
-@pytest.mark.parametrize("largest_file", [2_000, 60_000])  # bytes: less than the tokenizer takes; less than the training curve, and more than any kernel
+@pytest.mark.parametrize("largest_file", [2_000, LARGEST_FILE])  # bytes: the first is less than the tokenizer takes
 @pytest.mark.fault(row=22)
 @pytest.mark.slow
 def test_a_file_that_cannot_grow_is_told_and_the_same_command_goes_on(largest_file, finished_run, reference, tmp_path):
