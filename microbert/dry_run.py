@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from .layers import ModelConfig
 from .model import build_model, count_parameters, shape_of
 from .prepare import estimated_megabytes, estimated_tokens, find_tokens
 from .report import read_metrics
-from .run import BAD_INPUT, FAILED, Failed, Run, check_folder, hub_folder
+from .run import Run, check_folder, hub_folder, plain_errors
 from .step import Learner
 from .tokenizer import find_tokenizer
 
@@ -45,14 +44,8 @@ def tell_plan(config: Config, estimate: Estimate | None = None) -> None:
         return
     if config.num_gpus is not None:
         world = World({"WORLD_SIZE": str(config.num_gpus), "LOCAL_WORLD_SIZE": str(config.num_gpus)})
-    try:
+    with plain_errors():
         print(json.dumps(_plan(config, world, estimate)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
-    except Failed as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(FAILED) from None
 
 
 def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, object]:

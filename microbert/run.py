@@ -19,6 +19,7 @@ from .config import Config, InputError, dataset_files
 from .device import out_of_memory
 from .distributed import World, lost_process
 from .files import read_json, remove, remove_stale, write_json
+from .output import outlasting_readers
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # the last when a terminal closes; Windows has none
@@ -52,11 +53,12 @@ class Diverged(Failed):
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """For the modules that people start: what they can mend is told in one line, with exit code 2, and what else cannot go on with 1."""
-    try:
-        yield
-    except (InputError, Failed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT if isinstance(error, InputError) else FAILED) from None
+    with outlasting_readers():
+        try:
+            yield
+        except (InputError, Failed) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(BAD_INPUT if isinstance(error, InputError) else FAILED) from None
 
 
 class Run:
@@ -111,6 +113,12 @@ def open_run(config: Config) -> Iterator[Run]:
     Of several processes the first one holds it, the others wait for that; when one of them fails, all end with its code, and status.json
     tells its rank and reason. Folders that this call made are removed again when the input of a process that is alone turns out to be bad.
     """
+    with outlasting_readers(), _hold(config) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def _hold(config: Config) -> Iterator[Run]:
     folder = Path(config.output_dir)
     run = Run(config, folder, World())
     world = run.world

@@ -21,10 +21,16 @@ from torch.distributed.run import determine_local_world_size, get_args_parser, p
 
 from .config import Config, InputError, read_script
 from .files import read_json, write_json
+from .output import outlasting_readers
 from .run import BAD_INPUT, DONE, FAILED, LOCK, STATUS, STOP_SIGNALS, STOPPED, check_folder, take_lock
 
 
 def main() -> None:
+    with outlasting_readers():
+        _launch()
+
+
+def _launch() -> None:
     arguments = get_args_parser().parse_args()
     logging.disable(logging.ERROR)  # torchrun's own account of what its processes tell themselves
     try:

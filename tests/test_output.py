@@ -1,0 +1,93 @@
+"""What is printed outlasts its reader: pipes and terminals that nobody reads any more end no work, and no other error is hidden."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, SLOW_STEPS, TIME_LIMIT, corpus_from, patched_script, result, run, small_flags, start, wait_for_checkpoint
+
+from microbert.output import outlasting_readers
+
+PRINTS = """import sys
+from microbert.output import outlasting_readers
+with outlasting_readers():
+    sys.stdin.readline()  # until the reader is gone
+    for _ in range(20_000):
+        print("more than a pipe holds")
+        print("and this", file=sys.stderr)
+open(sys.argv[1], "w").write("done")
+"""
+
+
+def reader_gone(kind):
+    """A descriptor that may be written to, of a pipe or a terminal, and what to call for its reader to go."""
+    read, write = os.pipe() if kind == "pipe" else os.openpty()
+    return write, lambda: os.close(read)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no terminals of that kind")
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_process_goes_on_when_its_reader_is_gone(stream, kind, tmp_path):
+    descriptor, leave = reader_gone(kind)
+    other = "stderr" if stream == "stdout" else "stdout"
+    process = subprocess.Popen([sys.executable, "-c", PRINTS, str(tmp_path / "end")], cwd=ROOT, stdin=subprocess.PIPE, text=True,
+                               **{stream: descriptor, other: subprocess.PIPE})
+    os.close(descriptor)
+    leave()
+    told = "".join(filter(None, process.communicate("go\n", timeout=TIME_LIMIT)))
+    assert process.returncode == 0 and (tmp_path / "end").read_text() == "done"
+    assert told.count("\n") == 20_000  # the stream that is read has all of its lines, and no word on the other
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_another_error_is_raised(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", PRINTS, str(tmp_path / "end")], cwd=ROOT, input="go", stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode and "No space left" in done.stderr and not (tmp_path / "end").exists()
+
+
+def test_the_streams_are_as_before_behind_it():
+    before = sys.stdout, sys.stderr
+    with outlasting_readers():
+        assert sys.stdout is not before[0]
+    assert (sys.stdout, sys.stderr) == before
+
+
+@pytest.mark.parametrize("flags", [["-m", "microbert.advise"], ["mlm_pretrain_v1.py", "--dry-run"]], ids=lambda flags: flags[-1])
+def test_a_reader_of_one_line_leaves_no_traceback(flags):
+    process = subprocess.Popen([sys.executable, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(TIME_LIMIT) == 0
+
+
+@pytest.mark.fault(row=4)
+@pytest.mark.slow
+def test_a_ctrl_c_that_ends_tee_too_saves_and_exits_75(finished_run, reference, tmp_path):
+    corpus_from(finished_run, tmp_path)
+    flags = small_flags(tmp_path)
+    read, write = os.pipe()  # 2>&1 | tee log
+    process = subprocess.Popen([sys.executable, str(patched_script(tmp_path / "slow.py", SLOW_STEPS)), *flags], stdout=write, stderr=write)
+    os.close(write)
+    wait_for_checkpoint(process, tmp_path / "run")
+    os.close(read)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIME_LIMIT) == 75
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    assert run(flags).returncode == 0
+    assert result(tmp_path / "run") == reference
+
+
+@pytest.mark.slow
+def test_a_run_that_nobody_reads_any_more_comes_to_its_end(finished_run, reference, tmp_path):
+    corpus_from(finished_run, tmp_path)
+    process = start(small_flags(tmp_path))
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(TIME_LIMIT) == 0
+    assert result(tmp_path / "run") == reference
