@@ -58,7 +58,7 @@ class Settings:
     label_column: str | None = None  # the column with the labels; None takes "label" or the like
     max_samples: int | None = None  # documents, drawn by the seed; None takes all
     shrink: float = 0.4  # the layers' matrices that learn start at so much of what pretraining has made them (docs/experiments.md); 1 leaves them
-    max_seq_len: int | None = None  # tokens of a text that it reads, and the classifier after it; None takes the run's; another needs rotary positions (arch "modern")
+    max_seq_len: int | None = None  # tokens of a text that it reads, and the classifier after it; None takes the run's; more need rotary positions (arch "modern")
     trainable: str = "all"  # what learns: "all", "last_2" (the last two layers and the classifier), "classifier" (with BERT's pooler or the modern head)
     epochs: int | None = None  # passes over the training documents; None takes three, or as many as make 300 steps
     batch_size: int = 32  # documents a step

@@ -15,6 +15,7 @@ from .tokens import Tokens
 INIT_STD = 0.02
 ARCHITECTURES = {"bert": Bert, "modern": ModernBert}
 ROTARY = {"modern"}  # those whose positions have no weights
+POSITIONS = "embeddings.position.weight"  # those of the others, a row each
 
 
 def new_model(config: ModelConfig) -> MaskedLanguageModel:
@@ -42,14 +43,17 @@ def build_model(config: ModelConfig, seed: int, token_counts: Tensor | None = No
 
 
 def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int | None) -> MaskedLanguageModel:
-    """The same weights for sequences of so many tokens; None leaves the model as it is. Raises InputError where its positions have weights."""
+    """The same weights for sequences of so many tokens; None leaves the model as it is. Raises InputError where its positions have weights, and fewer of them."""
     own = model.config.max_seq_len
     if max_seq_len in (None, own):
         return model
+    weights = model.state_dict()
     if model.config.arch not in ROTARY:
-        raise InputError(f'max_seq_len = {max_seq_len}: this run has weights for {own} positions, and reads as many; another length needs arch = "modern", as v4 has it')
+        if max_seq_len > own:
+            raise InputError(f'max_seq_len = {max_seq_len}: this run has weights for {own} positions, and reads no more; longer texts need arch = "modern", as v4 has it')
+        weights[POSITIONS] = weights[POSITIONS][:max_seq_len]
     other = new_model(dataclasses.replace(model.config, max_seq_len=max_seq_len))
-    other.load_state_dict(model.state_dict())
+    other.load_state_dict(weights)
     return other
 
 

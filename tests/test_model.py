@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import VOCAB_SIZE, as_batch, few_examples, token_rows
 
+from microbert.config import InputError
 from microbert.layers import ModelConfig
 from microbert.loss import masked_scores
 from microbert.masking import mask_batch
-from microbert.model import build_model, count_parameters, new_model, unigram_entropy
+from microbert.model import build_model, count_parameters, new_model, unigram_entropy, with_max_seq_len
 from microbert.tokenizer import N_SPECIAL
 
 
@@ -65,3 +66,16 @@ def test_the_weights_are_a_function_of_the_seed(arch):
 def test_parameters_are_counted_without_a_model(heads, half, layers, vocab_size, arch):
     config = ModelConfig(vocab_size, layers, heads, 2 * heads * half, 16, arch=arch)
     assert count_parameters(config) == sum(parameter.numel() for parameter in new_model(config).parameters())
+
+
+@pytest.mark.parametrize("arch", ["bert", "modern"])
+def test_fewer_positions_compute_the_same(arch):
+    model = build_model(ModelConfig(VOCAB_SIZE, 2, 2, 4, 16, arch=arch), 0).eval()
+    shorter, input_ids = with_max_seq_len(model, 6).eval(), torch.from_numpy(token_rows(3, shortest=6)[:, :6].astype(np.int64))
+    assert shorter.config.max_seq_len == 6 and with_max_seq_len(model, None) is model is with_max_seq_len(model, 16)
+    assert torch.equal(shorter.hidden_states(input_ids, None, None), model.hidden_states(input_ids, None, None))
+
+
+def test_more_positions_than_a_model_has_weights_for_are_refused():
+    with pytest.raises(InputError, match="16 positions"):
+        with_max_seq_len(build_model(ModelConfig(VOCAB_SIZE, 1, 2, 4, 16), 0), 17)
