@@ -21,24 +21,23 @@ from launches import finish
 from test_readme import commands
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCS = [page for page in PAGES if page.parent == ROOT / "docs"]
 BEGINS = r"(?:[A-Z_]+=\S+ )*(?:python|pytest|(?:\.venv/bin/|scripts/|\./)\S+|torchrun|sbatch) "  # what a command in the text begins with
 SMALL = "--max-samples 300 --vocab-size 300 --epochs 1"
 RUN = f"{SMALL} --overwrite"  # commands of one page share folders
 ONE_LAYER = f"{RUN} --n-layers 1 --n-embed 16 --batch-size 8"
 
 # what is set behind a command, by the first of these that is found in it. None: installations, which the continuous integration makes, Slurm, for which
-# tests/test_launchers.py has a stand-in, and several machines, which tests/test_commands_docs.py starts
+# tests/test_launchers.py has a stand-in, and several machines, which tests/test_commands.py starts
 SHORT = {
     r"install |-m venv|sbatch|train_multinode|microbert\.torchrun$": None,
-    r"pytest": "--collect-only -q -n 0", r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "", r"--dry-run": "--overwrite",
+    r"pytest -m gpu": "--collect-only -q -n 0", r"pytest": "--collect-only -q -n 0 tests/faults", r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "", r"--dry-run": "--overwrite",
     r"--prepare-only": f"{SMALL} --output-dir runs/prepared",
     r"microbert\.finetune": "--max-samples 200 --epochs 1 --overwrite",
     r"/train_(h200_8gpu_v4|24gb)": ONE_LAYER, r"/train_": RUN, r"pretrain_v4.*--max-minutes": f"{ONE_LAYER} --max-minutes 2", r"pretrain_v4": ONE_LAYER, r"pretrain_": RUN,
     r"attention\.py": "--rounds 1", r"compare_hf\.py": "--shapes v1 --rounds 1", r"gpu\.py": f"--steps 2 --shapes large --device cpu {ONE_LAYER}",
     r"benchmarks/finetune\.py": "--seeds 42 --epochs 1 --documents 100", r"head\.py": "--rows 64 --vocab-size 1000 --rounds 2", r"learning_rate\.py": "--scripts v1 --factors 1 --max-steps 5",
     r"recipe\.py": "--max-steps 2 --seeds 42 --variants 'dropout 0.1'", r"scaling\.py": "--rounds 1 --steps 2", r"soak\.py": "--minutes 0.01 --scripts v1",
-    r"time_to_loss\.py": f"--minutes 0.4 --search-minutes 0.25 {SMALL}",
+    r"time_to_loss\.py": f"--minutes 0.2 --search-minutes 0.1 {SMALL} --n-layers 1 --max-seq-len 32",
 }
 FOR_THIS_MACHINE = {"--nproc-per-node=8": "--nproc-per-node=2", "--nproc_per_node=8": "--nproc_per_node=2"}
 # the command that makes each picture of docs/, and what it is called there
