@@ -41,7 +41,7 @@ from .labelled import LabelledTexts, read_labelled
 from .layers import MaskedLanguageModel
 from .model import build_model, with_max_seq_len
 from .report import progress_bar
-from .run import FAILED, HELD_OUT, Diverged, Failed, plain_errors
+from .run import HELD_OUT, Diverged, Failed, plain_errors
 
 WARMUP = 0.06  # share of the steps
 EPOCHS, FEWEST_STEPS = 3, 300  # with fewer steps, few labels would be told apart by nothing that learns (Mosbach et al. 2021, arXiv:2006.04884)
@@ -289,17 +289,16 @@ def _comments() -> dict[str, str]:
 
 
 def main() -> None:
-    try:
-        with plain_errors():
+    with plain_errors():
+        try:
             finetune(*_read_flags())
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except RuntimeError as error:
-        if not (reason := out_of_memory(error)):
-            raise
-        print(f"error: out of memory ({reason}): a smaller batch_size or max_seq_len takes less", file=sys.stderr)
-        raise SystemExit(FAILED) from None
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            raise SystemExit(130) from None
+        except RuntimeError as error:
+            if not (reason := out_of_memory(error)):
+                raise
+            raise Failed(f"out of memory ({reason}): a smaller batch_size or max_seq_len takes less") from error
 
 
 if __name__ == "__main__":

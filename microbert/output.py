@@ -7,15 +7,16 @@ takes no more from what still runs in it.
 import contextlib
 import errno
 import os
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-NO_READER = {errno.EPIPE, errno.EIO}  # of a pipe, of a terminal
+NO_READER = {errno.EPIPE, errno.EIO}  # of a pipe, of a terminal; as Linux and macOS have it
 
 
 class _Outlasting:
-    """A text stream as it was, until its reader is gone; from then on it leads nowhere."""
+    """A text stream as it was, until its reader is gone; from then on it leads nowhere. What goes past it, to `buffer`, raises as ever."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -28,6 +29,10 @@ class _Outlasting:
             self._stream.write(text)
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
     def flush(self) -> None:
         with self._without_error():
             self._stream.flush()
@@ -37,7 +42,7 @@ class _Outlasting:
         try:
             yield
         except OSError as error:
-            if error.errno not in NO_READER:
+            if error.errno not in NO_READER or stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):  # of a file, EIO tells of its disk
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())  # there goes also what is still in its buffer, and what Python flushes at its end
@@ -53,4 +58,5 @@ def outlasting_readers() -> Iterator[None]:
             yield
         finally:
             for stream in filter(None, streams):
-                stream.flush()
+                with contextlib.suppress(OSError):  # Python tells of it at its end; here it would hide how the work has ended
+                    stream.flush()

@@ -8,7 +8,6 @@ Shapes: L layers, H heads, T tokens, W words, D = n_embed.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from .files import write_atomic
 from .fill_mask import load_run
 from .hugging_face import RUNS_NOTHING, errors_of_loading
 from .report import read_metrics
-from .run import FAILED, plain_errors
+from .run import Failed, plain_errors
 from .tokenizer import N_SPECIAL
 
 TEXT = "i have never seen such a bad film ."
@@ -128,14 +127,14 @@ def main() -> None:
         for folder in arguments.folders:
             figures[f"attention-{folder.name}.png"] = draw_attention(folder, arguments.text)
             figures[f"embeddings-{folder.name}.png"] = draw_embeddings(folder)
-    try:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            write_atomic(arguments.output_dir / name, lambda file, figure=figure: figure.savefig(file, format="png", dpi=110))
-            print(arguments.output_dir / name)
-    except OSError as error:
-        print(f"error: {arguments.output_dir} cannot be written: {error.strerror}", file=sys.stderr)
-        raise SystemExit(FAILED) from None
+            path = arguments.output_dir / name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=110))
+            except OSError as error:
+                raise Failed(f"{path.parent} cannot be written: {error.strerror}") from error
+            print(path)
 
 
 if __name__ == "__main__":

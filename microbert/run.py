@@ -261,7 +261,8 @@ def _note_stop(run: Run, name: str) -> None:
     if run.stop_signal is None:
         run.stop_signal = name
         if run.world.is_first:
-            print(f"\n{name}: stopping at the next safe point ...", file=sys.stderr)
+            with contextlib.suppress(RuntimeError):  # the signal has come in the middle of another print, which waits for its reader
+                print(f"\n{name}: stopping at the next safe point ...", file=sys.stderr)
 
 
 def take_lock(folder: Path, lock: filelock.FileLock) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import runpy
 import shutil
@@ -12,7 +13,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +62,10 @@ def start(flags: list[str], script: Path = SCRIPT, **options: object) -> subproc
 
 
 def run(flags: list[str], script: Path = SCRIPT, **options: object) -> subprocess.CompletedProcess:
-    """The script to its end. With options as a user starts it; without, in a process that has its libraries loaded when it begins, which takes half the time."""
+    """The script to its end. With options as a user starts it; without, in a process that has its libraries loaded when it begins, which takes half the time.
+
+    The latter has the environment of the first of them, and does not see what Python does at its end.
+    """
     if options:
         return subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, timeout=TIME_LIMIT, **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -135,14 +138,12 @@ def fork(flags: list[str], log: Path, patch: Callable[..., None] | None = None, 
 def _run_script(script: Path, flags: list[str], log: Path, errors: Path | None, patch: Callable[..., None] | None, *arguments: object) -> None:
     """errors: None where they go to the log too."""
     sys.argv = [str(script), *flags]
-    with open(log, "w") as out, open(errors, "w") if errors else contextlib.nullcontext(out) as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        if patch is not None:
-            patch(*arguments)
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except Exception:
-            traceback.print_exc()
-            raise SystemExit(1) from None
+    with open(log, "w") as out, open(errors, "w") if errors else contextlib.nullcontext(out) as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+    if patch is not None:
+        patch(*arguments)
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def end_of(process: multiprocessing.Process, limit: float = TIME_LIMIT) -> int:

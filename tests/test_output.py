@@ -1,13 +1,17 @@
 """What is printed outlasts its reader: pipes and terminals that nobody reads any more end no work, and no other error is hidden."""
 
+import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
-from helpers import ROOT, SLOW_STEPS, TIME_LIMIT, corpus_from, patched_script, result, run, small_flags, start, wait_for_checkpoint
+from helpers import ROOT, SLOW_STEPS, TIME_LIMIT, corpus_from, patched_script, result, run, small_flags, start, wait_for_checkpoint, wait_until
 
 from microbert.output import outlasting_readers
 
@@ -57,12 +61,47 @@ def test_the_streams_are_as_before_behind_it():
     assert (sys.stdout, sys.stderr) == before
 
 
+@pytest.mark.parametrize("unbuffered", ["1", ""])
 @pytest.mark.parametrize("flags", [["-m", "microbert.advise"], ["mlm_pretrain_v1.py", "--dry-run"]], ids=lambda flags: flags[-1])
-def test_a_reader_of_one_line_leaves_no_traceback(flags):
-    process = subprocess.Popen([sys.executable, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(TIME_LIMIT) == 0
+def test_a_reader_that_has_seen_enough_leaves_no_traceback(flags, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, *flags], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_streams_of_any_kind_are_taken(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as where it was closed before the start
+    monkeypatch.setattr(sys, "stderr", text := io.StringIO())
+    with outlasting_readers():
+        print("lost")
+        sys.stderr.writelines(["told", " in full"])
+    assert text.getvalue() == "told in full"
+
+
+STALLED = """import signal, sys, types
+from microbert.output import outlasting_readers
+from microbert.run import Run, _note_stop
+run = Run(None, None, types.SimpleNamespace(is_first=True))
+signal.signal(signal.SIGINT, lambda *_: _note_stop(run, "SIGINT"))
+with outlasting_readers():
+    while True:
+        print("x" * 1000, file=sys.stderr)
+        if run.stop_signal:
+            sys.exit(75)
+"""
+
+
+def test_a_signal_during_a_print_that_waits_for_its_reader_stops_the_run(tmp_path):
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", STALLED], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": ""}, stderr=write)
+    os.close(write)
+    wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING and select.select([read], [], [], 0)[0], process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)  # the handler prints now
+    os.close(read)
+    assert process.wait(TIME_LIMIT) == 75
 
 
 @pytest.mark.fault(row=4)
@@ -83,6 +122,7 @@ def test_a_ctrl_c_that_ends_tee_too_saves_and_exits_75(finished_run, reference, 
     assert result(tmp_path / "run") == reference
 
 
+@pytest.mark.fault(row=4)
 @pytest.mark.slow
 def test_a_run_that_nobody_reads_any_more_comes_to_its_end(finished_run, reference, tmp_path):
     corpus_from(finished_run, tmp_path)
