@@ -119,6 +119,7 @@ def open_run(config: Config) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def _hold(config: Config) -> Iterator[Run]:
+    """As open_run, which lends it output that outlasts its readers: how the run has ended is printed here too."""
     folder = Path(config.output_dir)
     run = Run(config, folder, World())
     world = run.world

@@ -70,8 +70,7 @@ def run(flags: list[str], script: Path = SCRIPT, **options: object) -> subproces
         return subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, timeout=TIME_LIMIT, **options)
     with tempfile.TemporaryDirectory() as folder:
         out, errors = Path(folder, "out"), Path(folder, "errors")
-        process = FORKS.Process(target=_run_script, args=(script, flags, out, errors, None))
-        process.start()
+        process = _fork(script, flags, out, errors)
         return subprocess.CompletedProcess(flags, end_of(process), out.read_text(), errors.read_text())
 
 
@@ -130,12 +129,16 @@ FORKS.set_forkserver_preload(["matplotlib.figure", "pyarrow", "tokenizers", "tor
 
 def fork(flags: list[str], log: Path, patch: Callable[..., None] | None = None, *arguments: object) -> multiprocessing.Process:
     """Starts the script in a process of its own, after a call of patch(*arguments) there, with its output in a file."""
-    process = FORKS.Process(target=_run_script, args=(SCRIPT, flags, log, None, patch, *arguments))
+    return _fork(SCRIPT, flags, log, None, patch, *arguments)
+
+
+def _fork(*arguments: object) -> multiprocessing.Process:
+    process = FORKS.Process(target=_run_script, args=arguments)
     process.start()
     return process
 
 
-def _run_script(script: Path, flags: list[str], log: Path, errors: Path | None, patch: Callable[..., None] | None, *arguments: object) -> None:
+def _run_script(script: Path, flags: list[str], log: Path, errors: Path | None, patch: Callable[..., None] | None = None, *arguments: object) -> None:
     """errors: None where they go to the log too."""
     sys.argv = [str(script), *flags]
     with open(log, "w") as out, open(errors, "w") if errors else contextlib.nullcontext(out) as err:

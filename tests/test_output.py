@@ -26,7 +26,7 @@ open(sys.argv[1], "w").write("done")
 """
 
 
-def reader_gone(kind):
+def writable(kind):
     """A descriptor that may be written to, of a pipe or a terminal, and what to call for its reader to go."""
     read, write = os.pipe() if kind == "pipe" else os.openpty()
     return write, lambda: os.close(read)
@@ -36,7 +36,7 @@ def reader_gone(kind):
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_process_goes_on_when_its_reader_is_gone(stream, kind, tmp_path):
-    descriptor, leave = reader_gone(kind)
+    descriptor, leave = writable(kind)
     other = "stderr" if stream == "stdout" else "stdout"
     process = subprocess.Popen([sys.executable, "-c", PRINTS, str(tmp_path / "end")], cwd=ROOT, stdin=subprocess.PIPE, text=True,
                                **{stream: descriptor, other: subprocess.PIPE})
