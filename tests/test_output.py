@@ -61,6 +61,7 @@ def test_the_streams_are_as_before_behind_it():
     assert (sys.stdout, sys.stderr) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["1", ""])
 @pytest.mark.parametrize("flags", [["-m", "microbert.advise"], ["mlm_pretrain_v1.py", "--dry-run"]], ids=lambda flags: flags[-1])
 def test_a_reader_that_has_seen_enough_leaves_no_traceback(flags, unbuffered):
