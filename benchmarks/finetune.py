@@ -4,6 +4,7 @@
     python benchmarks/finetune.py runs/first --factors 0.5 1 2 4 --seeds 42    several learning rates, as multiples of microbert.finetune's
     python benchmarks/finetune.py runs/first --documents 1000                  with fewer labels, judged on as many documents
     python benchmarks/finetune.py runs/first --max-seq-len 256 --shrink 1      reading more of each review, and from the layers as pretraining has left them
+    python benchmarks/finetune.py runs/first --choosing --seeds 42             to choose settings by: judged on training reviews held apart
 
 On the bundled reviews and the CPU, judged on those that the runs have held out, which have to be the same for all. tf-idf has no seed.
 """
@@ -26,6 +27,8 @@ from microbert.finetune import Settings, accuracy_of, epochs_of, held_out, new_c
 from microbert.labelled import LabelledTexts, read_labelled
 from microbert.model import build_model, with_max_seq_len
 from microbert.run import Diverged, plain_errors
+
+CHOOSING = 2_500  # reviews to choose settings by, so that those which judge have no part in it
 
 
 def accuracies(folder: Path, train_texts: LabelledTexts, test_texts: LabelledTexts, settings: Settings, seeds: list[int], is_pretrained: bool) -> list[float]:
@@ -58,7 +61,10 @@ def compare(arguments: argparse.Namespace) -> None:
     for folder in arguments.folders[1:]:
         if (held_out(texts, folder) != is_held_out).any():
             raise InputError(f"{arguments.folders[0]} and {folder} have held out other documents: their seeds differ")
-    train_texts, test_texts = texts.take(~is_held_out), texts.take(is_held_out)
+    train_texts, test_texts, judges = texts.take(~is_held_out), texts.take(is_held_out), "held out"
+    if arguments.choosing:
+        judges, order = "of the training ones held apart", np.random.default_rng(7).permutation(len(train_texts.texts))
+        train_texts, test_texts = train_texts.take(order[CHOOSING:]), train_texts.take(order[:CHOOSING])
     if arguments.documents is not None:
         train_texts = train_texts.take(np.random.default_rng(0).permutation(len(train_texts.texts))[: arguments.documents])
     for folder in arguments.folders:
@@ -68,7 +74,7 @@ def compare(arguments: argparse.Namespace) -> None:
             for name, is_pretrained in (("pretrained", True), ("from random weights", False)):
                 lines.append(row(f"{folder}, {name}{of_rate}", accuracies(folder, train_texts, test_texts, settings, arguments.seeds, is_pretrained)))
     of_words = tf_idf_accuracy(train_texts, test_texts)
-    print(f"\n{len(train_texts.texts):,} reviews to train on, {len(test_texts.texts):,} held out, {epochs_of(settings, len(train_texts.texts))} epochs\n\n| | accuracy | each seed |\n|---|---|---|")
+    print(f"\n{len(train_texts.texts):,} reviews to train on, {len(test_texts.texts):,} {judges}, {epochs_of(settings, len(train_texts.texts))} epochs\n\n| | accuracy | each seed |\n|---|---|---|")
     print("\n".join(lines))
     print("(scikit-learn is not installed: no tf-idf)" if of_words is None else row("tf-idf and logistic regression", [of_words]))
 
@@ -82,6 +88,7 @@ def main() -> None:
     parser.add_argument("--shrink", type=float, default=Settings.shrink, help="of the layers' matrices, as in microbert.finetune")
     parser.add_argument("--max-seq-len", type=int, help="tokens of a review; the runs', unless given")
     parser.add_argument("--documents", type=int, help="to train on; all, unless given")
+    parser.add_argument("--choosing", action="store_true", help="judges on training reviews held apart: what settings are to be chosen by")
     arguments = parser.parse_args()
     with plain_errors():
         compare(arguments)

@@ -8,7 +8,7 @@ from helpers import ROOT
 from microbert.config import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OTHER_FLAGS = {"--documents", "--help", "--label-column", "--lr", "--no-lowercase", "--no-torch-compile", "--samples", "--use", "--standalone", "--nproc-per-node"}  # the last two are of torchrun
+OTHER_FLAGS = {"--documents", "--help", "--label-column", "--lr", "--no-lowercase", "--no-torch-compile", "--samples", "--shrink", "--use", "--standalone", "--nproc-per-node"}  # the last two are of torchrun
 
 
 def test_the_continuous_integration_runs_the_readmes_test_command():
