@@ -6,7 +6,7 @@
     python benchmarks/finetune.py runs/first --max-seq-len 256 --shrink 1      reading more of each review, and from the layers as pretraining has left them
     python benchmarks/finetune.py runs/first --choosing --seeds 42             to choose settings by: judged on training reviews held apart
 
-On the bundled reviews and the CPU, judged on those that the runs have held out, which have to be the same for all. tf-idf has no seed.
+On the bundled reviews and the CPU, judged on those that the runs have held out, which have to be the same for all, but with --choosing. tf-idf has no seed.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from microbert.labelled import LabelledTexts, read_labelled
 from microbert.model import build_model, with_max_seq_len
 from microbert.run import Diverged, plain_errors
 
-CHOOSING = 2_500  # reviews to choose settings by, so that those which judge have no part in it
+N_CHOOSING = 2_500  # training reviews to choose settings by, so that those which the runs have held out have no part in it
 
 
 def accuracies(folder: Path, train_texts: LabelledTexts, test_texts: LabelledTexts, settings: Settings, seeds: list[int], is_pretrained: bool) -> list[float]:
-    """On the texts held out, of each seed; NaN where the training diverged."""
+    """On test_texts, of each seed, from 0 to 1; NaN where the training diverged."""
     encoder, tokenizer = load_run(folder)
     encoder = with_max_seq_len(encoder, settings.max_seq_len)
     train_rows, test_rows = (encode_texts(tokenizer, part.texts, encoder.config.max_seq_len) for part in (train_texts, test_texts))
@@ -61,10 +61,10 @@ def compare(arguments: argparse.Namespace) -> None:
     for folder in arguments.folders[1:]:
         if (held_out(texts, folder) != is_held_out).any():
             raise InputError(f"{arguments.folders[0]} and {folder} have held out other documents: their seeds differ")
-    train_texts, test_texts, judges = texts.take(~is_held_out), texts.take(is_held_out), "held out"
+    train_texts, test_texts, judged_on = texts.take(~is_held_out), texts.take(is_held_out), "held out"
     if arguments.choosing:
-        judges, order = "of the training ones held apart", np.random.default_rng(7).permutation(len(train_texts.texts))
-        train_texts, test_texts = train_texts.take(order[CHOOSING:]), train_texts.take(order[:CHOOSING])
+        order = np.random.default_rng(7).permutation(len(train_texts.texts))
+        train_texts, test_texts, judged_on = train_texts.take(order[N_CHOOSING:]), train_texts.take(order[:N_CHOOSING]), "of the training ones held apart"
     if arguments.documents is not None:
         train_texts = train_texts.take(np.random.default_rng(0).permutation(len(train_texts.texts))[: arguments.documents])
     for folder in arguments.folders:
@@ -74,7 +74,7 @@ def compare(arguments: argparse.Namespace) -> None:
             for name, is_pretrained in (("pretrained", True), ("from random weights", False)):
                 lines.append(row(f"{folder}, {name}{of_rate}", accuracies(folder, train_texts, test_texts, settings, arguments.seeds, is_pretrained)))
     of_words = tf_idf_accuracy(train_texts, test_texts)
-    print(f"\n{len(train_texts.texts):,} reviews to train on, {len(test_texts.texts):,} {judges}, {epochs_of(settings, len(train_texts.texts))} epochs\n\n| | accuracy | each seed |\n|---|---|---|")
+    print(f"\n{len(train_texts.texts):,} reviews to train on, {len(test_texts.texts):,} {judged_on}, {epochs_of(settings, len(train_texts.texts))} epochs\n\n| | accuracy | each seed |\n|---|---|---|")
     print("\n".join(lines))
     print("(scikit-learn is not installed: no tf-idf)" if of_words is None else row("tf-idf and logistic regression", [of_words]))
 
