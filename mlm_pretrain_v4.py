@@ -57,6 +57,7 @@ seed = 42  # another seed: other weights, order, masks and held-out documents
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is
 dtype = "auto"  # of matrix products: "float32", "bfloat16"; "auto" takes bfloat16 where the device has units for it
 torch_compile = None  # True or False; None compiles the model on CUDA alone
+cuda_graphs = True  # on CUDA, a step is recorded once and played back; False starts each kernel from Python
 max_minutes = None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
 group_timeout = 600  # seconds that a process waits for the others before it gives up
 eval_every = None  # steps between evaluations; None: ten in a run

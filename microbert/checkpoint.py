@@ -31,7 +31,7 @@ TEMPORARY = ".checkpoint.tmp"
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading a file that is not as it was written
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
 FREE_TO_CHANGE = {"dataset", "streaming", "device", "group_timeout", "eval_every", "save_every", "keep_checkpoints", "report_to", "output_dir", "cache_dir", "overwrite",
-                  "micro_batch_size", "prepare_only", "dry_run", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"}
+                  "micro_batch_size", "prepare_only", "dry_run", "preset", "memory_budget_gb", "dtype", "torch_compile", "cuda_graphs", "gpu_memory_gb", "num_gpus"}
 BATCH_SIZES = {"batch_size", "global_batch_size"}  # `settle_batch_size` compares them
 
 

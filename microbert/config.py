@@ -90,6 +90,7 @@ class Config:
     memory_budget_gb: float | None = None
     dtype: str = "float32"
     torch_compile: bool | None = False
+    cuda_graphs: bool = True
     gpu_memory_gb: float | None = None
     num_gpus: int | None = None
 

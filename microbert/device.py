@@ -1,6 +1,6 @@
 """The device that a process computes on: which it is, what it holds, and how it computes there.
 
-All choices that depend on the kind of device stand here: dtype, compilation, the way of data to it, the limit of its memory.
+All choices that depend on the kind of device stand here: dtype, compilation, recording, the way of data to it, the limit of its memory.
 """
 
 import contextlib
@@ -65,8 +65,9 @@ def describe_device(device: torch.device, world: World) -> str:
 
 
 def describe_compute(config: Config, device: torch.device) -> str:
-    """", in bf16, compiled", so far as it is; "" for fp32 as it stands."""
-    return ", in bf16" * (compute_dtype(config, device) == torch.bfloat16) + ", compiled" * is_compiled(config, device)
+    """", in bf16, compiled, as CUDA graphs", so far as it is; "" for fp32 as it stands."""
+    return (", in bf16" * (compute_dtype(config, device) == torch.bfloat16) + ", compiled" * is_compiled(config, device)
+            + ", as CUDA graphs" * is_recorded(config, device))
 
 
 def memory_bytes(device: torch.device, world: World) -> int | None:
@@ -147,6 +148,11 @@ def is_compiled(config: Config, device: torch.device) -> bool:
         return config.torch_compile
     return (device.type == "cuda" and importlib.util.find_spec("triton") is not None and find_compiler() is not None
             and torch.cuda.get_device_capability(device) >= (7, 0))
+
+
+def is_recorded(config: Config, device: torch.device) -> bool:
+    """Whether steps are recorded as CUDA graphs and played back."""
+    return config.cuda_graphs and device.type == "cuda"
 
 
 def find_compiler() -> str | None:

@@ -5,7 +5,9 @@ Shapes: N masked slots of a batch, D = n_embed, V vocabulary, C slots a chunk.
 """
 
 import ctypes
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,7 +42,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, dtype: torch.dtype | None, is_compiled: bool) -> Tensor:
         dtype = dtype or hidden.dtype
         kernel = compiled_kernel(SOURCE) if is_for_kernels(hidden, weight, bias) and dtype in (torch.float32, torch.bfloat16) else None
         if kernel is not None and len(labels) and labels.max() >= len(weight):
@@ -48,26 +50,28 @@ class _CrossEntropy(torch.autograd.Function):
         if kernel is not None and weight.shape[1] <= THIN:
             loss, *gradients = _thin(kernel, hidden.contiguous(), weight, bias, labels.contiguous())
         else:
-            loss, *gradients = _in_chunks(kernel, hidden, weight, bias, labels.contiguous(), dtype)
+            loss, *gradients = _in_chunks(kernel, hidden, weight, bias, labels.contiguous(), dtype, is_compiled)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, loss_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx, loss_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors  # which nobody reads again, so that they need not be copied
-        return hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), bias_grad.mul_(loss_grad), None, None
+        return hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), bias_grad.mul_(loss_grad), None, None, None
 
 
 def _in_chunks(kernel: ctypes.CDLL | None, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
-               dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+               dtype: torch.dtype, is_compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and the gradients of hidden, weight and bias. dtype: in which matrices are multiplied."""
     vocab_size, n_embed = weight.shape
     if n_embed <= THIN:
         weight = weight.T.contiguous().T
     chunk = max(1, min(chunk_rows(hidden.device.type, vocab_size, n_embed), len(labels)))
+    if is_compiled and kernel is None:
+        chunk = _even(chunk, len(labels))
     narrow_weight, buffer = weight.to(dtype), hidden.new_empty(chunk, vocab_size, dtype=dtype)
-    softmax = _TorchSoftmax(bias, buffer) if kernel is None else _KernelSoftmax(kernel, bias)
+    softmax = _KernelSoftmax(kernel, bias) if kernel is not None else _CompiledSoftmax(bias) if is_compiled else _TorchSoftmax(bias, buffer)
     hidden_grad, loss_2 = torch.empty_like(hidden), hidden.new_zeros(())
     weight_grad = weight.new_zeros(n_embed, vocab_size)  # transposed: twice as fast for a narrow D, no slower for a wide one
     for start in range(0, len(labels), chunk):
@@ -82,6 +86,12 @@ def _in_chunks(kernel: ctypes.CDLL | None, hidden: Tensor, weight: Tensor, bias:
         else:
             weight_grad += torch.mm(scaled, logits)
     return loss_2 / LOG2_E, hidden_grad, weight_grad.T, softmax.bias_grad
+
+
+def _even(chunk: int, n_rows: int) -> int:
+    """A chunk no larger into which the rows go without a rest, where there is one not much smaller: each size is compiled for itself."""
+    least = max(1, -(-n_rows // chunk))
+    return -(-n_rows // next((n for n in range(least, 2 * least) if n_rows % n == 0), least))
 
 
 class _TorchSoftmax:
@@ -107,6 +117,41 @@ class _TorchSoftmax:
         if logits.dtype != gradient.dtype:
             logits.copy_(gradient)
         return ((total.log2() - target_logit) * used).sum(), row_factor
+
+
+class _CompiledSoftmax:
+    """The same by torch.compile, which goes through memory as often as rows and columns have to be added up, and no more."""
+
+    def __init__(self, bias: Tensor) -> None:
+        self._bias_2, self.bias_grad = bias * LOG2_E, torch.zeros_like(bias)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As _TorchSoftmax."""
+        loss, row_factor, bias_grad = _compiled_softmax()(logits, self._bias_2, labels)
+        self.bias_grad += bias_grad
+        return loss, row_factor
+
+
+def _softmax(logits: Tensor, bias_2: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    used = (labels != IGNORED).to(bias_2.dtype)[:, None]
+    target = labels.clamp_min(0)[:, None]
+    wide = bias_2 + logits.to(bias_2.dtype) * LOG2_E
+    wide = wide - wide.amax(dim=1, keepdim=True)
+    exponentials = wide.exp2()
+    total = exponentials.sum(dim=1, keepdim=True)
+    row_factor = used / total
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target
+    gradient = torch.where(is_target, exponentials - total, exponentials)
+    loss = ((total.log2() - wide.gather(1, target)) * used).sum()
+    bias_grad = (gradient * row_factor).sum(dim=0)
+    logits.copy_(gradient)
+    return loss, row_factor, bias_grad
+
+
+@functools.cache
+def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Made when it is first needed: torch's compiler takes a second to load."""
+    return torch.compile(_softmax, dynamic=False)
 
 
 class _KernelSoftmax:
@@ -152,13 +197,14 @@ def _padded(x: Tensor, value: float) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % LANES), value=value)
 
 
-def masked_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_masked: int, dtype: torch.dtype | None = None) -> Tensor:
+def masked_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_masked: int, dtype: torch.dtype | None = None, is_compiled: bool = False) -> Tensor:
     """The batch's share of the mean loss, in nats a masked token: shares of micro-batches and ranks add up.
 
     hidden: [N, D]. weight: [V, D]. bias: [V]. labels: int64 [N], IGNORED for empty slots. n_masked: the masked tokens of the
-    whole global batch. dtype: in which matrices are multiplied; that of hidden when None. On a CPU raises IndexError for a label beyond the vocabulary.
+    whole global batch. dtype: in which matrices are multiplied; that of hidden when None. is_compiled: whether torch.compile may translate what is not by
+    a kernel of ours. On a CPU raises IndexError for a label beyond the vocabulary.
     """
-    return _CrossEntropy.apply(hidden, weight, bias, labels, dtype) / max(1, n_masked)
+    return _CrossEntropy.apply(hidden, weight, bias, labels, dtype, is_compiled) / max(1, n_masked)
 
 
 @torch.no_grad()

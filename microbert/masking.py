@@ -14,6 +14,7 @@ from .batches import Batch
 from .counter_rng import random_bits, uniform
 from .tokenizer import MASK_ID, N_SPECIAL
 
+EVALUATION_PROBABILITY = 0.15  # whatever a run trains with, so that losses compare
 IGNORED = -100  # the label of a slot that holds no masked token
 CHOICE, COUNT, KIND, REPLACEMENT = range(4)  # independent streams of random numbers
 

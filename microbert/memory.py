@@ -15,7 +15,7 @@ from .device import GIB, has_bf16, limit_memory, memory_bytes
 from .distributed import World
 from .layers import ModelConfig
 from .loss import THIN, chunk_rows
-from .masking import n_slots
+from .masking import EVALUATION_PROBABILITY, n_slots
 from .model import count_parameters, shape_of
 from .run import Run
 from .tokens import Tokens
@@ -25,7 +25,8 @@ GB = 1e9
 # of the machine's memory: Python, torch, the libraries that read and those that export; and, of the tensors, what the C library keeps of those
 # that come and go
 PROCESS_GB, NOT_GIVEN_BACK = 0.8, 0.5
-# of a GPU, reckoned: what CUDA and its libraries take beside PyTorch's allocator, and nccl, for several processes; what the allocator loses by rounding up
+# of a GPU: what CUDA and its libraries take beside PyTorch's allocator, and nccl, for several processes (reckoned); what the allocator loses by rounding up
+# and keeps for cuBLAS (at most 0.46 measured on an H100)
 GPU_CONTEXT_GB, NCCL_GB, ALLOCATOR_GB = 1.0, 1.0, 0.5
 # kept for the backward pass, in units of [B, T, D]; in the last layer of [B, M, D], but for keys and values. BERT's layer: query, key, value, attention and a
 # copy of it (5); sum and norm (2); expansion and GELU (8); sum, which is also the norm's input (1). A modern one: the norms (2); query, key, value, two of
@@ -39,7 +40,9 @@ KEPT_BY_HEAD = 4  # [B, M, D]
 USED_BY_BACKWARD = 6  # of the last whole layer: gradients of the expansion and of what goes round it, less what is no longer needed
 USED_AT_THE_END = 3  # gradients of the first layer's query, key and value
 KEPT_BY_DROPOUT = 0.25  # a byte for each value
-MARGIN = "context and margin"
+# in evaluation: [B, T, D] and [B, T, n_inner] of one layer, and the logits of a chunk, as they are and as logarithms of probabilities
+USED_BY_EVALUATION, USED_OF_INNER_BY_EVALUATION, LOGITS_OF_EVALUATION = 6, 3, 2
+MARGIN, BESIDE_GRAPHS = "context and margin", "beside CUDA graphs"
 USED_BY_DROPOUT = 8  # while random numbers of 64 bits are made
 
 
@@ -121,6 +124,8 @@ def plan_memory(config: Config, vocab_size: int, hardware: Hardware) -> Plan:
     def plan(size: int) -> Plan:
         tensors = planned_tensors(dataclasses.replace(config, micro_batch_size=size), vocab_size, hardware)
         margin = ALLOCATOR_GB * GB if hardware.kind == "cuda" else NOT_GIVEN_BACK * sum(tensors.values())
+        if hardware.kind == "cuda" and config.cuda_graphs:
+            tensors[BESIDE_GRAPHS] = BYTES * _beside_graphs(config, size, vocab_size)
         return Plan(tensors | {MARGIN: hardware.outside_gb() * GB + margin}, budget, size)
 
     if config.micro_batch_size is not None:
@@ -242,6 +247,14 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
                "Muon's iterations": 0} | fullest
     numbers["activations"] += 2 * (B * T + 3 * N)  # token ids, int64
     return {name: BYTES * number for name, number in numbers.items()}
+
+
+def _beside_graphs(config: Config, B: int, V: int) -> int:
+    """How many numbers cannot be where those of a recorded step are: gradients, which stay, and what evaluation takes."""
+    model = shape_of(config, V)
+    T, D = config.max_seq_len, config.n_embed
+    C = min(chunk_rows("cuda", V, D), B * n_slots(T, EVALUATION_PROBABILITY))
+    return count_parameters(model) + B * T * (USED_BY_EVALUATION * D + USED_OF_INNER_BY_EVALUATION * model.n_inner) + LOGITS_OF_EVALUATION * C * V
 
 
 def _muon_numbers(model: ModelConfig) -> tuple[int, int]:

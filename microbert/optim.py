@@ -33,11 +33,12 @@ def parameter_groups(model: nn.Module, optimizer: str) -> dict[str, dict[str, nn
 class Optimizer:
     """AdamW; or Muon for the hidden matrices with AdamW for the rest: as one."""
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, is_recorded: bool = False) -> None:
+        """is_recorded: whether a CUDA graph is made of `step`."""
         groups = parameter_groups(model, config.optimizer)
         self._named = {name: parameter for group in groups.values() for name, parameter in group.items()}
         adamw = [{"params": list(groups[ADAMW].values()), "weight_decay": config.weight_decay}, {"params": list(groups[NO_DECAY].values()), "weight_decay": 0.0}]
-        self.members: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=peak_learning_rate(config), betas=BETAS, eps=EPS, fused=True)]
+        self.members: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=peak_learning_rate(config), betas=BETAS, eps=EPS, fused=True, capturable=is_recorded)]
         self._moments = {name: ("exp_avg", "exp_avg_sq") for name in self._named}
         if groups[MUON]:
             n_matrices = {module.weight: getattr(module, "n_matrices", 1) for module in model.modules() if isinstance(module, nn.Linear)}
@@ -48,8 +49,8 @@ class Optimizer:
         for member in self.members:
             member.zero_grad(set_to_none=True)
 
-    def step(self, learning_rate: float, is_broken: Tensor) -> None:
-        """is_broken: [], 1.0 where weights and moments are to stay as they are. The device need not be waited for."""
+    def step(self, learning_rate: float | Tensor, is_broken: Tensor) -> None:
+        """learning_rate: a number, or [] on the device. is_broken: [], 1.0 where weights and moments are to stay as they are. The device need not be waited for."""
         for member in self.members:
             member.found_inf = is_broken  # which torch's fused optimizers read
             for group in member.param_groups:

@@ -17,7 +17,8 @@ from torch.nn.utils import get_total_norm
 
 from .config import Config
 from .counter_rng import random_bits
-from .device import Fetched, compute_dtype, free_memory, is_compiled, multiplying_in, out_of_memory, send
+from .cuda_graph import Recorded, new_pool
+from .device import Fetched, compute_dtype, free_memory, is_compiled, is_recorded, multiplying_in, out_of_memory, send
 from .distributed import World
 from .layers import MaskedLanguageModel
 from .loss import masked_loss
@@ -62,12 +63,21 @@ class Learner:
     def __init__(self, model: MaskedLanguageModel, config: Config, world: World) -> None:
         self.model, self.config, self.world = model, config, world
         self.device = model.output_bias.device
-        self.optimizer = Optimizer(model, config)
+        self._dtype, self._is_compiled, self._is_recorded = compute_dtype(config, self.device), is_compiled(config, self.device), is_recorded(config, self.device)
+        self.optimizer = Optimizer(model, config, self._is_recorded)
         self.micro_batch_size, self.ran_short = min(config.micro_batch_size or config.batch_size, config.batch_size), False
-        self._dtype, self._is_compiled = compute_dtype(config, self.device), is_compiled(config, self.device)
         self._forward = self._compiled()
+        pool = new_pool() if self._is_recorded else None
+        self._learn, self._update = Recorded(self._learn_from, pool), Recorded(self._update_by, pool)
+        if self._is_recorded:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)  # which stays where it is
         self._broken = torch.zeros((), device=self.device)  # 1 from the first step on whose numbers are not finite
         self._shortage = ""  # what torch said when memory ran out
+
+    @property
+    def _has_fixed_shapes(self) -> bool:
+        return self._is_compiled or self._is_recorded
 
     def _compiled(self) -> nn.Module:
         """The model as it is computed: where it is compiled, for the shapes that come now, those before forgotten."""
@@ -77,14 +87,25 @@ class Learner:
         return torch.compile(self.model, dynamic=False)
 
     def hidden(self, masked: MaskedBatch, dropout_keys: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the loss functions take: hidden [B * M, D], weight [V, D], bias [V], labels [B * M]. dropout_keys: int64 [B]."""
+        """What the loss functions take: hidden [B * M, D], weight [V, D], bias [V], labels [B * M]. dropout_keys: int64 [B].
+
+        Never compiled: for what is computed now and then, that would take longer than it saves.
+        """
+        return self._hidden_of(self.model, *self._send(masked, dropout_keys))
+
+    def _send(self, masked: MaskedBatch, dropout_keys: np.ndarray | None) -> tuple[torch.Tensor | None, ...]:
+        """To the device: input_ids, attention_mask, positions, dropout_keys, labels."""
         is_real = masked.input_ids != PAD_ID
-        is_always_masked = self._is_compiled and not self.config.packing  # each way is compiled for itself
-        attention_mask = None if is_real.all() and not is_always_masked else send(is_real, self.device)
-        keys = None if dropout_keys is None else send(dropout_keys, self.device)
+        is_always_masked = self._has_fixed_shapes and not self.config.packing  # so that one way is compiled and recorded
+        attention_mask = None if is_real.all() and not is_always_masked else is_real
+        arrays = masked.input_ids, attention_mask, masked.positions, dropout_keys, masked.labels
+        return tuple(None if array is None else send(array, self.device) for array in arrays)
+
+    def _hidden_of(self, forward: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor,
+                   dropout_keys: torch.Tensor | None, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         with multiplying_in(self._dtype, self.device):
-            hidden = self._forward(send(masked.input_ids, self.device), attention_mask, send(masked.positions, self.device), keys)
-        return hidden.float(), self.model.output_weight, self.model.output_bias, send(masked.labels, self.device).reshape(-1)
+            hidden = forward(input_ids, attention_mask, positions, dropout_keys)
+        return hidden.float(), self.model.output_weight, self.model.output_bias, labels.reshape(-1)
 
     def step(self, masked: MaskedBatch, number: int, learning_rate: float, is_to_stop: bool = False, time_used: float = 0.0) -> Step:
         """One update from one batch, of which `masked` is this process's share. is_to_stop, time_used: for the others to know.
@@ -100,7 +121,9 @@ class Learner:
             flat = None
             self._halve(number, np.flatnonzero(short).tolist())
         self.world.add_up(flat)
-        losses, grad_norm = self._apply(flat[-self.world.size :], float(masked.labels.size / n_masked.sum()), learning_rate)
+        self._take_gradients(flat)
+        numbers = np.array([masked.labels.size / n_masked.sum(), learning_rate])
+        losses, grad_norm = self._update((flat[-self.world.size :], send(numbers.astype(np.float32), self.device) if self._is_recorded else numbers))
         return Step(number, losses, grad_norm, np.flatnonzero(stopping).tolist(), times[0])
 
     def is_finite(self) -> bool:
@@ -112,7 +135,7 @@ class Learner:
 
         A process that is alone gives its loss only: its gradients need not be sent.
         """
-        self.optimizer.zero_grad()
+        self._forget_gradients()
         self._shortage = ""
         try:
             return self._flat(self._backward(masked, number))
@@ -121,9 +144,15 @@ class Learner:
             if not self._shortage:
                 raise
         # only here, where the error no longer holds the tensors of the step
-        self.optimizer.zero_grad()
+        self._forget_gradients()
         free_memory(self.device)
         return None
+
+    def _forget_gradients(self) -> None:
+        if self._is_recorded:
+            torch._foreach_zero_([parameter.grad for parameter in self.model.parameters()])
+        else:
+            self.optimizer.zero_grad()
 
     def _backward(self, masked: MaskedBatch, number: int) -> torch.Tensor:
         """Leaves the gradients in the parameters, and returns the loss: []."""
@@ -132,32 +161,46 @@ class Learner:
         if self.config.dropout:  # of each sequence by its place in the batch of all processes
             keys = random_bits(self.config.seed, number, self.world.rank * n_rows + np.arange(n_rows)).astype(np.int64)
         loss = torch.zeros((), device=self.device)
-        for part, rows in micro_batches(masked, self.micro_batch_size, is_filled=self._is_compiled):
-            share = masked_loss(*self.hidden(part, None if keys is None else keys[rows]), n_slots, self._dtype)
-            share.backward()
-            loss += share.detach()
+        for part, rows in micro_batches(masked, self.micro_batch_size, is_filled=self._has_fixed_shapes):
+            loss += self._learn(self._send(part, None if keys is None else keys[rows]), n_slots)
         return loss
+
+    def _learn_from(self, *tensors_and_n_slots: torch.Tensor | None | int) -> torch.Tensor:
+        *tensors, n_slots = tensors_and_n_slots
+        is_usual = (tensors[1] is None) == self.config.packing  # with packing, one sequence of the corpus has padding
+        share = masked_loss(*self._hidden_of(self._forward if is_usual else self.model, *tensors), n_slots, self._dtype, self._is_compiled)
+        share.backward()
+        return share.detach()
 
     def _flat(self, loss: torch.Tensor) -> torch.Tensor:
         losses = torch.zeros(self.world.size, device=self.device)
         losses[self.world.rank] = loss
         if self.world.size == 1:
             return losses
-        parameters = list(self.model.parameters())
-        flat = torch.cat([*(parameter.grad.reshape(-1) for parameter in parameters), losses])
-        for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters] + [self.world.size])):
-            parameter.grad = part.view_as(parameter)  # so that the sum comes back into them
-        return flat
+        return torch.cat([*(parameter.grad.reshape(-1) for parameter in self.model.parameters()), losses])
 
-    def _apply(self, losses: torch.Tensor, scale: float, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clips and updates. scale: what makes a mean over the masked tokens of all processes. Returns losses and norm, scaled."""
+    def _take_gradients(self, flat: torch.Tensor) -> None:
+        """Those of all processes, out of what `_flat` gives."""
+        if self.world.size == 1:
+            return
+        parameters = list(self.model.parameters())
+        parts = [part.view_as(parameter) for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters] + [self.world.size]))]
+        if self._is_recorded:
+            torch._foreach_copy_([parameter.grad for parameter in parameters], parts)
+        else:
+            for parameter, part in zip(parameters, parts):
+                parameter.grad = part
+
+    def _update_by(self, losses: torch.Tensor, numbers: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips and updates. losses: [W]. numbers: what makes a mean over the masked tokens of all processes, and the learning rate. Returns losses and norm, scaled."""
+        scale, learning_rate = numbers if self._is_recorded else numbers.tolist()
         gradients = [parameter.grad for parameter in self.model.parameters()]
         grad_norm = scale * get_total_norm(gradients)
         losses = scale * losses
         factor = scale * torch.clamp((self.config.grad_clip or math.inf) / (grad_norm + CLIP_EPS), max=1.0)
         torch._foreach_mul_(gradients, factor)
         is_finite = torch.isfinite(losses.sum()) & torch.isfinite(grad_norm)
-        self._broken = torch.maximum(self._broken, (~is_finite).to(self._broken.dtype))
+        self._broken.copy_(torch.maximum(self._broken, (~is_finite).to(self._broken.dtype)))
         self.optimizer.step(learning_rate, self._broken)
         return losses, grad_norm
 
@@ -172,6 +215,7 @@ class Learner:
                          f"planned ({reason}). A smaller max_seq_len, vocab_size, n_embed or n_layers takes less", ranks[0])
         self.micro_batch_size, self.ran_short = -(-size // 2), True
         self._forward = self._compiled()
+        self._learn.forget()
         if self.world.rank == ranks[0]:  # which knows what torch said
             print(f"\nstep {number}: out of memory with {size} sequences of {self.config.max_seq_len} tokens at a time ({reason}); from here on with "
                   f"{self.micro_batch_size} at a time, and the same batch", file=sys.stderr)

@@ -21,7 +21,7 @@ from .device import describe_compute, describe_device, out_of_memory, peak_memor
 from .distributed import lost_process
 from .layers import MaskedLanguageModel
 from .loss import masked_scores
-from .masking import mask_batch
+from .masking import EVALUATION_PROBABILITY, mask_batch
 from .model import unigram_entropy
 from .optim import learning_rate_share, reach
 from .report import Metrics, draw_training_curve, progress_bar
@@ -30,7 +30,6 @@ from .start import start_together
 from .step import Learner, Step
 from .tokens import Sequences, Tokens
 
-EVALUATION_PROBABILITY = 0.15  # whatever the run trains with, so that losses compare
 LINES_PER_RUN = 100  # of training metrics, at most
 # sum of the learning rates, times the width: v1's four dimensions stay at unigram entropy at a sum of 0.05, and learn at 0.5; v4's 128 learn at 0.04
 TOO_SHORT_A_REACH, ENOUGH_REACH = 0.4, 4.0

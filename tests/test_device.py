@@ -11,7 +11,7 @@ from test_config import configure, configure_v4
 
 import microbert.device
 from microbert.config import InputError
-from microbert.device import choose_device, compute_dtype, describe_compute, is_compiled, limit_memory, memory_bytes, out_of_memory
+from microbert.device import choose_device, compute_dtype, describe_compute, is_compiled, is_recorded, limit_memory, memory_bytes, out_of_memory
 from microbert.distributed import World
 
 GIB = 2**30
@@ -49,8 +49,9 @@ def test_a_gpu_that_is_not_there_is_told(name, environment, told, two_gpus):
 def test_how_a_gpu_computes_is_chosen_and_what_is_asked_for_wins(two_gpus, monkeypatch):
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.setattr(microbert.device.importlib.util, "find_spec", lambda name: object())
-    assert describe_compute(configure_v4(), gpu) == ", in bf16, compiled"
-    assert describe_compute(configure(), gpu) == ""
+    assert describe_compute(configure_v4(), gpu) == ", in bf16, compiled, as CUDA graphs"
+    assert describe_compute(configure(), gpu) == ", as CUDA graphs"
+    assert describe_compute(configure_v4("--no-cuda-graphs"), gpu) == ", in bf16, compiled" and not is_recorded(configure(), cpu)
     assert compute_dtype(configure_v4("--dtype", "bfloat16"), cpu) == torch.bfloat16 and compute_dtype(configure_v4("--dtype", "float32"), gpu) == torch.float32
     assert is_compiled(configure_v4("--torch-compile"), cpu) and not is_compiled(configure_v4("--no-torch-compile"), gpu)
     monkeypatch.setattr(microbert.device.shutil, "which", lambda name: None)  # no C compiler

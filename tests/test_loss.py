@@ -21,16 +21,21 @@ from microbert.masking import IGNORED, mask_batch
 from microbert.step import Learner, micro_batches
 
 N, V = 23, 50  # V is no whole number of vectors
-WAYS = {"thin": (6, True), "thinnest": (1, True), "wide": (40, True), "thin, by PyTorch": (6, False), "wide, by PyTorch": (40, False)}  # D; whether by loss.c
+KERNEL, TORCH, COMPILED = "loss.c", "PyTorch", "torch.compile"
+WAYS = {"thin": (6, KERNEL), "thinnest": (1, KERNEL), "wide": (40, KERNEL), "thin, by PyTorch": (6, TORCH), "wide, by PyTorch": (40, TORCH),
+        "wide, for torch.compile": (40, COMPILED)}  # D; by what
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-6}, torch.float64: {"rtol": 1e-11, "atol": 1e-13}}
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS)
 def n_embed(request, monkeypatch):
-    D, has_kernel = request.param
+    D, way = request.param
     assert (D <= THIN) == (D < 40)
-    if not has_kernel:
+    if way != KERNEL:
         monkeypatch.setattr(loss_module, "compiled_kernel", lambda _: None)
+        if way == COMPILED:
+            monkeypatch.setattr(loss_module, "_TorchSoftmax", lambda bias, _: loss_module._CompiledSoftmax(bias))
+            monkeypatch.setattr(loss_module, "_compiled_softmax", lambda: loss_module._softmax)  # which is not compiled here: that takes seconds a shape
     elif loss_module.compiled_kernel(SOURCE) is None:
         pytest.skip("no C compiler with OpenMP")
     return D
@@ -69,6 +74,23 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, n_embed, chu
     leaves, labels = inputs(dtype, n_embed=n_embed)
     torch.testing.assert_close(loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves), expected(leaves, labels, 17),
                                **TOLERANCE[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_they_are_when_torch_compiles_them(monkeypatch, dtype):
+    monkeypatch.setattr(loss_module, "compiled_kernel", lambda _: None)
+    in_chunks_of(monkeypatch, 8 * V)
+    leaves, labels = inputs(n_embed=40)
+    results = [loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype, is_compiled), leaves) for is_compiled in (True, False)]
+    torch.testing.assert_close(*results, rtol=1e-4 if dtype == torch.float32 else 0.02, atol=1e-6 if dtype == torch.float32 else 0.05)
+
+
+@given(chunk=st.integers(1, 3000), n_rows=st.integers(0, 20_000))
+def test_where_chunks_are_compiled_they_are_alike_if_that_makes_few_more(chunk, n_rows):
+    even = loss_module._even(chunk, n_rows)
+    assert even <= chunk and (n_rows == 0 or -(-n_rows // even) < 2 * -(-n_rows // chunk) or even == 1)
+    assert n_rows == 0 or n_rows % even == 0 or all(n_rows % n for n in range(-(-n_rows // chunk), 2 * -(-n_rows // chunk)))
 
 
 @many_examples

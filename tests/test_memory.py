@@ -212,6 +212,17 @@ def test_a_budget_that_leaves_nothing_for_tensors_is_refused_whatever_is_asked_f
         plan_memory(constants(SHAPES["v1"], memory_budget_gb=budget, micro_batch_size=1), 10_000, Hardware(kind, 24 * GIB))
 
 
+def test_what_cuda_graphs_keep_is_planned_on_gpus_alone():
+    def plan(kind, cuda_graphs):
+        return plan_memory(constants(SHAPES["large"], cuda_graphs=cuda_graphs), 25_000, Hardware(kind, 80 * GIB))
+
+    graphs, without = plan("cuda", True), plan("cuda", False)
+    beside = graphs.parts.pop("beside CUDA graphs")
+    assert graphs == without and plan("cpu", True) == plan("cpu", False)
+    parameters = count_parameters(ModelConfig(*SHAPES["large"][:5]))
+    assert 4 * (parameters + 2 * 25_000 * 2684) < beside < 1.5e9  # gradients, and twice the logits of a chunk
+
+
 def test_a_micro_batch_that_is_asked_for_is_planned_as_it_is():
     plan = plan_memory(constants(SHAPES["large"], memory_budget_gb=2.0, micro_batch_size=96), 25_000, CPU)
     assert plan.micro_batch_size == 96 and not plan.fits
@@ -249,9 +260,9 @@ def holds(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_is_held_to_the_budget_and_says_so(holds):
-    config, caps, out = holds(constants(SHAPES["large"], preset="large", memory_budget_gb=4.0))
-    assert config.micro_batch_size == 48 and caps == [3.0 * GB]
-    assert 'preset "large": 8 layers, batch 96' in out and "48 sequences of 256 tokens at a time, 2 times a step" in out and "of 4.0" in out
+    config, caps, out = holds(constants(SHAPES["large"], preset="large", memory_budget_gb=4.5))
+    assert config.micro_batch_size == 48 and caps == [3.5 * GB]
+    assert 'preset "large": 8 layers, batch 96' in out and "48 sequences of 256 tokens at a time, 2 times a step" in out and "of 4.5" in out
 
 
 def test_without_a_budget_there_is_no_cap(holds):
@@ -261,6 +272,6 @@ def test_without_a_budget_there_is_no_cap(holds):
 
 @pytest.mark.parametrize("asked, kept, settled", [(None, 12, 12), (None, None, 48), (96, 12, 12), (96, None, 96)])
 def test_what_is_left_of_a_micro_batch_is_kept_where_less_than_planned(asked, kept, settled, holds):
-    config, _, out = holds(constants(SHAPES["large"], memory_budget_gb=4.0, micro_batch_size=asked), kept or asked)
+    config, _, out = holds(constants(SHAPES["large"], memory_budget_gb=4.5, micro_batch_size=asked), kept or asked)
     assert config.micro_batch_size == settled
     assert ("warning: that is more than there is" in out) == (settled == 96)

@@ -1,5 +1,6 @@
 """One update: out of memory halves the micro-batch and loses nothing; numbers that break down leave the weights alone."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from launches import faulty_script, flags_of, launch
 from models import VOCAB_SIZE, as_batch, noisy_model, token_rows
 from test_config import configure
 
+import microbert.cuda_graph
 import microbert.step
 from microbert.distributed import World
 from microbert.masking import mask_batch
@@ -152,6 +154,26 @@ def test_every_part_of_a_batch_has_one_shape_where_it_is_compiled(monkeypatch):
     run_short(monkeypatch, 2)
     learner.step(masked_rows(), 1, 1e-2)
     assert set(shapes[3:]) == {((3, 16), False), ((2, 16), False)} and real is not torch.compile
+
+
+@pytest.mark.parametrize("constants", [{}, {"dropout": 0.1, "micro_batch_size": 3}, {"arch": "modern", "optimizer": "muon", "packing": True}])
+def test_steps_that_are_played_back_are_the_same(monkeypatch, constants):
+    """But for fp32 where there were numbers of Python. A CUDA graph does what this stands for: the function is called on tensors that stay where they are."""
+    plain, made = new_learner(**constants), []
+    monkeypatch.setattr(microbert.step, "is_recorded", lambda *_: True)
+    monkeypatch.setattr(microbert.step, "new_pool", lambda: (0, 1))
+    monkeypatch.setattr(microbert.cuda_graph, "record", lambda function, _: made.append(function) or function)
+    learner = new_learner(**constants)
+    gradients = [parameter.grad.data_ptr() for parameter in learner.model.parameters()]
+    for number in range(5):
+        masked = masked_rows(seed=number)
+        if number == 3:  # a batch that is not full comes between
+            masked = dataclasses.replace(masked, **{name: getattr(masked, name)[:5] for name in ("input_ids", "positions", "labels")})
+        numbers = [one.step(masked, number, 1e-2).read() for one in (plain, learner)]
+        assert numbers[1] == pytest.approx(numbers[0], rel=1e-4)
+    for parameter, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
+    assert len(made) == 2 and gradients == [parameter.grad.data_ptr() for parameter in learner.model.parameters()]
 
 
 def short_of_memory(folder, name, text):
