@@ -17,7 +17,7 @@ from .batches import evaluation_batches, steps_in_run, training_batch
 from .checkpoint import State, save_checkpoint
 from .config import Config, explain_learning_rate, peak_learning_rate
 from .course import Course
-from .device import describe_compute, describe_device, out_of_memory, peak_memory_gb
+from .device import describe_compute, describe_device, is_compiled, out_of_memory, peak_memory_gb
 from .distributed import lost_process
 from .layers import MaskedLanguageModel
 from .loss import masked_scores
@@ -89,7 +89,7 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
     seconds_before, start = state.seconds, time.perf_counter()
     logged_step, step_seconds = state.step, 0.0
     unread: collections.deque[Step] = collections.deque()  # at most one behind the step that is under way, so that the device need not wait
-    grad_norm = 0.0
+    grad_norm, is_first_step = 0.0, True
 
     def seconds_now() -> float:
         state.seconds = seconds_before + time.perf_counter() - start
@@ -152,6 +152,9 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
                 state.loss_sum += loss
                 state.loss_steps += 1
             step_seconds += time.perf_counter() - step_start
+            if is_first_step:
+                bar.unpause()  # what was spent on evaluating and on compiling says nothing of the time that is left
+            is_first_step = False
             bar.update(1)
             if is_log_due:
                 samples_per_second = (state.step - logged_step) * config.global_batch_size / step_seconds
@@ -196,6 +199,8 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
     limit = "" if config.max_minutes is None else f", or as far as {config.max_minutes:g} minutes reach"
     print(f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}{describe_compute(config, device)}, "
           f"{config.epochs} epochs{limit}")
+    if is_compiled(config, device):
+        print("compiling at the first step, for half a minute or so; --no-torch-compile starts at once, and takes up to twice the time for the steps after it")
     print(explain_learning_rate(config))
     print(f"losses to read against: {uniform_loss:.2f} is a uniform guess, {unigram_loss:.2f} a guess by word frequency, where step 0 stands")
     if reach(config, steps) * config.n_embed < TOO_SHORT_A_REACH:

@@ -18,13 +18,14 @@ from microbert.device import compute_dtype, is_compiled
 from microbert.distributed import World
 from microbert.loss import masked_scores
 from microbert.masking import mask_batch
-from microbert.memory import ALLOCATOR_GB, GB, GPU_CONTEXT_GB, hardware_of, plan_memory
+from microbert.memory import GB, GPU_CONTEXT_GB, MARGIN, hardware_of, plan_memory
 from microbert.model import build_model, shape_of
 from microbert.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 V4 = ROOT / "mlm_pretrain_v4.py"
 CUDA = torch.device("cuda", 0)
+WORKSPACES = 0.15 * GB  # of cuBLAS
 
 
 def masked_rows(n=8, max_seq_len=64):
@@ -83,19 +84,20 @@ def test_no_step_waits_for_the_device(constants):
 
 @pytest.mark.parametrize("constants", [{}, {"cuda_graphs": False}, {"arch": "modern", "optimizer": "muon", "dtype": "bfloat16", "torch_compile": True}])
 def test_memory_stays_within_the_plan(constants):
-    """What the allocator takes of the GPU, training and evaluation, against all that is planned but the context."""
-    constants = {"n_layers": 8, "n_heads": 8, "n_embed": 256, "max_seq_len": 256, "batch_size": 96, **constants}
+    """Tensors alone: what the allocator rounds up comes on top, and is planned as a margin. cuBLAS has its workspaces from it too."""
+    config = configure(**{"n_layers": 8, "n_heads": 8, "n_embed": 256, "max_seq_len": 256, "batch_size": 96, **constants})
     gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    learner, masked = new_learner(vocab_size=25_000, **constants), masked_rows(96, 256)
+    learner, masked = Learner(build_model(shape_of(config, 25_000), 0).to(CUDA), config, World({})), masked_rows(96, 256)
     for number in range(4):
         learner.step(masked, number, 1e-3).read()
     with torch.no_grad():
         masked_scores(*learner.hidden(masked))
-    plan = plan_memory(configure(**constants), 25_000, hardware_of(CUDA, World({})))
-    assert plan.total - GB * (GPU_CONTEXT_GB + ALLOCATOR_GB) < torch.cuda.max_memory_reserved() - before < plan.total - GB * GPU_CONTEXT_GB
+    plan = plan_memory(config, 25_000, hardware_of(CUDA, World({})))
+    tensors = plan.total - plan.parts[MARGIN]
+    assert 0.5 * tensors < torch.cuda.max_memory_allocated() - before < tensors + WORKSPACES
 
 
 CAPPED = """import sys, torch

@@ -3,15 +3,18 @@
 import gzip
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import transformers
 from helpers import ROOT, TIME_LIMIT, corpus_from, result, run_here, small_flags, write_corpus
 
+import microbert.step
 from microbert.tokenizer import PAD_ID
 
 
@@ -44,6 +47,22 @@ def test_a_rate_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, monkeypatc
     out = capfd.readouterr().out
     assert "cannot learn" in out and 'lr_scaling = "auto"' in out
     assert "no better than guessing by word frequency" in out
+
+
+@pytest.mark.slow
+def test_a_first_step_that_compiles_is_left_out_of_the_time_that_is_told_for_the_rest(tmp_path, monkeypatch, capfd):
+    real, ends = microbert.step.Learner.step, []
+
+    def slow_at_first(self, masked, number, *others):
+        time.sleep(0 if ends else 6)
+        step = real(self, masked, number, *others)
+        ends.append(time.perf_counter())
+        return step
+
+    monkeypatch.setattr(microbert.step.Learner, "step", slow_at_first)
+    assert run_here(small_flags(tmp_path), monkeypatch) == 0
+    minutes, seconds = map(int, re.findall(r"100%.*\[(\d+):(\d+)<", capfd.readouterr().err)[-1])
+    assert 60 * minutes + seconds < ends[-1] - ends[0] + 4
 
 
 @pytest.mark.slow
