@@ -1,10 +1,10 @@
 """Throughput, utilisation and peak memory of v4's tiers and its large preset on this machine's device, in one command.
 
-    python benchmarks/gpu.py                                  all four, as v4 runs them: bf16 and compiled on CUDA
+    python benchmarks/gpu.py                                  all four, as v4 runs them: bf16, compiled, and played back on CUDA
     python benchmarks/gpu.py --shapes large --steps 100 --batch-size 512
-    python benchmarks/gpu.py --no-torch-compile --dtype float32
+    python benchmarks/gpu.py --no-torch-compile --no-cuda-graphs --dtype float32
 
-Each shape trains on random tokens in a process of its own, under v4's cap, and leaves out its first steps (and with them the compilation, whose
+Each shape trains on random tokens in a process of its own, under v4's cap, and leaves out its first steps (and with them compilation and recording, whose
 time is told). Utilisation is the share of the speed that a large matrix product in the same dtype reaches here; its operations are counted as
 3 x [L (24 D^2 + 4 T D) + p (2 D V + 2 D^2)] a token, p being the share of tokens that reach the vocabulary. Peak memory is PyTorch's
 allocator's on CUDA (and the process's elsewhere), beside what was planned without the fixed margin.

@@ -1,6 +1,6 @@
 """Work for a GPU that is recorded once and played back: a CUDA graph.
 
-A step of a small model is a thousand kernels of microseconds each, and Python with the driver needs longer to start one than the GPU to compute it. A
+A step of a small model is hundreds of kernels of microseconds each, and Python with the driver needs longer to start one than the GPU to compute it. A
 graph starts all of them at once.
 """
 
@@ -10,35 +10,41 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-Pool = tuple[int, int]  # its name, to torch
+from .device import free_memory
+
 WARM_UP = 2  # calls before recording: libraries and compilers set themselves up in the first
 
 
 class Recorded:
     """A function of tensors and constants that is called as it is until arguments of one kind have come WARM_UP times in a row, and played back for that kind from then on.
 
-    It may leave results in tensors beside those that it returns. All of them, and whatever else it reads, must stay where they are in memory; a result is
-    overwritten by the next call, also of another function with the same pool. Nothing in it may wait for the device. Where it cannot be recorded, it goes on as it is.
+    It may leave results in tensors beside those that it returns. All of them, and whatever else it reads, must stay where they are in memory; what it
+    returns is overwritten by the next call. Nothing in it may wait for the device. A recording holds all the memory that the function takes, so arguments
+    of another kind end it: what they take could not come on top. Where the function cannot be recorded, it goes on being called.
     """
 
-    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], pool: Pool | None) -> None:
-        """pool: of memory, for all that is never played back at the same time. None never records."""
-        self._function, self._pool = function, pool
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], device: torch.device, is_on: bool) -> None:
+        """is_on: False never records."""
+        self._function, self._device, self._is_on = function, device, is_on
         self._play: Callable[[], Tensor | tuple[Tensor, ...]] | None = None
-        self._kind: tuple[Hashable, ...] = ()  # of what is recorded, or of the last call
-        self._n_calls = 0  # of that kind
+        self._kind: tuple[Hashable, ...] = ()  # of the last call
+        self._n_calls = 0  # of that kind, in a row
         self._places: tuple[Tensor | None, ...] = ()  # where the recording reads its arguments
 
+    @property
+    def is_recorded(self) -> bool:
+        return self._play is not None
+
     def __call__(self, tensors: tuple[Tensor | None, ...], *constants: Hashable) -> Tensor | tuple[Tensor, ...]:
-        if self._pool is None:
+        if not self._is_on:
             return self._function(*tensors, *constants)
         kind = (*constants, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors))
+        if kind != self._kind:
+            self.forget()
+        self._kind, self._n_calls = kind, self._n_calls + 1
+        if self._play is None and self._n_calls > WARM_UP:
+            self._record(tensors, constants)
         if self._play is None:
-            self._n_calls = self._n_calls + 1 if kind == self._kind else 1
-            self._kind = kind
-            if self._n_calls > WARM_UP:
-                self._record(tensors, constants)
-        if self._play is None or kind != self._kind:
             return self._function(*tensors, *constants)
         for place, tensor in zip(self._places, tensors):
             if place is not None:
@@ -48,25 +54,25 @@ class Recorded:
     def _record(self, tensors: tuple[Tensor | None, ...], constants: tuple[Hashable, ...]) -> None:
         self._places = tuple(None if tensor is None else tensor.clone() for tensor in tensors)
         try:
-            self._play = record(lambda: self._function(*self._places, *constants), self._pool)
+            self._play = record(lambda: self._function(*self._places, *constants))
         except RuntimeError as error:
-            self._pool = None
+            self._is_on = False
             print(f"\nhint: the step could not be recorded as a CUDA graph, and goes on without, more slowly ({' '.join(str(error).split())[:200]})", file=sys.stderr)
 
     def forget(self) -> None:
-        """The recording, and with it the memory that it holds."""
-        self._play, self._kind, self._n_calls, self._places = None, (), 0, ()
+        """Gives back what a recording holds."""
+        if self._play is not None:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # it may be playing
+            self._play, self._places = None, ()
+            free_memory(self._device)
+        self._n_calls = 0
 
 
-def new_pool() -> Pool:
-    """Of the GPU's memory."""
-    return torch.cuda.graph_pool_handle()
-
-
-def record(function: Callable[[], Tensor | tuple[Tensor, ...]], pool: Pool) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+def record(function: Callable[[], Tensor | tuple[Tensor, ...]]) -> Callable[[], Tensor | tuple[Tensor, ...]]:
     """Calls the function without computing anything. What is returned computes it, and returns the same tensors every time. Raises RuntimeError where CUDA cannot."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other threads, such as nccl's, may ask the device meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as nccl's, may ask the device meanwhile
         result = function()
 
     def play() -> Tensor | tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from .config import Config
 from .counter_rng import random_bits
-from .cuda_graph import Recorded, new_pool
+from .cuda_graph import Recorded
 from .device import Fetched, compute_dtype, free_memory, is_compiled, is_recorded, multiplying_in, out_of_memory, send
 from .distributed import World
 from .layers import MaskedLanguageModel
@@ -67,8 +67,7 @@ class Learner:
         self.optimizer = Optimizer(model, config, self._is_recorded)
         self.micro_batch_size, self.ran_short = min(config.micro_batch_size or config.batch_size, config.batch_size), False
         self._forward = self._compiled()
-        pool = new_pool() if self._is_recorded else None
-        self._learn, self._update = Recorded(self._learn_from, pool), Recorded(self._update_by, pool)
+        self._learn, self._update = (Recorded(function, self.device, self._is_recorded) for function in (self._learn_from, self._update_by))
         if self._is_recorded:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # which stays where it is

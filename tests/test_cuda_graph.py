@@ -11,50 +11,60 @@ ONE = torch.tensor([1.0, 2.0])
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """How often something was recorded. Played back, the function is called on what was recorded."""
+    """What was recorded. Played back, the function is called on the places that the recording has."""
     made = []
-    monkeypatch.setattr(microbert.cuda_graph, "record", lambda function, _: made.append(function) or function)
+    monkeypatch.setattr(microbert.cuda_graph, "record", lambda function: made.append(function) or function)
     return made
 
 
-def new_recorded(pool=(0, 1)):
+def new_recorded(is_on=True):
     calls = []
 
     def add(x, y, factor):
         calls.append((x, y, factor))
         return factor * (x if y is None else x + y)
 
-    return Recorded(add, pool), calls
+    return Recorded(add, torch.device("cpu"), is_on), calls
 
 
 def test_it_is_recorded_after_a_few_calls_alike_and_reads_from_places_of_its_own(recordings):
     recorded, calls = new_recorded()
     for number in range(6):
         assert torch.equal(recorded((number * ONE, ONE), 3), 3 * (number + 1) * ONE)
-        assert len(recordings) == (number >= WARM_UP)
+        assert len(recordings) == recorded.is_recorded == (number >= WARM_UP)
     assert all(x is calls[WARM_UP][0] and y is calls[WARM_UP][1] for x, y, _ in calls[WARM_UP:])
 
 
 @pytest.mark.parametrize("other", [((torch.ones(3), torch.ones(3)), 3), ((ONE, None), 3), ((ONE.int(), ONE), 3), ((ONE, ONE), 4)])
-def test_other_arguments_are_computed_as_they_come_and_leave_the_recording(recordings, other):
+def test_other_arguments_are_computed_as_they_come_and_end_the_recording(recordings, other):
     recorded, calls = new_recorded()
     for _ in range(WARM_UP):
         recorded((ONE, ONE), 3)
         recorded(*other)
     assert not recordings  # never alike often enough in a row
-    for _ in range(WARM_UP + 1):
-        recorded((ONE, ONE), 3)
     (x, y), factor = other
-    assert torch.equal(recorded(*other), factor * (x if y is None else x + y)) and calls[-1][0] is x
-    assert torch.equal(recorded((5 * ONE, ONE), 3), 18 * ONE) and len(recordings) == 1
-    recorded.forget()
-    assert torch.equal(recorded(*other), factor * (x if y is None else x + y)) and calls[-1][0] is x
+    for n_recordings in (1, 2):
+        for _ in range(WARM_UP + 1):
+            assert torch.equal(recorded((ONE, ONE), 3), 6 * ONE)
+        assert recorded.is_recorded and len(recordings) == n_recordings
+        assert torch.equal(recorded(*other), factor * (x if y is None else x + y)) and calls[-1][0] is x
+        assert not recorded.is_recorded
+
+
+def test_what_was_forgotten_is_recorded_anew(recordings):
+    recorded, _ = new_recorded()
+    for n_recordings in (1, 2):
+        for _ in range(WARM_UP + 1):
+            assert not recorded.is_recorded
+            recorded((ONE, ONE), 3)
+        assert len(recordings) == n_recordings
+        recorded.forget()
 
 
 def test_what_is_off_or_cannot_be_recorded_is_called_as_it_is(monkeypatch, capsys):
-    off, _ = new_recorded(pool=None)
+    off, _ = new_recorded(is_on=False)
 
-    def fails(*_):
+    def fails(_):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(microbert.cuda_graph, "record", fails)
