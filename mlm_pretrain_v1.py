@@ -44,6 +44,7 @@ grad_clip = 1.0  # largest norm of the gradient; None leaves it
 # Run
 seed = 42  # another seed: other weights, order, masks and held-out documents
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is
+cuda_graphs = True  # on CUDA, a step is recorded once and played back; False starts each kernel from Python
 max_minutes = None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
 group_timeout = 600  # seconds that a process waits for the others before it gives up
 eval_every = None  # steps between evaluations; None: ten in a run

@@ -72,6 +72,7 @@ class Config:
 
     seed: int
     device: str
+    cuda_graphs: bool
     max_minutes: float | None
     group_timeout: int
     eval_every: int | None
@@ -90,7 +91,6 @@ class Config:
     memory_budget_gb: float | None = None
     dtype: str = "float32"
     torch_compile: bool | None = False
-    cuda_graphs: bool = True
     gpu_memory_gb: float | None = None
     num_gpus: int | None = None
 

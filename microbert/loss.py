@@ -91,7 +91,7 @@ def _in_chunks(kernel: ctypes.CDLL | None, hidden: Tensor, weight: Tensor, bias:
 def _even(chunk: int, n_rows: int) -> int:
     """A chunk no larger into which the rows go without a rest, where there is one not much smaller: each size is compiled for itself."""
     least = max(1, -(-n_rows // chunk))
-    return -(-n_rows // next((n for n in range(least, 2 * least) if n_rows % n == 0), least))
+    return max(1, -(-n_rows // next((n for n in range(least, 2 * least) if n_rows % n == 0), least)))
 
 
 class _TorchSoftmax:

@@ -26,7 +26,7 @@ GB = 1e9
 # that come and go
 PROCESS_GB, NOT_GIVEN_BACK = 0.8, 0.5
 # of a GPU: what CUDA and its libraries take beside PyTorch's allocator, and nccl, for several processes (reckoned); what the allocator loses by rounding up
-# and keeps for cuBLAS (at most 0.46 measured on an H100)
+# and keeps for cuBLAS (0.47 at most where it was measured, docs/memory.md)
 GPU_CONTEXT_GB, NCCL_GB, ALLOCATOR_GB = 1.0, 1.0, 0.5
 # kept for the backward pass, in units of [B, T, D]; in the last layer of [B, M, D], but for keys and values. BERT's layer: query, key, value, attention and a
 # copy of it (5); sum and norm (2); expansion and GELU (8); sum, which is also the norm's input (1). A modern one: the norms (2); query, key, value, two of
@@ -42,7 +42,8 @@ USED_AT_THE_END = 3  # gradients of the first layer's query, key and value
 KEPT_BY_DROPOUT = 0.25  # a byte for each value
 # in evaluation: [B, T, D] and [B, T, n_inner] of one layer, and the logits of a chunk, as they are and as logarithms of probabilities
 USED_BY_EVALUATION, USED_OF_INNER_BY_EVALUATION, LOGITS_OF_EVALUATION = 6, 3, 2
-MARGIN, BESIDE_GRAPHS = "context and margin", "beside CUDA graphs"
+BESIDE_GRAPHS = "beside CUDA graphs"
+MARGIN = "context and margin"
 USED_BY_DROPOUT = 8  # while random numbers of 64 bits are made
 
 
@@ -125,7 +126,7 @@ def plan_memory(config: Config, vocab_size: int, hardware: Hardware) -> Plan:
         tensors = planned_tensors(dataclasses.replace(config, micro_batch_size=size), vocab_size, hardware)
         margin = ALLOCATOR_GB * GB if hardware.kind == "cuda" else NOT_GIVEN_BACK * sum(tensors.values())
         if hardware.kind == "cuda" and config.cuda_graphs:
-            tensors[BESIDE_GRAPHS] = BYTES * _beside_graphs(config, size, vocab_size)
+            tensors[BESIDE_GRAPHS] = BYTES * _beside_graphs(config, size, vocab_size, hardware.n_processes)
         return Plan(tensors | {MARGIN: hardware.outside_gb() * GB + margin}, budget, size)
 
     if config.micro_batch_size is not None:
@@ -249,12 +250,13 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
     return {name: BYTES * number for name, number in numbers.items()}
 
 
-def _beside_graphs(config: Config, B: int, V: int) -> int:
-    """How many numbers cannot be where those of a recorded step are: gradients, which stay, and what evaluation takes."""
+def _beside_graphs(config: Config, B: int, V: int, W: int) -> int:
+    """How many numbers cannot be where those of a recorded micro-batch are: gradients, which stay, Muon's, and what evaluation or communication takes."""
     model = shape_of(config, V)
-    T, D = config.max_seq_len, config.n_embed
+    T, D, parameters = config.max_seq_len, config.n_embed, count_parameters(model)
     C = min(chunk_rows("cuda", V, D), B * n_slots(T, EVALUATION_PROBABILITY))
-    return count_parameters(model) + B * T * (USED_BY_EVALUATION * D + USED_OF_INNER_BY_EVALUATION * model.n_inner) + LOGITS_OF_EVALUATION * C * V
+    evaluation = B * T * (USED_BY_EVALUATION * D + USED_OF_INNER_BY_EVALUATION * model.n_inner) + LOGITS_OF_EVALUATION * C * V
+    return parameters + sum(_muon_numbers(model)) * (config.optimizer == "muon") + max(evaluation, parameters * (W > 1))
 
 
 def _muon_numbers(model: ModelConfig) -> tuple[int, int]:

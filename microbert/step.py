@@ -57,7 +57,8 @@ class Step:
 class Learner:
     """A model with its optimizer, and how it learns on its device, as one of the processes of `world`.
 
-    micro_batch_size: sequences computed at a time; halved in all processes when one runs out of memory, and `ran_short` is True from then on.
+    micro_batch_size: sequences computed at a time; halved in all processes when one runs out of memory, and `ran_short` is True from then on. Then
+    nothing is recorded any more: a recording holds its memory, and evaluation needs some beside it.
     """
 
     def __init__(self, model: MaskedLanguageModel, config: Config, world: World) -> None:
@@ -67,7 +68,8 @@ class Learner:
         self.optimizer = Optimizer(model, config, self._is_recorded)
         self.micro_batch_size, self.ran_short = min(config.micro_batch_size or config.batch_size, config.batch_size), False
         self._forward = self._compiled()
-        self._learn, self._update = (Recorded(function, self.device, self._is_recorded) for function in (self._learn_from, self._update_by))
+        self._learn = Recorded(self._learn_from, self.device, self._is_recorded)
+        self._update = Recorded(self._update_by, self.device, self._is_recorded)
         if self._is_recorded:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # which stays where it is
@@ -92,10 +94,9 @@ class Learner:
         """
         return self._hidden_of(self.model, *self._send(masked, dropout_keys))
 
-    def _send(self, masked: MaskedBatch, dropout_keys: np.ndarray | None) -> tuple[torch.Tensor | None, ...]:
-        """To the device: input_ids, attention_mask, positions, dropout_keys, labels."""
+    def _send(self, masked: MaskedBatch, dropout_keys: np.ndarray | None, is_always_masked: bool = False) -> tuple[torch.Tensor | None, ...]:
+        """To the device: input_ids, attention_mask (None where there is no padding, unless it is always wanted), positions, dropout_keys, labels."""
         is_real = masked.input_ids != PAD_ID
-        is_always_masked = self._has_fixed_shapes and not self.config.packing  # so that one way is compiled and recorded
         attention_mask = None if is_real.all() and not is_always_masked else is_real
         arrays = masked.input_ids, attention_mask, masked.positions, dropout_keys, masked.labels
         return tuple(None if array is None else send(array, self.device) for array in arrays)
@@ -112,6 +113,8 @@ class Learner:
         Raises Failed in all processes when one of them has no memory for a single sequence.
         """
         self.model.train()
+        if self.ran_short or not (self._learn.is_on and self._update.is_on):
+            self._stop_recording()
         while True:
             flat = self._add_up_micro_batches(masked, number)
             n_masked, stopping, short, times = self.world.gather(masked.n_masked, is_to_stop, flat is None, time_used).T  # [W] each
@@ -121,8 +124,8 @@ class Learner:
             self._halve(number, np.flatnonzero(short).tolist())
         self.world.add_up(flat)
         self._take_gradients(flat)
-        numbers = np.array([masked.labels.size / n_masked.sum(), learning_rate])
-        losses, grad_norm = self._update((flat[-self.world.size :], send(numbers.astype(np.float32), self.device) if self._is_recorded else numbers))
+        numbers = torch.tensor([masked.labels.size / n_masked.sum(), learning_rate], dtype=torch.float64)
+        losses, grad_norm = self._update((flat[-self.world.size :], send(numbers.float().numpy(), self.device) if self._is_recorded else numbers))
         return Step(number, losses, grad_norm, np.flatnonzero(stopping).tolist(), times[0])
 
     def is_finite(self) -> bool:
@@ -153,6 +156,10 @@ class Learner:
         else:
             self.optimizer.zero_grad()
 
+    def _stop_recording(self) -> None:
+        self._learn.turn_off()
+        self._update.turn_off()
+
     def _backward(self, masked: MaskedBatch, number: int) -> torch.Tensor:
         """Leaves the gradients in the parameters, and returns the loss: []."""
         n_slots, n_rows = masked.labels.size, len(masked.labels)
@@ -161,13 +168,16 @@ class Learner:
             keys = random_bits(self.config.seed, number, self.world.rank * n_rows + np.arange(n_rows)).astype(np.int64)
         loss = torch.zeros((), device=self.device)
         for part, rows in micro_batches(masked, self.micro_batch_size, is_filled=self._has_fixed_shapes):
-            loss += self._learn(self._send(part, None if keys is None else keys[rows]), n_slots)
+            is_always_masked = self._has_fixed_shapes and not self.config.packing  # so that one way is compiled and recorded
+            loss += self._learn(self._send(part, None if keys is None else keys[rows], is_always_masked), n_slots)
         return loss
 
-    def _learn_from(self, *tensors_and_n_slots: torch.Tensor | None | int) -> torch.Tensor:
-        *tensors, n_slots = tensors_and_n_slots
-        is_usual = (tensors[1] is None) == self.config.packing  # with packing, one sequence of the corpus has padding
-        share = masked_loss(*self._hidden_of(self._forward if is_usual else self.model, *tensors), n_slots, self._dtype, self._is_compiled)
+    def _learn_from(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor, dropout_keys: torch.Tensor | None,
+                    labels: torch.Tensor, n_slots: int) -> torch.Tensor:
+        """Adds to the gradients what a micro-batch gives, and returns its share of the loss: []."""
+        is_usual = (attention_mask is None) == self.config.packing  # with packing, one sequence of the corpus has padding
+        forward = self._forward if is_usual else self.model
+        share = masked_loss(*self._hidden_of(forward, input_ids, attention_mask, positions, dropout_keys, labels), n_slots, self._dtype, self._is_compiled)
         share.backward()
         return share.detach()
 
@@ -190,8 +200,8 @@ class Learner:
             for parameter, part in zip(parameters, parts):
                 parameter.grad = part
 
-    def _update_by(self, losses: torch.Tensor, numbers: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clips and updates. losses: [W]. numbers: what makes a mean over the masked tokens of all processes, and the learning rate. Returns losses and norm, scaled."""
+    def _update_by(self, losses: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips and updates. losses: [W]. numbers: [2], what makes a mean over the masked tokens of all processes, and the learning rate. Returns losses and norm, scaled."""
         scale, learning_rate = numbers if self._is_recorded else numbers.tolist()
         gradients = [parameter.grad for parameter in self.model.parameters()]
         grad_norm = scale * get_total_norm(gradients)
@@ -213,8 +223,8 @@ class Learner:
             raise Failed(f"step {number}: out of memory with one sequence of {self.config.max_seq_len} tokens at a time, for which about {planned / GB:.2f} GB are "
                          f"planned ({reason}). A smaller max_seq_len, vocab_size, n_embed or n_layers takes less", ranks[0])
         self.micro_batch_size, self.ran_short = -(-size // 2), True
+        self._stop_recording()
         self._forward = self._compiled()
-        self._learn.forget()
         if self.world.rank == ranks[0]:  # which knows what torch said
             print(f"\nstep {number}: out of memory with {size} sequences of {self.config.max_seq_len} tokens at a time ({reason}); from here on with "
                   f"{self.micro_batch_size} at a time, and the same batch", file=sys.stderr)

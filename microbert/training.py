@@ -199,7 +199,7 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
     limit = "" if config.max_minutes is None else f", or as far as {config.max_minutes:g} minutes reach"
     print(f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}{describe_compute(config, device)}, "
           f"{config.epochs} epochs{limit}")
-    if is_compiled(config, device):
+    if is_compiled(config, device) and device.type == "cuda":
         print("compiling at the first step, for half a minute or so; --no-torch-compile starts at once, and takes up to twice the time for the steps after it")
     print(explain_learning_rate(config))
     print(f"losses to read against: {uniform_loss:.2f} is a uniform guess, {unigram_loss:.2f} a guess by word frequency, where step 0 stands")

@@ -3,6 +3,7 @@
 import collections
 import json
 import shutil
+import time
 import types
 
 import pytest
@@ -163,3 +164,18 @@ def test_a_disk_too_small_is_warned_of_for_either_folder(full, dry, tmp_path, mo
     usage = collections.namedtuple("usage", "free")
     monkeypatch.setattr(microbert.dry_run.shutil, "disk_usage", lambda path: usage(10 if path.name == full else 10**12))
     assert "may be too small" in dry(tmp_path, flags).out
+
+
+@pytest.mark.parametrize("recorded, n_slow", [(False, 1), (True, 3)])
+def test_steps_that_compile_and_record_are_left_out_of_the_time(recorded, n_slow, dry, tmp_path, monkeypatch):
+    real, calls = microbert.dry_run.Learner.step, []
+
+    def step(self, *arguments):
+        calls.append(None)
+        time.sleep(6 if len(calls) == 1 else 1 if len(calls) <= n_slow else 0)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(microbert.dry_run, "is_recorded", lambda *_: recorded)
+    monkeypatch.setattr(microbert.dry_run.Learner, "step", step)
+    plan = dry(tmp_path, small_flags(tmp_path)).plan
+    assert len(calls) > n_slow + 1 and plan["planned_seconds"] < 0.5 * plan["steps"]

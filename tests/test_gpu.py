@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: the cap, bf16, compilation, nccl, and that a step does not wait for the device. Skipped without one."""
+"""What only a CUDA GPU can show: the cap, bf16, compilation, recorded steps, nccl, and that a step does not wait for the device. Skipped without one."""
 
 import gc
 import json
@@ -25,11 +25,11 @@ from microbert.step import Learner
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 V4 = ROOT / "mlm_pretrain_v4.py"
 CUDA = torch.device("cuda", 0)
-WORKSPACES = 0.15 * GB  # of cuBLAS
+WORKSPACES = 0.15 * GB  # of cuBLAS, reckoned from what lay above the plan on an H100 (0.01 and 0.13)
 
 
-def masked_rows(n=8, max_seq_len=64):
-    return mask_batch(as_batch(token_rows(n, max_seq_len)), seed=0, probability=0.15, vocab_size=VOCAB_SIZE)
+def masked_rows(n=8, max_seq_len=64, seed=0):
+    return mask_batch(as_batch(token_rows(n, max_seq_len, seed=seed)), seed=seed, probability=0.15, vocab_size=VOCAB_SIZE)
 
 
 def new_learner(device=CUDA, vocab_size=VOCAB_SIZE, **constants):
@@ -61,8 +61,8 @@ def test_compilation_is_chosen_and_a_step_is_the_same():
 def test_steps_that_are_played_back_are_the_same(constants, capsys):
     plain, recorded = new_learner(cuda_graphs=False, **constants), new_learner(**constants)
     for number in range(10):
-        masked = masked_rows(8 if number != 5 else 7)
-        assert recorded.step(masked, number, 1e-3).read() == pytest.approx(plain.step(masked, number, 1e-3).read(), rel=2e-3)
+        masked, rate = masked_rows(8 if number != 5 else 7, seed=number), (number + 1) * 2e-4
+        assert recorded.step(masked, number, rate).read() == pytest.approx(plain.step(masked, number, rate).read(), rel=5e-3)
     assert recorded._learn.is_recorded and recorded._update.is_recorded and not capsys.readouterr().err
     for parameter, other in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=0.02, atol=2e-3)

@@ -158,21 +158,45 @@ def test_every_part_of_a_batch_has_one_shape_where_it_is_compiled(monkeypatch):
 
 @pytest.mark.parametrize("constants", [{}, {"dropout": 0.1, "micro_batch_size": 3}, {"arch": "modern", "optimizer": "muon", "packing": True}])
 def test_steps_that_are_played_back_are_the_same(monkeypatch, constants):
-    """But for fp32 where there were numbers of Python. A CUDA graph does what this stands for: the function is called on tensors that stay where they are."""
+    """But for fp32 where there were numbers of Python. Instead of a CUDA graph the function is called again; all that a graph would read and write stays where it is."""
     plain, made = new_learner(**constants), []
     monkeypatch.setattr(microbert.step, "is_recorded", lambda *_: True)
     monkeypatch.setattr(microbert.cuda_graph, "record", lambda function: made.append(function) or function)
     learner = new_learner(**constants)
-    gradients = [parameter.grad.data_ptr() for parameter in learner.model.parameters()]
+
+    def places():
+        tensors = [*learner.model.parameters(), *(parameter.grad for parameter in learner.model.parameters()), *learner.optimizer.tensors().values(), learner._broken,
+                   *(state["step"] for state in learner.optimizer.members[0].state.values())]
+        return [tensor.data_ptr() for tensor in tensors]
+
     for number in range(8):
         masked = masked_rows(seed=number)
         if number == 4:  # a batch that is not full comes between
             masked = dataclasses.replace(masked, **{name: getattr(masked, name)[:5] for name in ("input_ids", "positions", "labels")})
-        numbers = [one.step(masked, number, 1e-2).read() for one in (plain, learner)]
+        numbers = [one.step(masked, number, (number + 1) * 2e-3).read() for one in (plain, learner)]
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-4)
+        if number == 1:  # before anything is recorded
+            stayed = places()
+    assert places() == stayed
+    rates = [group["lr"] for member in learner.optimizer.members for group in member.param_groups]
+    assert all(rate.data_ptr() == learner._update._places[1][1].data_ptr() for rate in rates)  # what is played back reads the rate of the step
     for parameter, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
-    assert len(made) == 3 and learner._learn.is_recorded and gradients == [parameter.grad.data_ptr() for parameter in learner.model.parameters()]
+    assert len(made) == 3 and learner._learn.is_recorded
+
+
+def test_after_memory_has_run_out_nothing_is_recorded(monkeypatch, capsys):
+    monkeypatch.setattr(microbert.step, "is_recorded", lambda *_: True)
+    made = []
+    monkeypatch.setattr(microbert.cuda_graph, "record", lambda function: made.append(function) or function)
+    learner = new_learner()
+    for number in range(4):
+        learner.step(masked_rows(seed=number), number, 1e-3).read()
+    assert len(made) == 2
+    run_short(monkeypatch, 4)
+    for number in range(4, 8):
+        learner.step(masked_rows(seed=number), number, 1e-3).read()
+    assert learner.micro_batch_size == 4 and not learner._learn.is_recorded and not learner._update.is_recorded and len(made) == 2
 
 
 def short_of_memory(folder, name, text):
