@@ -17,7 +17,7 @@ from microbert.corpus import hold_cache, open_corpus  # noqa: E402
 from microbert.distributed import World  # noqa: E402
 from microbert.layers import MaskedLanguageModel  # noqa: E402
 from microbert.loss import masked_scores  # noqa: E402
-from microbert.masking import MaskedBatch, EVALUATION_PROBABILITY, mask_batch  # noqa: E402
+from microbert.masking import EVALUATION_PROBABILITY, MaskedBatch, mask_batch  # noqa: E402
 from microbert.model import model_for_tokens  # noqa: E402
 from microbert.prepare import prepare_tokens  # noqa: E402
 from microbert.step import Learner  # noqa: E402

@@ -32,7 +32,7 @@ class Recorded:
         self._places: tuple[Tensor | None, ...] = ()  # where the recording reads its arguments
 
     @property
-    def is_recorded(self) -> bool:
+    def has_recording(self) -> bool:
         return self._play is not None
 
     def __call__(self, tensors: tuple[Tensor | None, ...], *constants: Hashable) -> Tensor | tuple[Tensor, ...]:

@@ -63,7 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _in_chunks(kernel: ctypes.CDLL | None, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
                dtype: torch.dtype, is_compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the gradients of hidden, weight and bias. dtype: in which matrices are multiplied."""
+    """The loss, and the gradients of hidden, weight and bias. dtype: in which matrices are multiplied. is_compiled: as for masked_loss."""
     vocab_size, n_embed = weight.shape
     if n_embed <= THIN:
         weight = weight.T.contiguous().T
@@ -120,7 +120,7 @@ class _TorchSoftmax:
 
 
 class _CompiledSoftmax:
-    """The same by torch.compile, which goes through memory as often as rows and columns have to be added up, and no more."""
+    """The same as _TorchSoftmax by torch.compile, which goes through memory as often as rows and columns have to be added up, and no more."""
 
     def __init__(self, bias: Tensor) -> None:
         self._bias_2, self.bias_grad = bias * LOG2_E, torch.zeros_like(bias)
@@ -133,6 +133,7 @@ class _CompiledSoftmax:
 
 
 def _softmax(logits: Tensor, bias_2: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits: [C, V], overwritten. bias_2: [V], in units of ln 2. labels: int64 [C]. Returns loss: [], factors: [C, 1], and the gradient of the bias: [V]."""
     used = (labels != IGNORED).to(bias_2.dtype)[:, None]
     target = labels.clamp_min(0)[:, None]
     wide = bias_2 + logits.to(bias_2.dtype) * LOG2_E
@@ -155,7 +156,7 @@ def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tens
 
 
 class _KernelSoftmax:
-    """The same by loss.c, in one pass through memory."""
+    """The same as _TorchSoftmax by loss.c, in one pass through memory."""
 
     def __init__(self, kernel: ctypes.CDLL, bias: Tensor) -> None:
         self._kernel, self._bias_2 = kernel, _padded(bias * LOG2_E, -math.inf)

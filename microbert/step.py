@@ -113,7 +113,7 @@ class Learner:
         Raises Failed in all processes when one of them has no memory for a single sequence.
         """
         self.model.train()
-        if self.ran_short or not (self._learn.is_on and self._update.is_on):
+        if self.ran_short or self._learn.is_on != self._update.is_on:  # where one cannot be recorded, the other is not tried
             self._stop_recording()
         while True:
             flat = self._add_up_micro_batches(masked, number)
@@ -166,9 +166,9 @@ class Learner:
         keys = None
         if self.config.dropout:  # of each sequence by its place in the batch of all processes
             keys = random_bits(self.config.seed, number, self.world.rank * n_rows + np.arange(n_rows)).astype(np.int64)
+        is_always_masked = self._has_fixed_shapes and not self.config.packing  # so that one way is compiled and recorded
         loss = torch.zeros((), device=self.device)
         for part, rows in micro_batches(masked, self.micro_batch_size, is_filled=self._has_fixed_shapes):
-            is_always_masked = self._has_fixed_shapes and not self.config.packing  # so that one way is compiled and recorded
             loss += self._learn(self._send(part, None if keys is None else keys[rows], is_always_masked), n_slots)
         return loss
 

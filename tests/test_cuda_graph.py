@@ -31,7 +31,7 @@ def test_it_is_recorded_after_a_few_calls_alike_and_reads_from_places_of_its_own
     recorded, calls = new_recorded()
     for number in range(6):
         assert torch.equal(recorded((number * ONE, ONE), 3), 3 * (number + 1) * ONE)
-        assert len(recordings) == recorded.is_recorded == (number >= WARM_UP)
+        assert len(recordings) == recorded.has_recording == (number >= WARM_UP)
     assert all(x is calls[WARM_UP][0] and y is calls[WARM_UP][1] for x, y, _ in calls[WARM_UP:])
 
 
@@ -46,16 +46,16 @@ def test_other_arguments_are_computed_as_they_come_and_end_the_recording(recordi
     for n_recordings in (1, 2):
         for _ in range(WARM_UP + 1):
             assert torch.equal(recorded((ONE, ONE), 3), 6 * ONE)
-        assert recorded.is_recorded and len(recordings) == n_recordings
+        assert recorded.has_recording and len(recordings) == n_recordings
         assert torch.equal(recorded(*other), factor * (x if y is None else x + y)) and calls[-1][0] is x
-        assert not recorded.is_recorded
+        assert not recorded.has_recording
 
 
 def test_what_was_forgotten_is_recorded_anew(recordings):
     recorded, _ = new_recorded()
     for n_recordings in (1, 2):
         for _ in range(WARM_UP + 1):
-            assert not recorded.is_recorded
+            assert not recorded.has_recording
             recorded((ONE, ONE), 3)
         assert len(recordings) == n_recordings
         recorded.forget()

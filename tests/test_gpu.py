@@ -63,7 +63,7 @@ def test_steps_that_are_played_back_are_the_same(constants, capsys):
     for number in range(10):
         masked, rate = masked_rows(8 if number != 5 else 7, seed=number), (number + 1) * 2e-4
         assert recorded.step(masked, number, rate).read() == pytest.approx(plain.step(masked, number, rate).read(), rel=5e-3)
-    assert recorded._learn.is_recorded and recorded._update.is_recorded and not capsys.readouterr().err
+    assert recorded._learn.has_recording and recorded._update.has_recording and not capsys.readouterr().err
     for parameter, other in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=0.02, atol=2e-3)
 

@@ -182,7 +182,7 @@ def test_steps_that_are_played_back_are_the_same(monkeypatch, constants):
     assert all(rate.data_ptr() == learner._update._places[1][1].data_ptr() for rate in rates)  # what is played back reads the rate of the step
     for parameter, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
-    assert len(made) == 3 and learner._learn.is_recorded
+    assert len(made) == 3 and learner._learn.has_recording
 
 
 def test_after_memory_has_run_out_nothing_is_recorded(monkeypatch, capsys):
@@ -196,7 +196,7 @@ def test_after_memory_has_run_out_nothing_is_recorded(monkeypatch, capsys):
     run_short(monkeypatch, 4)
     for number in range(4, 8):
         learner.step(masked_rows(seed=number), number, 1e-3).read()
-    assert learner.micro_batch_size == 4 and not learner._learn.is_recorded and not learner._update.is_recorded and len(made) == 2
+    assert learner.micro_batch_size == 4 and not learner._learn.has_recording and not learner._update.has_recording and len(made) == 2
 
 
 def short_of_memory(folder, name, text):
