@@ -43,13 +43,13 @@ def hold_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -
     What bad input has left in a new folder is removed again. A cache that cannot be written is used as it is, by any number of runs.
     """
     folder, cache_dir = corpus.cache_folder(config), Path(config.cache_dir)
-    new_cache = not cache_dir.exists()
     lock = filelock.FileLock(cache_dir / f".{corpus.key}.lock")
     try:
+        new_cache = not cache_dir.exists()
         cache_dir.mkdir(parents=True, exist_ok=True)
         _acquire(lock, folder, check_stop)
     except OSError as error:
-        if not folder.is_dir() or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not folder.is_dir():
             raise InputError(f"cache_dir = {config.cache_dir!r} cannot be written: {error.strerror}") from None
     new_folder = not folder.exists()
     try:

@@ -126,7 +126,7 @@ def _hold(config: Config) -> Iterator[Run]:
     folder = Path(config.output_dir)
     run = Run(config, folder, World())
     world = run.world
-    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     lock = filelock.FileLock(folder / LOCK)
     signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name)) for name in STOP_SIGNALS
                if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN}  # nohup ignores SIGHUP
@@ -276,8 +276,8 @@ def _note_stop(run: Run, name: str) -> None:
 
 def take_lock(folder: Path, lock: filelock.FileLock) -> None:
     """Makes the folder where it is not there, and holds it. Raises InputError where it is no folder to write to, or another run holds it."""
-    check_folder(folder)
     try:
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
