@@ -47,7 +47,12 @@ def refuse_link(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    write_atomic(path, lambda file: file.write(_encoded(text)))
+
+
+def _encoded(text: str) -> bytes:
+    r"""UTF-8. A byte of a file name that is none comes to Python as half a surrogate pair, and is written as JSON has it, \udce9."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -84,4 +89,4 @@ def sha256(path: Path) -> str:
 def fingerprint(*parts: object) -> str:
     """A short key of anything that JSON can hold: equal parts, equal key, on every machine."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256(_encoded(text)).hexdigest()[:16]
