@@ -11,7 +11,7 @@ from .corpus import imdb_file, labelled_imdb
 from .dataset_names import hub_id
 from .documents import clean
 from .file_formats import find_labelled_columns, read_labelled_rows, table_columns, table_labels, table_rows, table_text_column
-from .hub_reader import first_line, labelled_files
+from .hub_reader import first_line, is_network_trouble, labelled_files
 from .local_files import readable_files
 
 MOST_LABELS = 1000
@@ -92,7 +92,10 @@ def _of_hub(dataset: str, text_column: str | None, label_column: str | None) -> 
     except InputError:
         raise
     except Exception as error:  # of the dataset, its card and the network
-        raise InputError(f"{dataset} cannot be read: {first_line(error)}") from error
+        name = hub_id(dataset)[0]
+        advice = (f'. Where there is a network, run "hf download --repo-type dataset {name} --local-dir {name.split("/")[1]}", and give the training files as --dataset'
+                  if is_network_trouble(error) else "")
+        raise InputError(f"{dataset} cannot be read: {first_line(error)}{advice}") from error
     if files:
         return _of_files(dataset, files, text_column, label_column, classes)
     first = table[:READ_ROWS]
