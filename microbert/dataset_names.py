@@ -9,10 +9,21 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-FILE_KINDS = {".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FILE_KINDS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 DATASET_CARD = "dataset_infos.json"  # which the Hub lays beside the data
-KNOWN_KINDS = f"Known kinds are {', '.join(FILE_KINDS)}, also with {', '.join(COMPRESSIONS)} after them, and text files without an ending"
+KNOWN_KINDS = (
+    f"Known kinds are {', '.join(FILE_KINDS)}, also with {', '.join(COMPRESSIONS)} after them, "
+    "and text files without an ending"
+)
 MOST_NAMES = 5  # of files in a message
 
 
@@ -35,7 +46,8 @@ def has_ending(path: str) -> bool:
 
 
 def named_files(dataset: str, *own_folders: str) -> list[str]:
-    """The files that paths, folders and globs name, separated by commas; sorted within each part, so that every run reads them in one order.
+    """The files that paths, folders and globs name, separated by commas; sorted within each part, so that every run
+    reads them in one order.
 
     A folder stands for the files of a known kind, or without an ending, in and below it. Empty for what is no path.
     Raises InputError as `find_files` does.
@@ -44,10 +56,11 @@ def named_files(dataset: str, *own_folders: str) -> list[str]:
 
 
 def find_files(dataset: str, *own_folders: str) -> tuple[list[str], list[str]]:
-    """The files that `dataset` names, as for `named_files`, and those of an unknown kind in its folders, which are left out.
+    """The files that `dataset` names, as for `named_files`, and those of an unknown kind in its folders, which are left
+    out.
 
-    Hidden files and those in `own_folders` belong to neither. Links to folders are followed. Raises InputError for a link to nowhere, for a path that
-    exists and holds no file to read, and when one part of several names no file.
+    Hidden files and those in `own_folders` belong to neither. Links to folders are followed. Raises InputError for a
+    link to nowhere, for a path that exists and holds no file to read, and when one part of several names no file.
     """
     if _is_file(dataset):  # its name may hold a comma
         return [dataset], []
@@ -92,7 +105,10 @@ def _is_file(path: str) -> bool:
 
 
 def _is_regular(path: str) -> bool:
-    """Whether the path leads to a file. Raises InputError for a link to nowhere, and for what is neither a file nor a folder."""
+    """Whether the path leads to a file.
+
+    Raises InputError for a link to nowhere, and for what is neither a file nor a folder.
+    """
     if os.path.isfile(path) or os.path.isdir(path):
         return os.path.isfile(path)
     if os.path.islink(path):
@@ -101,7 +117,10 @@ def _is_regular(path: str) -> bool:
 
 
 def _files_below(folder: str, own: set[Path]) -> Iterator[str]:
-    """All files that are not hidden, of any kind, each folder once however many links lead to it. Raises InputError for a folder that cannot be read."""
+    """All files that are not hidden, of any kind, each folder once however many links lead to it.
+
+    Raises InputError for a folder that cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise InputError(f"dataset: {error.filename} cannot be read: {error.strerror}") from None
@@ -113,7 +132,9 @@ def _files_below(folder: str, own: set[Path]) -> Iterator[str]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and Path(parent, name).resolve() not in own)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and Path(parent, name).resolve() not in own
+        )
         yield from (str(Path(parent, name)) for name in names if not name.startswith(".") and name != DATASET_CARD)
 
 

@@ -1,8 +1,9 @@
 """A file's rows -- txt, jsonl, csv, parquet, compressed or not -- from any row on, a few rows at a time.
 
-Each format is read by the library made for it, only the wanted columns are looked at, and values stay as they are written. `datasets.load_dataset` reads
-these formats too, but guesses the types of all columns from the first rows and stops at a later row of another type, takes words such as NA for
-missing values, reads every column of a parquet file, and can hang a process that leaves one unfinished.
+Each format is read by the library made for it, only the wanted columns are looked at, and values stay as they are
+written. `datasets.load_dataset` reads these formats too, but guesses the types of all columns from the first rows and
+stops at a later row of another type, takes words such as NA for missing values, reads every column of a parquet file,
+and can hang a process that leaves one unfinished.
 """
 
 import contextlib
@@ -16,8 +17,20 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from .columns import (A_LIST, NOTHING, NUMBERS, OTHER, TEXT, Column, WrittenNumber, as_label, as_text, choose_label_column, choose_text_column,
-                      listed)
+from .columns import (
+    A_LIST,
+    NOTHING,
+    NUMBERS,
+    OTHER,
+    TEXT,
+    Column,
+    WrittenNumber,
+    as_label,
+    as_text,
+    choose_label_column,
+    choose_text_column,
+    listed,
+)
 from .config import InputError
 from .dataset_names import file_kind
 from .delimited import SAMPLE_LINES, SEPARATORS, read_delimited, separator_of, usual_separator
@@ -30,9 +43,10 @@ MOST_WORDS_OF_A_NAME = 4  # of a column; a first line with more words is a row
 
 
 def read_rows(path: str, column: str, row: int = 0) -> Iterator[list[str | None]]:
-    """The text column from `row` on, some rows at a time; None where a row has none. A row of a text file is a line, whatever the column.
+    """The text column from `row` on, some rows at a time; None where a row has none.
 
-    Raises InputError, with the line where there are lines, for what cannot be read.
+    A row of a text file is a line, whatever the column. Raises InputError, with the line where there are lines, for
+    what cannot be read.
     """
     with errors_of_reading(path), open_file(path) as file:
         if (kind := kind_of(path, file)) == "parquet":
@@ -43,10 +57,13 @@ def read_rows(path: str, column: str, row: int = 0) -> Iterator[list[str | None]
             yield from _in_batches(itertools.islice(texts, row, None))
 
 
-def read_labelled_rows(path: str, text_column: str, label_column: str, classes: list[str]) -> Iterator[tuple[str | None, str | None]]:
-    """Text and label of every row, None where a row lacks one. classes: what numbers 0, 1, ... of the label column stand for, where that is known.
+def read_labelled_rows(
+    path: str, text_column: str, label_column: str, classes: list[str]
+) -> Iterator[tuple[str | None, str | None]]:
+    """Text and label of every row, None where a row lacks one.
 
-    Raises InputError as `read_rows` does, and for a row with several labels.
+    classes: what numbers 0, 1, ... of the label column stand for, where that is known. Raises InputError as `read_rows`
+    does, and for a row with several labels.
     """
     with errors_of_reading(path), open_file(path) as file:
         if (kind := kind_of(path, file)) == "parquet":
@@ -54,14 +71,24 @@ def read_labelled_rows(path: str, text_column: str, label_column: str, classes: 
         else:
             values = READERS[kind](file, path, (text_column, label_column), True)
             if classes:
-                values = ((text, _class_name(int(label), classes) if isinstance(label, str) and label.strip("-").isdecimal() else label)
-                          for text, label in values)
+                values = (
+                    (
+                        text,
+                        _class_name(int(label), classes)
+                        if isinstance(label, str) and label.strip("-").isdecimal()
+                        else label,
+                    )
+                    for text, label in values
+                )
         for number, (text, label) in enumerate(values, 1):
             yield as_text(text, path, text_column, number), as_label(label, path, label_column, number)
 
 
 def find_text_column(path: str, wanted: str | None) -> str | None:
-    """The column to train on, None where the file holds no row. Raises InputError with the columns' names where it cannot be told."""
+    """The column to train on, None where the file holds no row.
+
+    Raises InputError with the columns' names where it cannot be told.
+    """
     with errors_of_reading(path), open_file(path) as file:
         if (kind := kind_of(path, file)) == "text":
             return "text" if any(True for _ in file) else None
@@ -70,7 +97,10 @@ def find_text_column(path: str, wanted: str | None) -> str | None:
 
 
 def find_labelled_columns(path: str, text_column: str | None, label_column: str | None) -> tuple[str, str] | None:
-    """The columns with texts and labels, None where the file holds no row. Raises InputError where they cannot be told, and for a text file."""
+    """The columns with texts and labels, None where the file holds no row.
+
+    Raises InputError where they cannot be told, and for a text file.
+    """
     with errors_of_reading(path), open_file(path) as file:
         if (kind := kind_of(path, file)) == "text":
             raise InputError(f"{path}: a text file has no labels: give csv, jsonl or parquet files")
@@ -79,20 +109,30 @@ def find_labelled_columns(path: str, text_column: str | None, label_column: str 
             return None
         columns, sample = found
         label = choose_label_column(columns, label_column, path)
-        return choose_text_column([column for column in columns if column.name != label], text_column, path, sample), label
+        return choose_text_column(
+            [column for column in columns if column.name != label], text_column, path, sample
+        ), label
 
 
 def describe_column(path: str, column: str) -> str:
-    """Where the documents of a file are, in words for people: its column, and the separator where that is not the usual one."""
+    """Where the documents of a file are, in words for people: its column, and the separator where that is not the
+    usual one."""
     with errors_of_reading(path), open_file(path) as file:
         if (kind := kind_of(path, file)) == "text":
             return "one document a line"
-        separator = separator_of(list(itertools.islice(_lines(file, path), SAMPLE_LINES)), path) if kind == "csv" else usual_separator(path)
-    return f'text column "{column}"' + (f", separated by {SEPARATORS[separator]}" if separator != usual_separator(path) else "")
+        separator = (
+            separator_of(list(itertools.islice(_lines(file, path), SAMPLE_LINES)), path)
+            if kind == "csv"
+            else usual_separator(path)
+        )
+    return f'text column "{column}"' + (
+        f", separated by {SEPARATORS.get(separator, repr(separator))}" if separator != usual_separator(path) else ""
+    )
 
 
 def reading_of(path: str) -> tuple[str | None, str]:
-    """What a file's name, rather than its content, decides about how it is read: its format and the separator to try first."""
+    """What a file's name, rather than its content, decides about how it is read: its format and the separator to try
+    first."""
     return file_kind(path), usual_separator(path)
 
 
@@ -103,8 +143,9 @@ def is_json_object(text: str) -> bool:
         return False
 
 
-def _columns(file: BinaryIO, path: str, kind: str, known: list[str | None],
-             n_rows: int | None = READ_ROWS) -> tuple[list[Column], Callable[[str], list[object]]] | None:
+def _columns(
+    file: BinaryIO, path: str, kind: str, known: list[str | None], n_rows: int | None = READ_ROWS
+) -> tuple[list[Column], Callable[[str], list[object]]] | None:
     """The columns of a table, with a function that returns the first values of one; None where it holds no row.
 
     known: names that show that a first line is a header. n_rows: rows to look at, None for all.
@@ -129,22 +170,35 @@ def _columns(file: BinaryIO, path: str, kind: str, known: list[str | None],
 
 def _check_header(names: list[str], rows: Sequence[Sequence[str | None]], path: str) -> None:
     """Raises InputError where the first line of a CSV seems to be a row like the others."""
-    looks_like_data = [name for number, name in enumerate(names) if name and (
-        _is_number(name) or len(name.split()) > MOST_WORDS_OF_A_NAME or any(row[number] == name for row in rows))]
+    looks_like_data = [
+        name
+        for number, name in enumerate(names)
+        if name
+        and (_is_number(name) or len(name.split()) > MOST_WORDS_OF_A_NAME or any(row[number] == name for row in rows))
+    ]
     if looks_like_data:
-        raise InputError(f"{path}: the first line should name the columns, and looks like a row ({looks_like_data[0][:40]!r}). Add a first line such as "
-                         f"text,label, or set text_column to one of: {listed(Column(name, TEXT) for name in names)}")
+        raise InputError(
+            f"{path}: the first line should name the columns, and looks like a row "
+            f"({looks_like_data[0][:40]!r}). Add a first line such as text,label, or set "
+            f"text_column to one of: {listed(Column(name, TEXT) for name in names)}"
+        )
 
 
 def parquet_text_column(file: BinaryIO, wanted: str | None, where: str) -> str:
     """The column to train on. Reads the file's footer, and the first rows where names alone do not tell."""
     with _parquet_errors(where):
         table = pa.parquet.ParquetFile(file, pre_buffer=False)
-        return choose_text_column(table_columns(table.schema_arrow), wanted, where, functools.partial(_first_of_parquet, table, where))
+        return choose_text_column(
+            table_columns(table.schema_arrow), wanted, where, functools.partial(_first_of_parquet, table, where)
+        )
 
 
 def table_text_column(table: pa.Table, wanted: str | None, where: str, without: str | None = None) -> str:
-    """The column to train on. table: the first rows. where: its name in errors. without: a column that it is not. Raises as `choose_text_column` does."""
+    """The column to train on.
+
+    table: the first rows. where: its name in errors. without: a column that it is not. Raises as `choose_text_column`
+    does.
+    """
     columns = [column for column in table_columns(table.schema) if column.name != without]
     return choose_text_column(columns, wanted, where, lambda name: _table_values(table, name, where))
 
@@ -176,7 +230,8 @@ def table_rows(table: pa.Table, column: str, where: str) -> list[str | None]:
 def table_labels(table: pa.Table, column: str, where: str, classes: list[str]) -> list[object]:
     """The values of the label column as Python has them, with the names of classes in place of their numbers.
 
-    classes: these names, where the table itself has none. A number without a name, such as -1, means that a row has no label.
+    classes: these names, where the table itself has none. A number without a name, such as -1, means that a row has no
+    label.
     """
     names = class_names(table.schema, column) or classes
     values = _table_values(table, column, where)
@@ -196,7 +251,9 @@ def class_names(schema: pa.Schema, column: str) -> list[str]:
         return []
 
 
-def _parquet_values(file: BinaryIO, path: str, columns: tuple[str, str], classes: list[str]) -> Iterator[tuple[object, object]]:
+def _parquet_values(
+    file: BinaryIO, path: str, columns: tuple[str, str], classes: list[str]
+) -> Iterator[tuple[object, object]]:
     """Text and label of every row."""
     text_column, label_column = columns
     with _parquet_errors(path):
@@ -230,7 +287,13 @@ def _holds_type(kind: pa.DataType) -> str:
         return TEXT
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return A_LIST
-    return NOTHING if pa.types.is_null(kind) else NUMBERS if pa.types.is_integer(kind) or pa.types.is_floating(kind) else OTHER
+    return (
+        NOTHING
+        if pa.types.is_null(kind)
+        else NUMBERS
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        else OTHER
+    )
 
 
 def _stored_name(schema: pa.Schema, column: str) -> str:
@@ -268,7 +331,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _holds(values: list[object], kind: str) -> str:
-    """What a column with these first values holds; in CSV all is text, and what looks like numbers is taken for numbers."""
+    """What a column with these first values holds; in CSV all is text, and what looks like numbers is taken for
+    numbers."""
     filled = [value for value in values if value not in (None, "")]
     if not filled:
         return NOTHING
@@ -302,7 +366,9 @@ def _lines(file: BinaryIO, path: str) -> Iterator[str]:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: line {number} is not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8") from None
+            raise InputError(
+                f"{path}: line {number} is not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8"
+            ) from None
         yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
 
 
@@ -312,8 +378,13 @@ def _text_values(file: BinaryIO, path: str, columns: tuple[str, ...], as_written
 
 
 def _json_objects(file: BinaryIO, path: str, as_written: bool = False) -> Iterator[dict[str, object]]:
-    """One object a line; or the objects of an array, all of which is then read at once. as_written: numbers are WrittenNumber."""
-    parse = functools.partial(json.loads, parse_float=WrittenNumber, parse_int=WrittenNumber) if as_written else json.loads
+    """One object a line; or the objects of an array, all of which is then read at once.
+
+    as_written: numbers are WrittenNumber.
+    """
+    parse = (
+        functools.partial(json.loads, parse_float=WrittenNumber, parse_int=WrittenNumber) if as_written else json.loads
+    )
     lines = ((number, line) for number, line in enumerate(_lines(file, path), 1) if line.strip())
     first_number, first = next(lines, (1, ""))
     if first.lstrip().startswith("["):
@@ -332,7 +403,10 @@ def _json_objects(file: BinaryIO, path: str, as_written: bool = False) -> Iterat
 
 
 def _json_values(file: BinaryIO, path: str, columns: tuple[str, ...], as_written: bool) -> Iterator[tuple[object, ...]]:
-    """The values of each object's columns. One may lack a column, but not all that there are, and of a text not all of the first ones."""
+    """The values of each object's columns.
+
+    One may lack a column, but not all that there are, and of a text not all of the first ones.
+    """
     unseen, names, number = set(columns), {}, 0  # the columns that no row had so far, and those that rows had
     for number, fields in enumerate(_json_objects(file, path, as_written), 1):
         if unseen:
@@ -342,7 +416,9 @@ def _json_values(file: BinaryIO, path: str, columns: tuple[str, ...], as_written
                 break
         yield tuple(fields[column] if column in fields else _value_at(fields, column) for column in columns)
     if unseen and number:
-        raise InputError(f'{path} has no column "{min(unseen)}"; it has: {listed(Column(name, OTHER) for name in names)}')
+        raise InputError(
+            f'{path} has no column "{min(unseen)}"; it has: {listed(Column(name, OTHER) for name in names)}'
+        )
 
 
 def _value_at(fields: dict[str, object], column: str) -> object:
@@ -370,7 +446,9 @@ def _nested_names(fields: dict[str, object], depth: int = 1) -> Iterator[str]:
             yield name
 
 
-def _csv_values(file: BinaryIO, path: str, columns: tuple[str, ...], as_written: bool) -> Iterator[tuple[str | None, ...]]:
+def _csv_values(
+    file: BinaryIO, path: str, columns: tuple[str, ...], as_written: bool
+) -> Iterator[tuple[str | None, ...]]:
     names, records = read_delimited(_lines(file, path), path)
     first = next(records, None)
     if first is None:
@@ -386,7 +464,10 @@ def _csv_values(file: BinaryIO, path: str, columns: tuple[str, ...], as_written:
 
 # (file, path for errors, columns, whether numbers stay as written) -> the values of each row
 READERS: dict[str, Callable[[BinaryIO, str, tuple[str, ...], bool], Iterator[tuple[object, ...]]]] = {
-    "text": _text_values, "json": _json_values, "csv": _csv_values}
+    "text": _text_values,
+    "json": _json_values,
+    "csv": _csv_values,
+}
 
 
 def _in_batches(rows: Iterator[str | None]) -> Iterator[list[str | None]]:

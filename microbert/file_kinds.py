@@ -1,7 +1,8 @@
-"""What a file is, by its name and its first bytes: opened, decompressed, and refused with its reason where no format here can read it.
+"""What a file is, by its name and its first bytes: opened, decompressed, and refused with its reason where no format
+here can read it.
 
-Names are often wrong: a browser decompresses a download and keeps its name, a program writes gzip to `.jsonl`. So the first bytes decide how a file is
-compressed, and name both what is read and what is refused.
+Names are often wrong: a browser decompresses a download and keeps its name, a program writes gzip to `.jsonl`. So the
+first bytes decide how a file is compressed, and name both what is read and what is refused.
 """
 
 import bz2
@@ -29,11 +30,17 @@ LARGEST_POINTER = 1024  # bytes, as Git LFS specifies
 MOST_NULS = 0.1  # of the first bytes: text in UTF-16 has about a half, a stray NUL in text is no reason to refuse it
 # the first bytes of files that are often taken for text
 FOREIGN = {
-    b"PK\x03\x04": "a ZIP archive (as Excel and Word files are): save it as .csv, or extract it", b"%PDF": "a PDF file: extract its text first",
-    b"\xff\xfe": "text in UTF-16: save it as UTF-8", b"\xfe\xff": "text in UTF-16: save it as UTF-8",
-    b"\xd0\xcf\x11\xe0": "an Excel or Word file of an old version: save it as .csv or .txt", b"7z\xbc\xaf": "a 7-Zip archive: extract it",
-    b"Rar!": "a RAR archive: extract it", b"SQLite format 3": "an SQLite database: export it as .csv",
-    b"ARROW1": "an Arrow file: save it as .parquet", b"\x89HDF": "an HDF5 file: save it as .parquet", b"\x04\x22\x4d\x18": "compressed by LZ4: decompress it",
+    b"PK\x03\x04": "a ZIP archive (as Excel and Word files are): save it as .csv, or extract it",
+    b"%PDF": "a PDF file: extract its text first",
+    b"\xff\xfe": "text in UTF-16: save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16: save it as UTF-8",
+    b"\xd0\xcf\x11\xe0": "an Excel or Word file of an old version: save it as .csv or .txt",
+    b"7z\xbc\xaf": "a 7-Zip archive: extract it",
+    b"Rar!": "a RAR archive: extract it",
+    b"SQLite format 3": "an SQLite database: export it as .csv",
+    b"ARROW1": "an Arrow file: save it as .parquet",
+    b"\x89HDF": "an HDF5 file: save it as .parquet",
+    b"\x04\x22\x4d\x18": "compressed by LZ4: decompress it",
     b"Obj\x01": "an Avro file: save it as .parquet",
 }
 
@@ -44,7 +51,11 @@ def _open_zst(path: str) -> BinaryIO:
 
 # the first bytes of a compressed file -> its usual ending, and what opens it
 DECOMPRESSORS: dict[bytes, tuple[str, Callable[[str], BinaryIO]]] = {
-    b"\x1f\x8b": (".gz", gzip.open), b"BZh": (".bz2", bz2.open), b"\xfd7zXZ\0": (".xz", lzma.open), b"\x28\xb5\x2f\xfd": (".zst", _open_zst)}
+    b"\x1f\x8b": (".gz", gzip.open),
+    b"BZh": (".bz2", bz2.open),
+    b"\xfd7zXZ\0": (".xz", lzma.open),
+    b"\x28\xb5\x2f\xfd": (".zst", _open_zst),
+}
 
 
 @contextlib.contextmanager
@@ -80,7 +91,9 @@ def open_file(path: str) -> BinaryIO:
 def _refuse_foreign(path: str, head: bytes) -> None:
     """head: the first bytes, decompressed. Raises InputError where they are those of another kind of file."""
     if head.startswith(LFS_POINTER):
-        raise InputError(f"{path} is a Git LFS pointer, not the file that it stands for: run git lfs pull where it comes from")
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file that it stands for: run git lfs pull where it comes from"
+        )
     what = next((what for magic, what in FOREIGN.items() if head.startswith(magic)), "")
     if not what and not head.startswith(PARQUET) and head.count(b"\0") > MOST_NULS * len(head):
         what = "binary, or text in UTF-16: save text as UTF-8"
@@ -89,7 +102,8 @@ def _refuse_foreign(path: str, head: bytes) -> None:
 
 
 def kind_of(path: str, file: BinaryIO) -> str:
-    """The format of an opened file: "text", "json", "csv" or "parquet", by its name; where that names none, or is wrong about parquet, by its content.
+    """The format of an opened file: "text", "json", "csv" or "parquet", by its name; where that names none, or is wrong
+    about parquet, by its content.
 
     Raises InputError for an ending of no known kind.
     """
@@ -104,7 +118,10 @@ def kind_of(path: str, file: BinaryIO) -> str:
 
 
 def is_text(path: str) -> bool:
-    """Whether the first bytes of a file without an ending are text in UTF-8. Raises InputError where it cannot be read."""
+    """Whether the first bytes of a file without an ending are text in UTF-8.
+
+    Raises InputError where it cannot be read.
+    """
     with errors_of_reading(path):
         try:
             with open_file(path) as file:
@@ -112,7 +129,9 @@ def is_text(path: str) -> bool:
         except InputError:
             return False
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < HEAD_BYTES)  # the end of the head may cut a character
+        codecs.getincrementaldecoder("utf-8")().decode(
+            head, final=len(head) < HEAD_BYTES
+        )  # the end of the head may cut a character
     except UnicodeDecodeError:
         return False
     return True

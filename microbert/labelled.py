@@ -1,4 +1,5 @@
-"""Texts with labels, to fine-tune on: the bundled reviews, your csv, jsonl and parquet files, or a dataset of the Hub."""
+"""Texts with labels, to fine-tune on: the bundled reviews, your csv, jsonl and parquet files, or a dataset of the
+Hub."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,7 +11,14 @@ from .config import InputError
 from .corpus import imdb_file, labelled_imdb
 from .dataset_names import hub_id
 from .documents import clean
-from .file_formats import find_labelled_columns, read_labelled_rows, table_columns, table_labels, table_rows, table_text_column
+from .file_formats import (
+    find_labelled_columns,
+    read_labelled_rows,
+    table_columns,
+    table_labels,
+    table_rows,
+    table_text_column,
+)
 from .hub_reader import first_line, is_network_trouble, labelled_files
 from .local_files import readable_files
 
@@ -31,7 +39,11 @@ class Source:
 
     def __str__(self) -> str:
         used = self.rows - self.without_text - self.without_label
-        skipped = [f"{number:,} without a {what}" for number, what in ((self.without_text, "text"), (self.without_label, "label")) if number]
+        skipped = [
+            f"{number:,} without a {what}"
+            for number, what in ((self.without_text, "text"), (self.without_label, "label"))
+            if number
+        ]
         return f"{self.description}: {self.rows:,} rows, {used:,} used; skipped: {', '.join(skipped) or 'none'}"
 
 
@@ -50,10 +62,13 @@ class LabelledTexts:
         return dataclasses.replace(self, texts=[self.texts[number] for number in numbers], labels=self.labels[numbers])
 
 
-def read_labelled(dataset: str, text_column: str | None, label_column: str | None, max_samples: int | None, seed: int) -> LabelledTexts:
-    """All rows that have a text and a label, or `max_samples` of them, drawn by the seed. Labels are what is written in the file.
+def read_labelled(
+    dataset: str, text_column: str | None, label_column: str | None, max_samples: int | None, seed: int
+) -> LabelledTexts:
+    """All rows that have a text and a label, or `max_samples` of them, drawn by the seed.
 
-    Raises InputError where the dataset cannot be read, a column is missing, a row has several labels, or there are not at least two labels.
+    Labels are what is written in the file. Raises InputError where the dataset cannot be read, a column is missing, a
+    row has several labels, or there are not at least two labels.
     """
     if dataset == "imdb":
         description, rows = "imdb (film reviews, bundled)", iter(labelled_imdb(imdb_file()))
@@ -63,7 +78,10 @@ def read_labelled(dataset: str, text_column: str | None, label_column: str | Non
     elif hub_id(dataset):
         description, rows = _of_hub(dataset, text_column, label_column)
     else:
-        raise InputError(f'dataset = "{dataset}" is no file that exists: give imdb, csv, jsonl or parquet files, or a Hub id such as org/name')
+        raise InputError(
+            f'dataset = "{dataset}" is no file that exists: give imdb, csv, jsonl or parquet files, '
+            "or a Hub id such as org/name"
+        )
     all_rows = [(clean(text), label) for text, label in rows]
     without_text = sum(not text for text, _ in all_rows)
     kept = [(text, label) for text, label in all_rows if text and label is not None]
@@ -72,29 +90,45 @@ def read_labelled(dataset: str, text_column: str | None, label_column: str | Non
         kept = [kept[number] for number in sorted(np.random.default_rng(seed).permutation(len(kept))[:max_samples])]
     names = sorted_labels(label for _, label in kept)
     if not 2 <= len(names) <= MOST_LABELS:
-        raise InputError(f"{source}. They have {len(names):,} different labels, and from 2 to {MOST_LABELS:,} are supported. Is label_column the right one?")
+        raise InputError(
+            f"{source}. They have {len(names):,} different labels, and from 2 to {MOST_LABELS:,} are supported. "
+            "Is label_column the right one?"
+        )
     numbers = {name: number for number, name in enumerate(names)}
     return LabelledTexts([text for text, _ in kept], np.array([numbers[label] for _, label in kept]), names, source)
 
 
-def _of_files(dataset: str, paths: list[str], text_column: str | None, label_column: str | None, classes: dict[str, list[str]]) -> tuple[str, Rows]:
-    """The description and the rows of files, all of which have the columns of the first that holds a row. classes: by column, what its numbers mean."""
+def _of_files(
+    dataset: str, paths: list[str], text_column: str | None, label_column: str | None, classes: dict[str, list[str]]
+) -> tuple[str, Rows]:
+    """The description and the rows of files, all of which have the columns of the first that holds a row.
+
+    classes: by column, what its numbers mean.
+    """
     columns = next(filter(None, (find_labelled_columns(path, text_column, label_column) for path in paths)), None)
     if columns is None:
         raise InputError(f"{dataset}: there is no row in it")
-    return f"{dataset} ({_described(*columns)})", (row for path in paths for row in read_labelled_rows(path, *columns, classes.get(columns[1], [])))
+    return f"{dataset} ({_described(*columns)})", (
+        row for path in paths for row in read_labelled_rows(path, *columns, classes.get(columns[1], []))
+    )
 
 
 def _of_hub(dataset: str, text_column: str | None, label_column: str | None) -> tuple[str, Rows]:
-    """The same for the train split of a dataset of the Hub: of its files where they can be read here, else of the table that `datasets` makes of them."""
+    """The same for the train split of a dataset of the Hub: of its files where they can be read here, else of the
+    table that `datasets` makes of them."""
     try:
         files, table, classes = labelled_files(*hub_id(dataset))
     except InputError:
         raise
     except Exception as error:  # of the dataset, its card and the network
         name = hub_id(dataset)[0]
-        advice = (f'. Where there is a network, run "hf download --repo-type dataset {name} --local-dir {name.split("/")[1]}", and give the training files as --dataset'
-                  if is_network_trouble(error) else "")
+        advice = (
+            f'. Where there is a network, run "hf download --repo-type dataset {name} --local-dir '
+            f'{name.split("/")[1]}", '
+            "and give the training files as --dataset"
+            if is_network_trouble(error)
+            else ""
+        )
         raise InputError(f"{dataset} cannot be read: {first_line(error)}{advice}") from error
     if files:
         return _of_files(dataset, files, text_column, label_column, classes)
@@ -107,7 +141,9 @@ def _of_hub(dataset: str, text_column: str | None, label_column: str | None) -> 
         number = 0
         for start in range(0, len(table), READ_ROWS):
             part = table[start : start + READ_ROWS]
-            for written, value in zip(table_rows(part, text, dataset), table_labels(part, label, dataset, classes.get(label, []))):
+            for written, value in zip(
+                table_rows(part, text, dataset), table_labels(part, label, dataset, classes.get(label, []))
+            ):
                 number += 1
                 yield written, as_label(value, dataset, label, number)
 

@@ -5,7 +5,17 @@ import decimal
 
 import pytest
 
-from microbert.columns import A_LIST, NUMBERS, TEXT, Column, as_label, as_text, choose_label_column, choose_text_column, sorted_labels
+from microbert.columns import (
+    A_LIST,
+    NUMBERS,
+    TEXT,
+    Column,
+    as_label,
+    as_text,
+    choose_label_column,
+    choose_text_column,
+    sorted_labels,
+)
 from microbert.config import InputError
 
 
@@ -19,20 +29,46 @@ def test_text_is_taken_by_its_name_whatever_else_there_is():
     assert choose(["text", "b"], "b") == "b" and choose([" b "], "b") == " b " and choose(["b"], " b ") == "b"
 
 
-@pytest.mark.parametrize("name, values", [
-    ("id", ["some words in a row"]), ("docId", ["a b c"]), ("page_url", ["a b c"]), ("data.path", ["a b c"]), ("created_date", ["Monday the first"]),
-    ("author", ["Jane Doe", "John Doe"]), ("email", ["write to me"]), ("who", ["jane@example.org", "john@example.org"]),
-    ("source", ["https://example.org/a b", "https://example.org/b"][1:]), ("ref", ["doc00001", "doc00002"]), ("v", ["7f3a-9c", "88aa-01"]), ("kind", ["film", "book"]),
-    ("when", ["2024-01-01 10:00", "2024-01-02 11:00"]), ("document", ["doc00001", "doc00002"]), ("text2", ["s1", "s2"])])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("id", ["some words in a row"]),
+        ("docId", ["a b c"]),
+        ("page_url", ["a b c"]),
+        ("data.path", ["a b c"]),
+        ("created_date", ["Monday the first"]),
+        ("author", ["Jane Doe", "John Doe"]),
+        ("email", ["write to me"]),
+        ("who", ["jane@example.org", "john@example.org"]),
+        ("source", ["https://example.org/a b", "https://example.org/b"][1:]),
+        ("ref", ["doc00001", "doc00002"]),
+        ("v", ["7f3a-9c", "88aa-01"]),
+        ("kind", ["film", "book"]),
+        ("when", ["2024-01-01 10:00", "2024-01-02 11:00"]),
+        ("document", ["doc00001", "doc00002"]),
+        ("text2", ["s1", "s2"]),
+    ],
+)
 def test_a_column_of_identifiers_or_addresses_is_not_chosen_silently(name, values):
-    with pytest.raises(InputError, match=f'set text_column .* "{name}", seems to hold identifiers or addresses. It has: {name}, n'):
+    with pytest.raises(
+        InputError, match=f'set text_column .* "{name}", seems to hold identifiers or addresses. It has: {name}, n'
+    ):
         choose([name, "n"], holds_n=NUMBERS, **{name: values})
     assert choose([name, "n"], name, holds_n=NUMBERS, **{name: values}) == name
 
 
-@pytest.mark.parametrize("name, values", [
-    ("utterances", ["good morning to you", "yes"] * 3), ("body", ["x"]), ("x", ["ห้องพักสะอาดและเงียบมาก"]), ("y", ["房间很干净"]), ("read", ["ACGT" * 100]),
-    ("sequence", ["ACGTACGT"]), ("review", ["fine", "good"])])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("utterances", ["good morning to you", "yes"] * 3),
+        ("body", ["x"]),
+        ("x", ["ห้องพักสะอาดและเงียบมาก"]),
+        ("y", ["房间很干净"]),
+        ("read", ["ACGT" * 100]),
+        ("sequence", ["ACGTACGT"]),
+        ("review", ["fine", "good"]),
+    ],
+)
 def test_the_only_column_of_text_is_chosen(name, values):
     assert choose(["n", name], holds_n=NUMBERS, **{name: values}) == name
 
@@ -51,14 +87,35 @@ def test_the_label_column_has_one_of_a_few_names_or_the_one_that_is_given():
         choose_label_column(columns, "nope", "a")
 
 
-@pytest.mark.parametrize("value, label", [
-    ("01", "01"), ("None", "None"), ("NA", "NA"), ("nan", "nan"), ("null", "null"), (" favour ", "favour"), ("", None), ("  ", None), (None, None), (3, "3"), (3.0, "3.0"),
-    (float("nan"), None), (True, "true"), (0, "0"), (decimal.Decimal("1.50"), "1.50"), (datetime.date(2024, 1, 2), "2024-01-02")])
+@pytest.mark.parametrize(
+    "value, label",
+    [
+        ("01", "01"),
+        ("None", "None"),
+        ("NA", "NA"),
+        ("nan", "nan"),
+        ("null", "null"),
+        (" favour ", "favour"),
+        ("", None),
+        ("  ", None),
+        (None, None),
+        (3, "3"),
+        (3.0, "3.0"),
+        (float("nan"), None),
+        (True, "true"),
+        (0, "0"),
+        (decimal.Decimal("1.50"), "1.50"),
+        (datetime.date(2024, 1, 2), "2024-01-02"),
+    ],
+)
 def test_a_label_is_what_is_written(value, label):
     assert as_label(value, "a", "label", 1) == label
 
 
-@pytest.mark.parametrize("value, told", [(["a", "b"], r"several labels a row are not supported"), ([], "several labels"), ({"a": 1}, "a text or a number")])
+@pytest.mark.parametrize(
+    "value, told",
+    [(["a", "b"], r"several labels a row are not supported"), ([], "several labels"), ({"a": 1}, "a text or a number")],
+)
 def test_a_row_has_one_label(value, told):
     with pytest.raises(InputError, match=rf'a.csv: row 1,234: label_column "tags" holds .*{told}'):
         as_label(value, "a.csv", "tags", 1234)

@@ -18,21 +18,49 @@ def rows_of(text, path="a.csv"):
     return names, list(rows)
 
 
-@pytest.mark.parametrize("separator, path", [(",", "a.csv"), (";", "a.csv"), ("|", "a.csv"), ("\t", "a.csv"), ("\t", "a.tsv.gz"), (",", "a.tsv"), (";", "A.TSV")])
+@pytest.mark.parametrize(
+    "separator, path",
+    [
+        (",", "a.csv"),
+        (";", "a.csv"),
+        ("|", "a.csv"),
+        ("\t", "a.csv"),
+        ("\t", "a.tsv.gz"),
+        (",", "a.tsv"),
+        (";", "A.TSV"),
+    ],
+)
 def test_the_separator_is_the_one_that_all_lines_agree_on(separator, path):
-    text = "".join(separator.join(row) + "\n" for row in [("id", "text", "label"), *[("7", "so, so; or not", "good")] * 3])
+    text = "".join(
+        separator.join(row) + "\n" for row in [("id", "text", "label"), *[("7", "so, so; or not", "good")] * 3]
+    )
     if separator in ",;":
         text = text.replace("so, so; or not", '"so, so; or not"')
     assert rows_of(text, path) == (["id", "text", "label"], [["7", "so, so; or not", "good"]] * 3)
 
 
-@pytest.mark.parametrize("text", ["text\na; b\nc\n", "text\nno separator at all\n", "text\n"])
+@pytest.mark.parametrize("separator", "^~:#\x01")
+def test_a_separator_that_is_not_usual_is_recognised_where_all_lines_have_it(separator):
+    text = "".join(separator.join(row) + "\n" for row in [("text", "label"), ("so, so", "good"), ("it is", "bad")])
+    assert rows_of(text) == (["text", "label"], [["so, so", "good"], ["it is", "bad"]])
+
+
+def test_lines_above_the_names_are_passed_over_and_counted():
+    assert rows_of("sep=;\n\ntext;label\na, b;good\n") == (["text", "label"], [["a, b", "good"]])
+    for separator, path in ((",", "a.csv"), ("\t", "a.tsv")):
+        with pytest.raises(InputError, match="line 5 has 3 fields"):
+            rows_of(f"\n\ntext{separator}label\na{separator}b\na{separator}b{separator}c\n", path)
+
+
+@pytest.mark.parametrize("text", ["text\na; b\nc\n", "text\nno separator at all\n", "text\n", "what is it?\nis it?\n"])
 def test_one_column_needs_no_separator(text):
-    assert rows_of(text)[0] == ["text"]
+    assert rows_of(text)[0] == [text.splitlines()[0]]
 
 
 def test_a_separator_that_rows_do_not_have_as_often_as_the_names_is_refused():
-    with pytest.raises(InputError, match="a.csv: the separator of its fields cannot be told: its lines do not have as many semicolons"):
+    with pytest.raises(
+        InputError, match="a.csv: the separator of its fields cannot be told: its lines do not have as many semicolons"
+    ):
         rows_of("text;label\none; two; three;good\nfour;bad\n")
 
 
@@ -53,10 +81,14 @@ def test_shorter_rows_end_in_none_longer_ones_are_refused_and_empty_ones_left_ou
 INCHES = [f"screen number {number},good\n" for number in range(30)]
 
 
-@pytest.mark.parametrize("lines, told", [
-    ({10: '"12 inches,good\n'}, "line 12"),  # never closes
-    ({10: '"12 inches,good\n', 20: '"15 inches,good\n'}, "line 12"),  # closes in the middle of another field
-    ({10: '"12 inches,good\n', 20: 'it has 15",good\n'}, "line 12.* look like rows")])  # closes where a field may end
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ({10: '"12 inches,good\n'}, "line 12"),  # never closes
+        ({10: '"12 inches,good\n', 20: '"15 inches,good\n'}, "line 12"),  # closes in the middle of another field
+        ({10: '"12 inches,good\n', 20: 'it has 15",good\n'}, "line 12.* look like rows"),
+    ],
+)  # closes where a field may end
 def test_a_mark_that_is_no_quotation_mark_is_an_error_with_its_line_in_csv(lines, told):
     text = "text,label\n" + "".join(lines.get(number, line) for number, line in enumerate(INCHES))
     with pytest.raises(InputError, match=told):
@@ -68,7 +100,9 @@ def test_a_quoted_field_may_go_over_many_lines():
     assert rows_of(f'text,label\n"{poem}",good\n')[1] == [[poem, "good"]]
 
 
-@pytest.mark.parametrize("field", ['"12 inches', '12"', '"so" it said', 'it said "so"', '"', '""', '" "', 'a "" b', '"whole"'])
+@pytest.mark.parametrize(
+    "field", ['"12 inches', '12"', '"so" it said', 'it said "so"', '"', '""', '" "', 'a "" b', '"whole"']
+)
 def test_a_mark_in_tsv_is_a_character_like_any_other(field):
     rows = [["1", field, "good"], ["2", "next", "bad"]]
     text = "id\ttext\tlabel\n" + "".join("\t".join(row) + "\n" for row in rows)
@@ -78,7 +112,12 @@ def test_a_mark_in_tsv_is_a_character_like_any_other(field):
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 def test_tsv_as_pandas_and_excel_write_it_is_unquoted(quoting):
-    rows = [["1", 'she said "so"', "good"], ["2", "a\ttab", "bad"], ["3", "two\nlines\n\nand more", "good"], ["4", "plain", "bad"]]
+    rows = [
+        ["1", 'she said "so"', "good"],
+        ["2", "a\ttab", "bad"],
+        ["3", "two\nlines\n\nand more", "good"],
+        ["4", "plain", "bad"],
+    ]
     file = io.StringIO()
     csv.writer(file, delimiter="\t", quoting=quoting, lineterminator="\n").writerows([["id", "text", "label"], *rows])
     assert rows_of(file.getvalue(), "a.tsv") == (["id", "text", "label"], rows)

@@ -48,9 +48,18 @@ def archive():
     return file.getvalue()
 
 
-@pytest.mark.parametrize("content, told", [
-    (archive(), "ZIP archive"), (b"%PDF-1.7 text", "PDF"), ("text in utf-16\n".encode("utf-16"), "UTF-16"), ("text in utf-16\n".encode("utf-16-le"), "UTF-16"),
-    (POINTER, "Git LFS pointer"), (gzip.compress(archive()), "ZIP archive"), (bytes(range(256)) + bytes(1000), "binary")])
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (archive(), "ZIP archive"),
+        (b"%PDF-1.7 text", "PDF"),
+        ("text in utf-16\n".encode("utf-16"), "UTF-16"),
+        ("text in utf-16\n".encode("utf-16-le"), "UTF-16"),
+        (POINTER, "Git LFS pointer"),
+        (gzip.compress(archive()), "ZIP archive"),
+        (bytes(range(256)) + bytes(1000), "binary"),
+    ],
+)
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a"])
 def test_what_is_no_text_is_named(name, content, told, tmp_path):
     with pytest.raises(InputError, match=told):
@@ -74,4 +83,8 @@ def test_text_is_told_by_its_first_bytes(tmp_path):
         assert is_text(write(tmp_path / "a", content))
     for content in (b"caf\xe9\n", b"x" * 100 + b"\xff" + b"x" * 5000, archive(), euro[:2]):
         assert not is_text(write(tmp_path / "a", content))
-    assert is_pointer(write(tmp_path / "a", POINTER)) and not is_pointer(write(tmp_path / "a", POINTER * 99)) and not is_pointer(write(tmp_path / "a", b""))
+    assert (
+        is_pointer(write(tmp_path / "a", POINTER))
+        and not is_pointer(write(tmp_path / "a", POINTER * 99))
+        and not is_pointer(write(tmp_path / "a", b""))
+    )
