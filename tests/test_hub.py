@@ -235,10 +235,10 @@ def test_a_stream_that_is_killed_goes_on_behind_what_is_prepared_or_starts_anew_
 
 def test_the_column_that_a_stream_has_chosen_is_kept(tmp_path):
     first, second = (HubReader("org/name", None, "0" * 40, None, tmp_path / "corpus", lambda: None) for _ in range(2))
-    assert first._chosen_column() is None
+    assert first.chosen_column() is None
     first._remember_column("body")
-    assert second._chosen_column() == "body"
-    assert HubReader("org/name", None, "0" * 40, None, tmp_path / "other", lambda: None)._chosen_column() is None
+    assert second.chosen_column() == "body"
+    assert HubReader("org/name", None, "0" * 40, None, tmp_path / "other", lambda: None).chosen_column() is None
 
 
 @pytest.mark.parametrize("kind", ["downloaded", "jsonl", "parquet"])
