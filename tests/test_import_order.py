@@ -12,7 +12,7 @@ ORDER = [
     "output", "dataset_names", "config", "files", "counter_rng", "distributed", "device", "cuda_graph", "run",
     "workers", "report", "documents", "file_formats", "local_files", "hub_reader", "hub", "corpus", "labelled",
     "tokenizer", "encoder", "tokens", "prepare", "batches", "masking", "kernels", "attention", "norm", "gelu",
-    "layers", "bert", "modern", "model", "loss", "optim", "memory", "course", "step", "hugging_face",
+    "layers", "bert", "modern", "model", "loss", "optim", "memory", "course", "step", "hugging_face", "examples",
     "export", "classifier", "checkpoint", "start", "training", "dry_run", "advise", "fill_mask", "finetune",
     "plot", "torchrun",
 ]
