@@ -47,12 +47,8 @@ def refuse_link(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(_encoded(text)))
-
-
-def _encoded(text: str) -> bytes:
-    r"""UTF-8. A byte of a file name that is none comes to Python as half a surrogate pair, and is written as JSON has it, \udce9."""
-    return text.encode("utf-8", "backslashreplace")
+    """Write UTF-8. Lone surrogates, which come from file names that are not UTF-8, are escaped as JSON does it."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -89,4 +85,4 @@ def sha256(path: Path) -> str:
 def fingerprint(*parts: object) -> str:
     """A short key of anything that JSON can hold: equal parts, equal key, on every machine."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(_encoded(text)).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
