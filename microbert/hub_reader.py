@@ -18,9 +18,10 @@ from pathlib import Path
 from .config import InputError
 from .dataset_names import FILE_KINDS, file_kind
 from .documents import READ_ROWS, Part
-from .file_formats import find_text_column, parquet_text_column, read_parquet, read_rows, table_rows, table_text_column
+from .file_formats import find_text_column, read_rows
 from .files import read_json, write_json
 from .run import Failed, Stopped, full_disk_behind
+from .tables import parquet_text_column, read_parquet, table_rows, table_text_column
 
 TRIES = 8  # in a row without a single row read, each of which waits twice as long as the one before it
 LONGEST_WAIT = 60.0

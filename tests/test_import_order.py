@@ -10,7 +10,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "microbert"
 ORDER = [
     "output", "dataset_names", "config", "files", "counter_rng", "distributed", "device", "cuda_graph", "run",
-    "workers", "report", "documents", "columns", "file_kinds", "delimited", "file_formats", "local_files", "hub_reader", "hub", "corpus", "labelled",
+    "workers", "report", "documents", "columns", "file_kinds", "delimited", "tables", "file_formats", "local_files", "hub_reader", "hub", "corpus", "labelled",
     "tokenizer", "encoder", "tokens", "prepare", "batches", "masking", "kernels", "attention", "norm", "gelu",
     "layers", "bert", "modern", "model", "loss", "optim", "memory", "course", "step", "hugging_face", "examples",
     "export", "classifier", "checkpoint", "start", "training", "dry_run", "advise", "fill_mask", "finetune",
