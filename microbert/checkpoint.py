@@ -259,7 +259,7 @@ def _check_constants(constants: object) -> None:
         raise ValueError("no constants are in it")
     sizes = {name: constants.get(name) for name in (*BY_TIER, *BATCH_SIZES, "micro_batch_size")}
     for name, value in sizes.items():
-        if not isinstance(value, int | None):
+        if not isinstance(value, int if name in BY_TIER else int | None):
             raise ValueError(f"{name} is {value!r}")
     _check_sizes(sizes)
 
