@@ -26,12 +26,12 @@ RELOAD_SEQUENCES = 8  # transformers computes the logits of every token of them:
 
 
 def save_model(model: MaskedLanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the four files from which `AutoModelForMaskedLM` and `AutoTokenizer` load."""
+    """Write the files from which `AutoModelForMaskedLM` and `AutoTokenizer` load."""
     write_model_files(to_hugging_face(model), hugging_face_config(model.config), tokenizer, folder)
 
 
 def write_model_files(weights: dict[str, Tensor], config: dict, tokenizer: Tokenizer, folder: Path) -> None:
-    """MODEL_FILES. weights, config: under the names of transformers."""
+    """Write MODEL_FILES and the vocabulary. weights, config: under the names of transformers."""
     stored = save(weights, metadata={"format": "pt"})
     write_atomic(folder / "model.safetensors", lambda file: file.write(stored))
     write_json(folder / "config.json", config)

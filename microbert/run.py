@@ -28,7 +28,7 @@ TENSORBOARD = "tensorboard"  # the folder of its files
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last where `ulimit -f` says how large a file may be; Python ignores its signal
 HELD_OUT = "held_out.json"  # which documents the run has never trained on: those whose hash of (seed, text) is below a number
-RUN_FILES = (*MODEL_FILES, HELD_OUT, "metrics.jsonl", "training_curve.png", STATUS)
+RUN_FILES = (*MODEL_FILES, "vocab.txt", HELD_OUT, "metrics.jsonl", "training_curve.png", STATUS)
 
 
 class Stopped(Exception):
