@@ -4,6 +4,7 @@ The folder is written without transformers, in the layout that `save_pretrained`
 milliseconds; the check at the end of a run reads it back through transformers itself.
 """
 
+import time
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .batches import evaluation_batches
 from .files import write_atomic, write_json, write_text
 from .hugging_face import hugging_face_config, to_hugging_face
-from .layers import MaskedLanguageModel
+from .layers import MaskedLanguageModel, ModelConfig
 from .masking import IGNORED, MaskedBatch, mask_batch
 from .run import HELD_OUT, Run
 from .tokenizer import PAD_ID, save_tokenizer
@@ -48,6 +49,17 @@ def reload(folder: Path, auto_class: str) -> nn.Module:
     if problems:
         raise RuntimeError(f"transformers does not load {folder} as it was written: {problems}")
     return loaded.eval()
+
+
+def load_libraries(config: ModelConfig) -> float:
+    """Import what the end of a run needs, so that it takes no time there. Returns the seconds it took."""
+    start = time.perf_counter()
+    import matplotlib.figure  # noqa: F401
+    import transformers
+
+    for name in ("AutoModelForMaskedLM", *hugging_face_config(config)["architectures"]):
+        getattr(transformers, name)  # which imports its module
+    return time.perf_counter() - start
 
 
 @torch.no_grad()

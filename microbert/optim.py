@@ -163,13 +163,20 @@ def learning_rate_share(position: float, total_steps: int, config: Config) -> fl
 
     "linear" falls from there on; "wsd" (warm-up, stable, decay) holds the peak and falls in the last `decay_ratio`. Both would reach 0 at total_steps.
     """
-    warmup = int(total_steps * config.warmup_ratio)
+    warmup, falling = _phases(total_steps, config)
     if position < warmup:
         return (position + 1) / (warmup + 1)
-    falling = total_steps - warmup if config.schedule == "linear" else max(1, int(total_steps * config.decay_ratio))
-    return min(1.0, (total_steps - position) / falling)
+    return max(0.0, min(1.0, (total_steps - position) / falling))
+
+
+def _phases(total_steps: int, config: Config) -> tuple[int, int]:
+    """Return the steps of the warm-up and of the decay, which never overlap."""
+    warmup = min(int(total_steps * config.warmup_ratio), total_steps - 1)
+    rest = total_steps - warmup
+    return warmup, rest if config.schedule == "linear" else min(rest, max(1, int(total_steps * config.decay_ratio)))
 
 
 def reach(config: Config, total_steps: int) -> float:
-    """The sum of the learning rates of a run: no weight moves by more than about this."""
-    return peak_learning_rate(config) * sum(learning_rate_share(step, total_steps, config) for step in range(total_steps))
+    """Return the sum of the learning rates of a run: no weight moves by more than about this."""
+    warmup, falling = _phases(total_steps, config)
+    return peak_learning_rate(config) * (warmup / 2 + (total_steps - warmup - falling) + (falling + 1) / 2)
