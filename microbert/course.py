@@ -28,9 +28,10 @@ class Course:
             export_seconds = min(EXPORT_SECONDS, max(EXPORT_SHARE * 60 * config.max_minutes, loading_seconds))
             self._seconds = 60 * config.max_minutes - prepared_seconds - export_seconds
         if self._seconds is not None and self._seconds <= 0:
-            raise InputError(f"max_minutes = {config.max_minutes:g}: the preparation took {prepared_seconds:.0f} s, and "
-                             f"the export takes about {export_seconds:.0f} s, so no time is left to train. The prepared "
-                             "data is saved: the same command has more time now")
+            raise InputError(
+                f"max_minutes = {config.max_minutes:g}: the preparation took {prepared_seconds:.0f} s, and the export takes "
+                f"about {export_seconds:.0f} s, so no time is left to train. The prepared data is saved: the same command "
+                "has more time now")
 
     def reserve_evaluation(self, eval_seconds: float, seconds: float) -> None:
         """Reserve the time for the evaluation at the end. seconds: of the run so far, without its preparation.
@@ -40,9 +41,10 @@ class Course:
         self.eval_seconds = eval_seconds
         if self._seconds is not None and self.position == 0 and seconds + eval_seconds >= self._seconds:
             left = max(0.0, self._seconds - seconds)
-            raise InputError(f"max_minutes = {self._config.max_minutes:g}: {left:.0f} s are left before the export, and "
-                             f"one evaluation takes about {eval_seconds:.0f} s, so no time is left to train. Set a larger "
-                             "max_minutes, or a smaller max_samples")
+            raise InputError(
+                f"max_minutes = {self._config.max_minutes:g}: {left:.0f} s are left before the export, and one evaluation "
+                f"takes about {eval_seconds:.0f} s, so no time is left to train. Set a larger max_minutes, or a smaller "
+                "max_samples")
 
     def time_used(self, seconds: float) -> float:
         """The share of the time for training that is used up after so many seconds of it; 0.0 without max_minutes."""

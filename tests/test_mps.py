@@ -1,4 +1,7 @@
-"""Apple's GPUs have no float64, and torch's fused AdamW ignores `found_inf` there. A CPU without our kernels takes the place of one."""
+"""Apple's GPUs have no float64, and torch's fused AdamW ignores `found_inf` there.
+
+A CPU without our kernels takes the place of one.
+"""
 
 import math
 
