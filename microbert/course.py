@@ -29,9 +29,9 @@ class Course:
             self._seconds = 60 * config.max_minutes - prepared_seconds - export_seconds
         if self._seconds is not None and self._seconds <= 0:
             raise InputError(
-                f"max_minutes = {config.max_minutes:g}: the preparation took {prepared_seconds:.0f} s, and the export takes "
-                f"about {export_seconds:.0f} s, so no time is left to train. The prepared data is saved: the same command "
-                "has more time now")
+                f"max_minutes = {config.max_minutes:g}: the preparation took {prepared_seconds:.0f} s, and the export "
+                f"takes about {export_seconds:.0f} s, so no time is left to train. The prepared data is saved: the same "
+                "command has more time now")
 
     def reserve_evaluation(self, eval_seconds: float, seconds: float) -> None:
         """Reserve the time for the evaluation at the end. seconds: of the run so far, without its preparation.
@@ -42,9 +42,9 @@ class Course:
         if self._seconds is not None and self.position == 0 and seconds + eval_seconds >= self._seconds:
             left = max(0.0, self._seconds - seconds)
             raise InputError(
-                f"max_minutes = {self._config.max_minutes:g}: {left:.0f} s are left before the export, and one evaluation "
-                f"takes about {eval_seconds:.0f} s, so no time is left to train. Set a larger max_minutes, or a smaller "
-                "max_samples")
+                f"max_minutes = {self._config.max_minutes:g}: {left:.0f} s are left before the export, and one "
+                f"evaluation takes about {eval_seconds:.0f} s, so no time is left to train. Set a larger max_minutes, "
+                "or a smaller max_samples")
 
     def time_used(self, seconds: float) -> float:
         """The share of the time for training that is used up after so many seconds of it; 0.0 without max_minutes."""

@@ -14,7 +14,7 @@ from .files import fingerprint, write_json, write_text
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
 N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here on are ordinary tokens
-VOCABULARY = "vocab.txt"  # one token per line, by id: the only file that the Python BertTokenizer of transformers 4 reads
+VOCABULARY = "vocab.txt"  # one token per line, by id: all that the Python BertTokenizer of transformers 4 reads
 
 SAMPLE_CHARACTERS = 16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
 PIECE_CHARACTERS = 100_000  # of a text that the library gets at once: it takes some 50 bytes a character

@@ -1,4 +1,4 @@
-"""What the classes of transformers 5 and 4 load from an exported folder: the same logits and the same token ids as ours."""
+"""What transformers 5 and 4 load from an exported folder: the same logits and the same token ids as ours."""
 
 import itertools
 import json
@@ -117,7 +117,8 @@ def test_transformers_4_computes_the_same_and_reads_the_same(old_python, tmp_pat
     asked = {"ids": ids.tolist(), "mask": real.long().tolist(),
              "models": models, "tokenizers": tokenizers, "classes": classes}
     (tmp_path / "asked.json").write_text(json.dumps(asked))
-    done = subprocess.run([old_python, "-c", READ, tmp_path / "asked.json"], capture_output=True, text=True, timeout=300)
+    command = [old_python, "-c", READ, tmp_path / "asked.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
     assert answers["version"] == OLD
