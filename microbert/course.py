@@ -30,8 +30,8 @@ class Course:
         if self._seconds is not None and self._seconds <= 0:
             raise InputError(
                 f"max_minutes = {config.max_minutes:g}: the preparation took {prepared_seconds:.0f} s, and the export "
-                f"takes about {export_seconds:.0f} s, so no time is left to train. The prepared data is saved: the same "
-                "command has more time now")
+                f"takes about {export_seconds:.0f} s, so no time is left to train. The prepared data is saved: the "
+                "same command has more time now")
 
     def reserve_evaluation(self, eval_seconds: float, seconds: float) -> None:
         """Reserve the time for the evaluation at the end. seconds: of the run so far, without its preparation.
