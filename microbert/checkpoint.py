@@ -25,10 +25,12 @@ from .local_files import open_files
 from .memory import Hardware, hardware_of
 from .optim import Optimizer
 from .run import CONSTANTS, Run, checkpoint_folders, holds_model
+from .tokenizer import VOCABULARY
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = MODEL_FILES | {"optimizer.safetensors", "state.json"}
+ALL_FILES = FILES | {VOCABULARY}  # which older checkpoints lack
 TEMPORARY = ".checkpoint.tmp"
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading a file that is not as it was written
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
@@ -171,15 +173,20 @@ def verify(path: Path) -> None:
 def _complete(path: Path) -> dict[str, dict]:
     """The manifest, where each file that it lists is there in its size. Raises as `verify` does."""
     for name in (MANIFEST, *sorted(FILES)):
-        if (path / name).is_symlink() or not (path / name).is_file():
-            raise ValueError(f"{name} is missing or a link")
+        _require_file(path / name)
     manifest = read_json(path / MANIFEST)
-    if set(manifest) != FILES:
+    if not FILES <= set(manifest) <= ALL_FILES:
         raise ValueError("the manifest does not list the files of a checkpoint")
     for name, stored in manifest.items():
+        _require_file(path / name)
         if (path / name).stat().st_size != stored["size"]:
             raise ValueError(f"{name} is not what was saved")
     return manifest
+
+
+def _require_file(path: Path) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path.name} is missing or a link")
 
 
 def _is_complete(path: Path) -> bool:
@@ -206,7 +213,7 @@ def save_checkpoint(run: Run, state: State, model: MaskedLanguageModel, optimize
         whole_state = {"format": FORMAT, "config": run.constants(), "state": dataclasses.asdict(state)}
         write_json(temporary / "state.json", whole_state)
         write_json(temporary / MANIFEST, {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-                                          for name in sorted(FILES)})
+                                          for name in sorted(ALL_FILES)})
         remove(final)
         os.rename(temporary, final)
         sync_folder(run.folder)

@@ -23,6 +23,7 @@ from .dataset_names import FILE_KINDS, InputError, hub_id, named_files
 from .output import outlasting_readers
 
 PRETRAINING = 128  # times the learning rate of fine-tuning
+RATIO_ROUNDING = 1e-9  # by which a sum of two ratios, such as 0.8 + 0.2, may be above 1
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"  # what the constant `device` may be
 # what a preset gives to constants that are None; "auto" leaves those of BY_TIER to the device (memory.py)
@@ -117,7 +118,9 @@ class Config:
         _require(self.optimizer in ("adamw", "muon"), "optimizer", 'must be "adamw" or "muon"', self)
         _require(self.schedule in ("linear", "wsd"), "schedule", 'must be "linear" or "wsd" (warm-up, stable, decay)', self)
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "must be at least 0 and below 1", self)
-        _require(0 < self.decay_ratio <= 1 - self.warmup_ratio, "decay_ratio", "must be above 0, and at most 1 with warmup_ratio", self)
+        is_used = self.schedule == "wsd"
+        _require(self.decay_ratio > 0 and not (is_used and self.warmup_ratio + self.decay_ratio > 1 + RATIO_ROUNDING),
+                 "decay_ratio", "must be above 0, and at most 1 with warmup_ratio", self)
         _require(self.weight_decay >= 0, "weight_decay", "must be at least 0", self)
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", "must be None or above 0", self)
         _require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2**63", self)

@@ -6,6 +6,7 @@ milliseconds; the check at the end of a run reads it back through transformers i
 
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from .documents import Corpus
 from .examples import Example, find_examples
 from .files import write_atomic, write_json, write_text
 from .hugging_face import hugging_face_config, to_hugging_face
-from .layers import MaskedLanguageModel
+from .layers import MaskedLanguageModel, ModelConfig
 from .masking import IGNORED, MaskedBatch, mask_batch
 from .run import CONSTANTS, HELD_OUT, Run
 from .tokenizer import PAD_ID, save_tokenizer
@@ -31,12 +32,12 @@ RELOAD_SEQUENCES = 8  # transformers computes the logits of every token of them:
 
 
 def save_model(model: MaskedLanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the four files from which `AutoModelForMaskedLM` and `AutoTokenizer` load."""
+    """Write the files from which `AutoModelForMaskedLM` and `AutoTokenizer` load."""
     write_model_files(to_hugging_face(model), hugging_face_config(model.config), tokenizer, folder)
 
 
 def write_model_files(weights: dict[str, Tensor], config: dict, tokenizer: Tokenizer, folder: Path) -> None:
-    """MODEL_FILES. weights, config: under the names of transformers."""
+    """Write MODEL_FILES and the vocabulary. weights, config: under the names of transformers."""
     stored = save(weights, metadata={"format": "pt"})
     write_atomic(folder / "model.safetensors", lambda file: file.write(stored))
     write_json(folder / "config.json", config)
@@ -53,6 +54,17 @@ def reload(folder: Path, auto_class: str) -> nn.Module:
     if problems:
         raise RuntimeError(f"transformers does not load {folder} as it was written: {problems}")
     return loaded.eval()
+
+
+def load_libraries(config: ModelConfig) -> float:
+    """Import what the end of a run needs, so that it takes no time there. Returns the seconds it took."""
+    start = time.perf_counter()
+    import matplotlib.figure  # noqa: F401
+    import transformers
+
+    for name in ("AutoModelForMaskedLM", *hugging_face_config(config)["architectures"]):
+        getattr(transformers, name)  # which imports its module
+    return time.perf_counter() - start
 
 
 @torch.no_grad()

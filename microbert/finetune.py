@@ -42,6 +42,7 @@ from .layers import MaskedLanguageModel
 from .model import build_model, with_max_seq_len
 from .report import progress_bar
 from .run import HELD_OUT, Diverged, Failed, plain_errors
+from .tokenizer import VOCABULARY
 
 WARMUP = 0.06  # share of the steps
 EPOCHS, FEWEST_STEPS = 3, 300  # with fewer steps, few labels would be told apart by nothing that learns (Mosbach et al. 2021, arXiv:2006.04884)
@@ -197,10 +198,15 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"output_dir = {str(output)!r} cannot be made: {above} is no folder that can be written to")
     if not output.is_symlink() and (not output.exists() or output.is_dir() and not any(output.iterdir())):
         return
-    if output.is_symlink() or not output.is_dir() or {path.name for path in output.iterdir()} != MODEL_FILES or not is_classifier(output):
+    if output.is_symlink() or not output.is_dir() or not _is_only_classifier(output):
         raise InputError(f"output_dir = {str(output)!r} holds something else than a classifier; choose a new folder, so that nothing of yours is replaced")
     if not overwrite:
         raise InputError(f"output_dir = {str(output)!r} is there already; --overwrite replaces it, another --output-dir keeps both")
+
+
+def _is_only_classifier(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return MODEL_FILES <= names <= MODEL_FILES | {VOCABULARY} and is_classifier(folder)
 
 
 def finetune(folder: Path, settings: Settings) -> dict[str, float]:

@@ -121,7 +121,11 @@ def _bert_config(config: ModelConfig) -> dict:
 
 
 def _modern_config(config: ModelConfig) -> dict:
-    """What ModernBERT's own defaults would get wrong is said: ids, rotary base, and layers that see a window only."""
+    """Set every field whose default in ModernBERT differs from ours: ids, rotary base, and layers with a window.
+
+    transformers 5 reads the rotary base and the layers from `rope_parameters` and `layer_types`. Versions before it
+    silently ignore these two and read `global_rope_theta`, `local_rope_theta` and `global_attn_every_n_layers`.
+    """
     return {
         "architectures": ["ModernBertForMaskedLM"],
         "model_type": "modernbert",
@@ -129,6 +133,9 @@ def _modern_config(config: ModelConfig) -> dict:
         "classifier_activation": "gelu",
         "layer_types": ["full_attention"] * config.n_layers,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": ROTARY_BASE} for kind in ("full_attention", "sliding_attention")},
+        "global_rope_theta": ROTARY_BASE,
+        "local_rope_theta": ROTARY_BASE,
+        "global_attn_every_n_layers": 1,
         "norm_eps": modern.NORM_EPS,
         "norm_bias": False,
         "attention_bias": False,

@@ -30,7 +30,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last where `ulimit -f` says how large a file may be; Python ignores its signal
 CONSTANTS = "constants.json"  # of a finished run, and which text it was trained on
 HELD_OUT = "held_out.json"  # which documents the run has never trained on: those whose hash of (seed, text) is below a number
-RUN_FILES = (*MODEL_FILES, CONSTANTS, HELD_OUT, "metrics.jsonl", "training_curve.png", STATUS)
+RUN_FILES = (*MODEL_FILES, "vocab.txt", CONSTANTS, HELD_OUT, "metrics.jsonl", "training_curve.png", STATUS)
 
 
 class Stopped(Exception):

@@ -14,6 +14,7 @@ from .files import fingerprint, write_json, write_text
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
 N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here on are ordinary tokens
+VOCABULARY = "vocab.txt"  # one token per line, by id: all that the Python BertTokenizer of transformers 4 reads
 
 SAMPLE_CHARACTERS = 16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
 PIECE_CHARACTERS = 100_000  # of a text that the library gets at once: it takes some 50 bytes a character
@@ -99,12 +100,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
-    """Writes the two files from which `AutoTokenizer` loads it."""
+    """Write the files from which transformers loads it, as `AutoTokenizer` and as BERT's own classes.
+
+    BERT's classes build their normalizer from tokenizer_config.json alone and lower-case the text by default.
+    """
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    ids = tokenizer.get_vocab()
+    write_text(folder / VOCABULARY, "".join(token + "\n" for token in sorted(ids, key=ids.get)))
+    normalizer = tokenizer.normalizer
     roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_seq_len,
+        "do_lower_case": normalizer.lowercase,
+        "strip_accents": normalizer.strip_accents,
+        "tokenize_chinese_chars": normalizer.handle_chinese_chars,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **dict(zip(roles, SPECIAL_TOKENS)),

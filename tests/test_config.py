@@ -1,5 +1,6 @@
 """Mistakes in the block or in a flag are answered in under a second, in plain words, with nothing created."""
 
+import dataclasses
 import resource
 import runpy
 import subprocess
@@ -82,6 +83,7 @@ BAD = [
     (["--schedule", "cosine"], ["schedule", '"linear" or "wsd"']),
     (["--decay-ratio", "0"], ["decay_ratio"]),
     (["--decay-ratio", "0.95"], ["decay_ratio", "warmup_ratio"]),
+    (["--warmup-ratio", "0.8", "--decay-ratio", "0.2001"], ["decay_ratio", "warmup_ratio"]),
     (["--max-minutes", "0"], ["max_minutes"]),
     (["--seed", "-1"], ["seed"]),
     (["--output-dir", ""], ["output_dir"]),
@@ -97,6 +99,17 @@ def test_bad_flags_exit_with_2_and_one_line_that_names_them(flags, words, capsys
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words)
+
+
+def test_two_ratios_whose_sum_is_1_are_accepted_however_they_round():
+    config = configure()
+    for hundredths in range(1, 100):
+        warmup, decay = hundredths / 100, (100 - hundredths) / 100
+        assert dataclasses.replace(config, warmup_ratio=warmup, decay_ratio=decay).decay_ratio == decay
+
+
+def test_a_ratio_that_the_schedule_does_not_use_is_not_compared():
+    assert configure("--schedule", "linear", "--warmup-ratio", "0.9").warmup_ratio == 0.9
 
 
 def test_a_misspelt_constant_is_refused_and_the_right_one_suggested(capsys):
