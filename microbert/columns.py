@@ -44,7 +44,8 @@ TEXT_NAMES = {
 # names of columns with strings that nobody trains on
 IDENTIFIER_NAMES = re.compile(
     r"(^|[^a-z])(id|ids|uid|uuid|guid|key|index|hash|md5|sha\d*|doi|isbn|url|urls|uri|link|href|website|domain|path"
-    r"|file|filename|file_name|address|email|e-mail|mail|phone|ip|date|datetime|time|timestamp|author|user|username|name)$"
+    r"|file|filename|file_name|address|email|e-mail|mail|phone|ip|date|datetime|time|timestamp|author|user"
+    r"|username|name)$"
 )
 # a value that is an address, or one word with a digit in it, a slash or an underscore
 IDENTIFIER = re.compile(
@@ -101,8 +102,8 @@ def choose_text_column(
         raise InputError(f"{where}: set text_column to the column to train on; it has: {listed(columns)}")
     if SEVERAL_NAMES.search(texts[0]):
         raise InputError(
-            f'{where}: set text_column to the column to train on; "{texts[0]}" looks like several names with a separator '
-            "that is not known here"
+            f'{where}: set text_column to the column to train on; "{texts[0]}" looks like several names with a '
+            "separator that is not known here"
         )
     if _holds_identifiers(texts[0], sample(texts[0])):
         raise InputError(

@@ -157,7 +157,8 @@ def _check_lines_of_row(lines: list[str], separator: str, n_names: int, first_li
     if n_names > 1 and n_inside >= ROWS_IN_A_FIELD.get(n_names, FEWEST_ROWS_IN_A_FIELD):
         if all(len(line.split(separator)) == n_names for line in lines):
             raise InputError(
-                f"{path}: line {first_line}: a quotation mark opens a field here that ends {len(lines) - 1:,} lines below, "
+                f"{path}: line {first_line}: a quotation mark opens a field here that ends {len(lines) - 1:,} lines "
+                "below, "
                 "and each of these lines looks like a row: double the marks that belong to the text, and put the field "
                 "in quotation marks"
             )

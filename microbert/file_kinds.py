@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from .config import InputError
 from .dataset_names import COMPRESSIONS, KNOWN_KINDS, file_kind, has_ending
+from .run import shortage_behind
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what opening or reading a file raises
 HEAD_BYTES = 4096
@@ -62,10 +63,15 @@ DECOMPRESSORS: dict[re.Pattern[bytes], Callable[[str], BinaryIO]] = {
 
 @contextlib.contextmanager
 def errors_of_reading(path: str) -> Iterator[None]:
-    """Raises InputError with the file's name for what opening, decompressing or reading it raises."""
+    """Raises InputError with the file's name for what opening, decompressing or reading it raises.
+
+    Where open files, memory or the disk ran out, that is raised as it is: the file may be as it should.
+    """
     try:
         yield
     except DAMAGE as error:
+        if shortage := shortage_behind(error):
+            raise shortage
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(f"{path}: cannot be read: {reason}") from error
 

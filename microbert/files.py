@@ -1,28 +1,62 @@
 """Files that appear whole or not at all: write beside, flush to disk, rename."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from .config import InputError
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write(file)` on a temporary neighbour of `path`, then renames it to `path`. A kill leaves the old file or the new."""
+# what says that a file is missing or something else; any other number is trouble of the system
+NOT_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last for `ulimit -f`; Python ignores its signal
+REMEDIES = {errno.EMFILE: "raise the limit with ulimit -n", errno.ENFILE: "close other programs",
+            errno.ENOMEM: "free some memory", errno.ENAMETOOLONG: "choose a shorter name"}
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary neighbour of `path` for writing, and rename it to `path` at the end of the block.
+
+    A kill or an error leaves the old file or the new one.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write(file)` on what `open_atomic` opens."""
+    with open_atomic(path) as file:
+        write(file)
+
+
+def system_trouble(error: BaseException) -> str:
+    """Return why the system could not read or write a file: no access, too many open files, a full disk, no memory.
+
+    Return "" for any other error, also for one which says that a file is missing or damaged. Only then may a file be
+    ignored or replaced.
+    """
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if not isinstance(error, OSError) or error.errno is None or error.errno in NOT_A_FILE:
+        return ""
+    what = error.strerror or os.strerror(error.errno)
+    where = f": {error.filename}" if error.filename else ""
+    return what + where + (f" ({REMEDIES[error.errno]})" if error.errno in REMEDIES else "")
 
 
 def remove_stale(folder: Path) -> None:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from .config import InputError
 from .examples import N_GUESSES, likeliest, probabilities_at
-from .files import read_json
+from .files import read_json, system_trouble
 from .hugging_face import from_hugging_face, read_hugging_face_config
 from .layers import MaskedLanguageModel
 from .model import new_model
@@ -43,12 +43,15 @@ def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model yet: give a finished run's folder, or a checkpoint in it")
     try:
+        open(folder / "model.safetensors", "rb").close()  # load_file calls a file missing when too many are open
         config, weights = read_hugging_face_config(read_json(folder / "config.json")), load_file(folder / "model.safetensors")
         if config.n_layers > len(weights) or config.n_embed * max(config.vocab_size, config.n_embed) > sum(weight.numel() for weight in weights.values()):
             raise ValueError("config.json tells of a larger model than model.safetensors holds")  # before memory is taken for it
         model = new_model(config)
         from_hugging_face(model, weights)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if system_trouble(error):
+            raise
         raise InputError(f"{folder} cannot be loaded: {error}") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.get_vocab_size() > config.vocab_size:

@@ -35,7 +35,7 @@ from .device import NARROWEST_IN_BF16, choose_device, fastest_dtype, multiplying
 from .distributed import World
 from .documents import HELD_OUT_SHARE, split_hash
 from .export import MODEL_FILES
-from .files import read_json
+from .files import read_json, system_trouble
 from .fill_mask import load_run
 from .labelled import LabelledTexts, read_labelled
 from .layers import MaskedLanguageModel
@@ -105,6 +105,8 @@ def held_out(texts: LabelledTexts, folder: Path) -> np.ndarray:
         seed, below = 42, int(HELD_OUT_SHARE * 2**64)
         print(f"warning: {folder} does not tell which documents its run held out ({HELD_OUT}): a tenth is held out by the seed 42")
     except (OSError, ValueError, KeyError) as error:
+        if system_trouble(error):
+            raise
         raise InputError(f"{path} is damaged ({error})") from error
     return np.array([split_hash(text, seed) < below for text in texts.texts])
 

@@ -19,7 +19,7 @@ import filelock
 from .config import Config, InputError, dataset_files
 from .device import out_of_memory
 from .distributed import World, lost_process
-from .files import read_json, remove, remove_stale, write_json
+from .files import DISK_FULL, read_json, remove, remove_stale, system_trouble, write_json
 from .output import flush_or_discard, outlasting_readers
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -27,8 +27,8 @@ STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # the last when a terminal close
 STATUS, LOCK = "status.json", ".lock"
 TENSORBOARD = "tensorboard"  # the folder of its files
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last where `ulimit -f` says how large a file may be; Python ignores its signal
 CONSTANTS = "constants.json"  # of a finished run, and which text it was trained on
+SHORTAGES = DISK_FULL | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 HELD_OUT = "held_out.json"  # which documents the run has never trained on: those whose hash of (seed, text) is below a number
 RUN_FILES = (*MODEL_FILES, "vocab.txt", CONSTANTS, HELD_OUT, "metrics.jsonl", "training_curve.png", STATUS)
 
@@ -58,8 +58,11 @@ def plain_errors() -> Iterator[None]:
     with outlasting_readers():
         try:
             yield
-        except (InputError, Failed) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (InputError, Failed, OSError, MemoryError) as error:
+            trouble = system_trouble(error)
+            if not trouble and isinstance(error, OSError):
+                raise
+            print(f"error: {trouble or error}", file=sys.stderr)
             raise SystemExit(BAD_INPUT if isinstance(error, InputError) else FAILED) from None
 
 
@@ -135,7 +138,7 @@ def _hold(config: Config) -> Iterator[Run]:
                if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN}  # nohup ignores SIGHUP
     owns_folder = False  # this process, or the first one for it
     try:
-        with _full_disk_told(config), _quiet_but_first(world):
+        with _shortage_told(config), _quiet_but_first(world):
             world.watch_parent(lambda: _note_stop(run, "the end of torchrun"))
             world.meet(run.check_stop)
             world.first_does("folder", lambda: _take_folder(run, lock), run.check_stop)
@@ -214,7 +217,7 @@ def _known_failure(error: Exception) -> str:
     """What a person needs to hear of it, "" where only the error itself tells."""
     if shortage := out_of_memory(error):
         return f"out of memory ({shortage}). Where nothing else holds it, a smaller micro_batch_size, vocab_size, n_embed or n_layers takes less"
-    return lost_process(error)
+    return lost_process(error) or system_trouble(error)
 
 
 def _tell(story: dict[str, object], world: World) -> None:
@@ -266,12 +269,15 @@ def hub_folder(config: Config) -> Path | None:
     return Path(HF_HOME)
 
 
-def full_disk_behind(error: BaseException) -> OSError | None:
-    """The error itself or one that it came from. Libraries raise their own for it, and some put `from None` behind them."""
+def shortage_behind(error: BaseException) -> OSError | None:
+    """Return the error itself or one that it came from, where the disk, the memory or the open files ran out.
+
+    Libraries raise errors of their own for it, some of them with `from None`.
+    """
     waiting, seen = [error], set()
     while waiting:
         error = waiting.pop()
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, OSError) and error.errno in SHORTAGES:
             return error
         seen.add(id(error))
         waiting += [before for before in (error.__context__, error.__cause__) if before is not None and id(before) not in seen]
@@ -279,16 +285,18 @@ def full_disk_behind(error: BaseException) -> OSError | None:
 
 
 @contextlib.contextmanager
-def _full_disk_told(config: Config) -> Iterator[None]:
-    """Raises Failed, with the places to look at, for any error behind which a full disk stands."""
+def _shortage_told(config: Config) -> Iterator[None]:
+    """Raise Failed, with what to look at, for any error that came from a shortage."""
     try:
         yield
     except Stopped:
         raise
     except Exception as error:
-        full = full_disk_behind(error)
+        full = shortage_behind(error)
         if full is None:
             raise
+        if full.errno not in DISK_FULL:
+            raise Failed(f"{system_trouble(full)}. What is saved stays: the same command resumes") from error
         places = [full.filename] if full.filename else [config.output_dir, config.cache_dir, hub_folder(config)]
         why = "a file is larger than ulimit -f allows" if full.errno == errno.EFBIG else "the disk is full"
         raise Failed(f"{why} ({' or '.join(str(place) for place in places if place)}). What is saved stays: free some space, and the same command "

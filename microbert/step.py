@@ -124,7 +124,7 @@ class Learner:
             self._halve(number, np.flatnonzero(short).tolist())
         self.world.add_up(flat)
         self._take_gradients(flat)
-        numbers = torch.tensor([masked.labels.size / n_masked.sum(), learning_rate], dtype=torch.float64)
+        numbers = torch.tensor([masked.labels.size / max(1, n_masked.sum()), learning_rate], dtype=torch.float64)
         losses, grad_norm = self._update((flat[-self.world.size :], send(numbers.float().numpy(), self.device) if self._is_recorded else numbers))
         return Step(number, losses, grad_norm, np.flatnonzero(stopping).tolist(), times[0])
 

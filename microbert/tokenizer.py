@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from .config import Config, InputError
 from .documents import HELD_OUT_SHARE, Corpus, clean, split_hash
-from .files import fingerprint, write_json, write_text
+from .files import fingerprint, system_trouble, write_json, write_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
@@ -18,7 +18,8 @@ VOCABULARY = "vocab.txt"  # one token per line, by id: all that the Python BertT
 
 SAMPLE_CHARACTERS = 16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
 PIECE_CHARACTERS = 100_000  # of a text that the library gets at once: it takes some 50 bytes a character
-FORMAT = 3  # raise it whenever the same corpus would give another tokenizer
+LONGEST_WORD = 100  # characters; longer words are cut: the library calls them unknown, and its search takes cubic time
+FORMAT = 4  # raise it whenever the same corpus would give another tokenizer
 
 
 def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -> Tokenizer:
@@ -58,14 +59,15 @@ def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, low
     characters = Counter()
     for text in sample():
         characters.update(normalizer.normalize_str(text))
-    frequent = sorted((c for c in characters if not c.isspace()), key=lambda c: (-characters[c], c))[: max(1, (vocab_size - N_SPECIAL) // 2)]
+    by_frequency = sorted((c for c in characters if not c.isspace()), key=lambda c: (-characters[c], c))
+    frequent = by_frequency[: largest_alphabet(vocab_size)]
     alphabet = sorted(frequent)
     alphabet += ["##" + c for c in alphabet if _continues_a_word(c)]
     alphabet = alphabet[: vocab_size - N_SPECIAL]
 
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     trained.normalizer = normalizer
-    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trained.pre_tokenizer = _pre_tokenizer()
     named = [*SPECIAL_TOKENS, *alphabet]
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=named, limit_alphabet=len(frequent), min_frequency=2,
                                         show_progress=False)
@@ -77,7 +79,7 @@ def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, low
     # rebuilt, because the trainer marked every named character as a special token
     tokenizer = Tokenizer(models.WordPiece(vocab={token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)])
@@ -85,11 +87,29 @@ def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, low
     return tokenizer
 
 
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Split like BERT, then cut words after every LONGEST_WORD characters: for text without spaces."""
+    cut = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    return pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), cut])
+
+
+def largest_alphabet(vocab_size: int) -> int:
+    """The most characters that a vocabulary has room for: most take two tokens, for the start of a word and inside."""
+    return max(1, (vocab_size - N_SPECIAL) // 2)
+
+
+def alphabet_of(tokenizer: Tokenizer) -> set[str]:
+    """The characters that the vocabulary holds, at the start of a word or inside."""
+    return {text for text in (token.removeprefix("##") for token in tokenizer.get_vocab()) if len(text) == 1}
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises InputError when the file is not a tokenizer with this suite's special ids."""
+    """Raises InputError when the file is missing, or not a tokenizer with this suite's special ids."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
+        if system_trouble(error):
+            raise
         raise InputError(f"{path} is not a tokenizer: {error}") from error
     for token_id, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != token_id:

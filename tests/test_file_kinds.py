@@ -1,9 +1,11 @@
 """Files whose content is not what their name says."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
+import os
 import zipfile
 
 import pyarrow as pa
@@ -92,6 +94,20 @@ def test_a_file_without_an_ending_is_lines_of_text_or_of_json(tmp_path):
     assert read(write(tmp_path / "wiki_00", b"<doc>\nsome text\n</doc>\n")) == ["<doc>", "some text", "</doc>"]
     for content in (LINES, b'[{ "text": "one text"},\n{"text": "another one"}]'):
         assert read(write(tmp_path / "wiki_01", content)) == ["one text", "another one"]
+
+
+def test_too_many_open_files_are_no_fault_of_the_file(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", b"text\n")
+    monkeypatch.setattr("microbert.file_kinds.open", lambda *_: os.open("/", os.O_WRONLY | os.O_DIRECTORY), raising=False)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read(path)
+
+    def no_more(*_):
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr("microbert.file_kinds.open", no_more, raising=False)
+    with pytest.raises(OSError, match="Too many open files"):
+        read(path)
 
 
 def test_text_is_told_by_its_first_bytes(tmp_path):

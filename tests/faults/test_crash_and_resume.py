@@ -1,6 +1,7 @@
 """Killed, stopped, damaged: the same command comes to bitwise the run that was never disturbed."""
 
 import builtins
+import errno
 import json
 import os
 import random
@@ -395,6 +396,26 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(kind, file, f
     assert run_here(small_flags(folder), monkeypatch) == 0
     assert "damaged" in capfd.readouterr().err
     assert result(folder / "run") == reference
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO])
+@pytest.mark.parametrize("function", ["sha256", "load_file"])
+@pytest.mark.fault(row=8)
+def test_a_checkpoint_that_the_system_cannot_read_is_not_called_damaged(number, function, finished_run, tmp_path, monkeypatch,
+                                                                        capfd):
+    folder = interrupted_copy(finished_run, tmp_path)
+    before = listing(folder / "run")
+
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(microbert.checkpoint, function, refuse)
+    assert run_here(small_flags(folder), monkeypatch) == 1
+    errors = capfd.readouterr().err
+    assert os.strerror(number) in errors and "damaged" not in errors and "Traceback" not in errors
+    after = listing(folder / "run")
+    before.pop("status.json"), after.pop("status.json")
+    assert after == before
 
 
 @pytest.mark.fault(row=8)
