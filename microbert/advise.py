@@ -162,6 +162,7 @@ def _hub_answers() -> bool:
         return False
 
 
+@plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m microbert.advise", description="Which version is for me?")
     parser.add_argument("--dataset", nargs="+", help="as for the scripts: imdb (unless you say another), hf, a Hub id, paths and globs")
@@ -170,8 +171,7 @@ def main() -> None:
     parser.add_argument("--gpu-memory-gb", type=float, help="of each GPU of a machine that is not at hand; 0: none")
     parser.add_argument("--num-gpus", type=int, help="of a machine that is not at hand")
     arguments = parser.parse_args()
-    with plain_errors():
-        _tell(arguments)
+    _tell(arguments)
 
 
 def _tell(arguments: argparse.Namespace) -> None:

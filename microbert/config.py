@@ -20,6 +20,7 @@ import typing
 from pathlib import Path
 
 from .dataset_names import FILE_KINDS, InputError, hub_id, named_files
+from .output import outlasting_readers
 
 PRETRAINING = 128  # times the learning rate of fine-tuning
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
@@ -133,6 +134,9 @@ class Config:
             raise InputError('report_to = "tensorboard" needs a package that is not installed: pip install tensorboard')
         for name in ("dataset", "output_dir", "cache_dir"):
             _require(getattr(self, name).strip() != "", name, "must not be empty", self)
+        for name in ("output_dir", "cache_dir"):
+            is_utf8 = not any("\ud800" <= character <= "\udfff" for character in getattr(self, name))
+            _require(is_utf8, name, "must be valid UTF-8: the libraries that write there open no other names", self)
         if self.dataset not in ("imdb", "hf"):
             if not dataset_files(self) and hub_id(self.dataset) is None:
                 raise InputError(f'dataset = "{self.dataset}" is no file that exists: give "imdb", "hf", a Hub id such as '
@@ -197,6 +201,7 @@ def explain_learning_rate(config: Config) -> str:
             f"{config.learning_rate:g} x {PRETRAINING} x (768/{config.n_embed})^(1/4) x sqrt({tokens_per_step(config)}/4096) = {peak:.3g}")
 
 
+@outlasting_readers()
 def read_config(script: str, constants: dict[str, object], argv: list[str] | None = None) -> Config:
     """The Config of a script: its constants, overridden by flags. Prints one line and exits with 2 on any mistake.
 

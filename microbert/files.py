@@ -77,7 +77,8 @@ def _check_owner(folder: Path, is_above: bool) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    """Write UTF-8. Lone surrogates, which come from file names that are not UTF-8, are escaped as JSON does it."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -114,4 +115,4 @@ def sha256(path: Path) -> str:
 def fingerprint(*parts: object) -> str:
     """A short key of anything that JSON can hold: equal parts, equal key, on every machine."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]

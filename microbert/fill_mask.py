@@ -3,24 +3,22 @@
 import argparse
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from .config import InputError
+from .examples import N_GUESSES, likeliest, probabilities_at
 from .files import read_json
 from .hugging_face import from_hugging_face, read_hugging_face_config
 from .layers import MaskedLanguageModel
 from .model import new_model
 from .run import plain_errors
-from .tokenizer import MASK_ID, N_SPECIAL, load_tokenizer
-
-EXAMPLES = ("this movie is [MASK] .", "the [MASK] was great .", "i have never [MASK] such a bad film .")
+from .tokenizer import MASK_ID, load_tokenizer
 
 
-@torch.no_grad()
-def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, n_best: int = 5) -> list[list[tuple[str, float]]]:
+def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str,
+              n_best: int = N_GUESSES) -> list[list[tuple[str, float]]]:
     """For each [MASK] of the text, the likeliest ordinary tokens and their probabilities.
 
     Raises InputError when the text has no [MASK] or is longer than the model takes.
@@ -31,13 +29,7 @@ def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, n_bes
         raise InputError(f"no [MASK] in {text!r}: write [MASK], in capitals, where a word is missing")
     if len(ids) > model.config.max_seq_len:
         raise InputError(f"the text has {len(ids)} tokens, and this model takes {model.config.max_seq_len}")
-    model = model.eval()
-    device = model.output_bias.device
-    logits = model.logits(torch.tensor([ids], device=device), None, torch.tensor([positions], device=device))  # [M, V]
-    logits[:, :N_SPECIAL] = -torch.inf
-    best = logits.softmax(dim=1).topk(min(n_best, logits.shape[1] - N_SPECIAL))
-    return [[(tokenizer.id_to_token(token_id), probability) for token_id, probability in zip(token_ids, probabilities)]
-            for token_ids, probabilities in zip(best.indices.tolist(), best.values.tolist())]
+    return [likeliest(probabilities, tokenizer, n_best) for probabilities in probabilities_at(model, ids, positions)]
 
 
 def print_fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str) -> None:
@@ -64,15 +56,15 @@ def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
     return model, tokenizer
 
 
+@plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m microbert.fill_mask", description="Fills each [MASK] of a text.")
     parser.add_argument("folder", type=Path, help="a finished run, such as runs/v1, or a checkpoint in it")
     parser.add_argument("text", nargs="+", help='such as "this movie is [MASK] ."')
     arguments = parser.parse_args()
-    with plain_errors():
-        model, tokenizer = load_run(arguments.folder)
-        for text in arguments.text:
-            print_fill_mask(model, tokenizer, text)
+    model, tokenizer = load_run(arguments.folder)
+    for text in arguments.text:
+        print_fill_mask(model, tokenizer, text)
 
 
 if __name__ == "__main__":

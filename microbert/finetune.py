@@ -211,15 +211,17 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     encoder = with_max_seq_len(encoder, settings.max_seq_len)
     shape = encoder.config
     texts = read_labelled(settings.dataset, settings.text_column, settings.label_column, settings.max_samples, settings.seed)
+    print(texts.source)
     is_held_out = held_out(texts, folder)
     train_texts, test_texts = texts.take(~is_held_out), texts.take(is_held_out)
     missing = [name for number, name in enumerate(texts.names) if number not in train_texts.labels]
     if missing or not test_texts.texts:
         which = f"none to train on has the label {', '.join(missing[:5])}" if missing else "none to judge by"
         raise InputError(f"{settings.dataset}: too few documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {which}")
-    print(f"{settings.dataset}: {len(train_texts.texts):,} documents to train on, {len(test_texts.texts):,} held out, {len(texts.names)} labels: {', '.join(texts.names[:10])}"
+    print(f"documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {len(texts.names)} labels: {', '.join(texts.names[:10])}"
           + ", ..." * (len(texts.names) > 10))
-    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, {epochs_of(settings, len(train_texts.texts))} epochs at {learning_rate_of(settings, shape.n_embed):.3g} "
+    n_epochs = epochs_of(settings, len(train_texts.texts))
+    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, {n_epochs} epoch{'' if n_epochs == 1 else 's'} at {learning_rate_of(settings, shape.n_embed):.3g} "
           f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed}){', in bf16' * (dtype_of(shape.n_embed, device) == torch.bfloat16)}", flush=True)
     train_rows, test_rows = (encode_texts(tokenizer, part.texts, shape.max_seq_len) for part in (train_texts, test_texts))
 

@@ -18,7 +18,7 @@ from .config import InputError
 from .files import write_atomic
 from .fill_mask import load_run
 from .hugging_face import RUNS_NOTHING, errors_of_loading
-from .report import read_metrics
+from .report import read_metrics, title_of
 from .run import Failed, plain_errors
 from .tokenizer import N_SPECIAL
 
@@ -50,7 +50,7 @@ def draw_attention(folder: Path, text: str) -> Figure:
             axes.set_yticks(range(len(tokens)), tokens if head == 0 else [], fontsize=7)
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
     figure.colorbar(image, ax=grid, shrink=0.6, label="share of attention")
-    figure.suptitle(f"{folder.name}: what each token (row) attends to", fontsize=10)
+    figure.suptitle(f"{title_of(folder)}: what each token (row) attends to", fontsize=10)
     return figure
 
 
@@ -71,7 +71,8 @@ def draw_embeddings(folder: Path) -> Figure:
             axes.annotate(word.replace("$", r"\$"), (x, y), fontsize=8, xytext=(2, 2), textcoords="offset points")
         axes.set(xlabel=names[0], ylabel=names[1])
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{folder.name}: the {len(words)} most frequent words, {vectors.shape[1]} dimensions", fontsize=11)
+    title = f"{title_of(folder)}: the {len(words)} most frequent words, {vectors.shape[1]} dimensions"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -96,7 +97,8 @@ def draw_curves(folders: list[Path]) -> Figure:
         if not lines:
             raise InputError(f"{folder} holds no metrics.jsonl with evaluations: give a run's folder, such as runs/v1")
         for axes, (key, _, unit) in zip(columns, AGAINST):
-            axes.plot([line[key] / unit for line in lines], [line["eval/loss"] for line in lines], marker="o", markersize=3, label=folder.name)
+            losses = [line["eval/loss"] for line in lines]
+            axes.plot([line[key] / unit for line in lines], losses, marker="o", markersize=3, label=title_of(folder))
     for axes, (_, told, _) in zip(columns, AGAINST):
         axes.set_xlabel(told)
         axes.grid(alpha=0.3)
@@ -116,25 +118,25 @@ def _load(folder: Path) -> tuple[torch.nn.Module, object]:
         return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **RUNS_NOTHING)
 
 
+@plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m microbert.plot", description="Draws attention, embeddings and curves of runs.")
     parser.add_argument("folders", nargs="+", type=Path, help="runs, such as runs/v1")
     parser.add_argument("--text", default=TEXT, help=f'whose attention is drawn, "{TEXT}" unless you say another')
     parser.add_argument("--output-dir", type=Path, default=Path("plots"), help="where the pictures go, plots unless you say another")
     arguments = parser.parse_args()
-    with plain_errors():
-        figures = {"curves.png": draw_curves(arguments.folders)}
-        for folder in arguments.folders:
-            figures[f"attention-{folder.name}.png"] = draw_attention(folder, arguments.text)
-            figures[f"embeddings-{folder.name}.png"] = draw_embeddings(folder)
-        for name, figure in figures.items():
-            path = arguments.output_dir / name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=110))
-            except OSError as error:
-                raise Failed(f"{path.parent} cannot be written: {error.strerror}") from error
-            print(path)
+    figures = {"curves.png": draw_curves(arguments.folders)}
+    for folder in arguments.folders:
+        figures[f"attention-{folder.name}.png"] = draw_attention(folder, arguments.text)
+        figures[f"embeddings-{folder.name}.png"] = draw_embeddings(folder)
+    for name, figure in figures.items():
+        path = arguments.output_dir / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=110))
+        except OSError as error:
+            raise Failed(f"{path.parent} cannot be written: {error.strerror}") from error
+        print(path)
 
 
 if __name__ == "__main__":

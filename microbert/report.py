@@ -68,6 +68,11 @@ def progress_bar(total: int | None, done: int, description: str, unit: str, leav
                 smoothing=0.05, leave=leave, disable=not shown)
 
 
+def title_of(folder: Path) -> str:
+    """The folder's name as matplotlib can draw it: no formula between dollar signs, no bytes that are not UTF-8."""
+    return folder.name.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
+
+
 def draw_training_curve(folder: Path, lines: list[dict[str, float]], masked: dict[str, float], uniform_loss: float, unigram_loss: float) -> None:
     """training_curve.png: training and held-out loss against steps, with the two guesses to read them against.
 
@@ -92,6 +97,6 @@ def draw_training_curve(folder: Path, lines: list[dict[str, float]], masked: dic
         axes.grid(alpha=0.3)
     low, high = min([*losses, unigram_loss]), max([*losses, unigram_loss])
     close.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), title="the same, closer")
-    whole.set(title=f"{folder.name}: masked language modelling")
+    whole.set(title=f"{title_of(folder)}: masked language modelling")
     whole.legend()
     write_atomic(folder / "training_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))

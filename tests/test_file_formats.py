@@ -165,6 +165,31 @@ def test_a_large_parquet_file_that_is_left_unfinished_does_not_hang_the_process(
         assert (done.returncode, done.stdout) == (0, "200\n"), done.stderr
 
 
+def test_a_first_line_that_is_a_row_is_no_header(tmp_path):
+    for content in ("great film,pos\nbad film,neg\nfine film,pos\n", "0,it was a film of some kind\n1,and another one\n", "this is the first of all rows,1\nand one,2\n"):
+        with pytest.raises(InputError, match=r"a\.csv: the first line should name the columns, and looks like a row"):
+            find_text_column(write(tmp_path / "a.csv", content), None)
+    path = write(tmp_path / "a.csv", "0,it was a film of some kind\n1,and another one\n")
+    assert find_text_column(path, "it was a film of some kind") == "it was a film of some kind"
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(InputError, match='several columns "text"; it has: text, text'):
+        read(write(tmp_path / "a.csv", "text, text\na,b\n"))
+
+
+def test_fields_of_nested_columns_from_every_row_on(tmp_path):
+    rows = [{"id": f"doc{number}", "data": {"text": text, "deeper": {"n": number}}} for number, text in enumerate(TEXTS)]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=3)
+    for path in (path, str(tmp_path / "a.parquet")):
+        assert read(path, 2, "data.text") == TEXTS[2:]
+        with pytest.raises(InputError, match="set text_column .* it has: id, data.text, data.deeper.n"):
+            find_text_column(path, None)
+        with pytest.raises(InputError, match='no column "data.nope".* it has: id, data.text, data.deeper.n'):
+            list(read_rows(path, "data.nope"))
+
+
 def test_columns_are_told_in_a_line_whatever_their_names(tmp_path):
     (tmp_path / "a.csv").write_text('"two\nlines",' + ",".join(f"column {number}" for number in range(99)) + "\n" + ",".join("x" * 100) + "\n")
     with pytest.raises(InputError) as caught:

@@ -8,9 +8,14 @@ import pytest
 from helpers import ROOT
 
 PACKAGE = ROOT / "microbert"
-ORDER = ["dataset_names", "config", "files", "output", "counter_rng", "distributed", "device", "cuda_graph", "run", "workers", "report", "documents", "file_formats", "local_files", "hub_reader", "hub", "corpus", "labelled", "tokenizer",
-         "encoder", "tokens", "prepare", "batches", "masking", "kernels", "attention", "norm", "gelu", "layers", "bert", "modern", "model",
-         "loss", "optim", "memory", "course", "step", "hugging_face", "export", "classifier", "checkpoint", "start", "training", "dry_run", "advise", "fill_mask", "finetune", "plot", "torchrun"]
+ORDER = [
+    "output", "dataset_names", "config", "files", "counter_rng", "distributed", "device", "cuda_graph", "run",
+    "workers", "report", "documents", "columns", "file_kinds", "delimited", "file_formats", "local_files", "hub_reader", "hub", "corpus", "labelled",
+    "tokenizer", "encoder", "tokens", "prepare", "batches", "masking", "kernels", "attention", "norm", "gelu",
+    "layers", "bert", "modern", "model", "loss", "optim", "memory", "course", "step", "hugging_face", "examples",
+    "export", "classifier", "checkpoint", "start", "training", "dry_run", "advise", "fill_mask", "finetune",
+    "plot", "torchrun",
+]
 READS_SURROUNDINGS = {"config", "distributed"}
 HEAVY = {"torch", "numpy", "transformers", "datasets", "tokenizers"}
 

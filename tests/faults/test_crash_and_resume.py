@@ -386,6 +386,18 @@ def damage(path, kind):
     path.write_bytes(data)
 
 
+@pytest.mark.fault(row=25)
+def test_a_run_resumes_on_its_text_under_another_name(finished_run, reference, tmp_path):
+    folder = interrupted_copy(finished_run, tmp_path)
+    shutil.rmtree(folder / "run" / reference["checkpoint"])
+    newest = folder / "run" / f"checkpoint-{newest_step(folder / 'run')}"
+    (folder / "corpus.jsonl").rename(folder / "moved.ndjson")
+    done = run(small_flags(folder, dataset=folder / "moved.ndjson"))
+    assert done.returncode == 0 and "prepared in" not in done.stdout, (done.stdout, done.stderr)
+    assert f"from {newest}" in done.stdout
+    assert result(folder / "run") == reference
+
+
 @pytest.mark.parametrize("kind", ["truncated", "zeroed", "bit-flipped"])
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.fault(row=8)
