@@ -26,6 +26,7 @@ PRETRAINING = 128  # times the learning rate of fine-tuning
 RATIO_ROUNDING = 1e-9  # by which a sum of two ratios, such as 0.8 + 0.2, may be above 1
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"  # what the constant `device` may be
+COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # environment variables: where torch.compile saves kernels, and loads them from
 # what a preset gives to constants that are None; "auto" leaves those of BY_TIER to the device (memory.py)
 PRESETS: dict[str, dict[str, int]] = {
     "auto": {"n_heads": 8, "n_embed": 128, "max_seq_len": 128, "vocab_size": 50_000},
@@ -225,6 +226,26 @@ def read_script(script: Path, argv: list[str]) -> Config:
     """The Config that a script has with these flags, without running it. Ends as `read_config` does on any mistake."""
     constants = {name: value for name, value in runpy.run_path(str(script)).items() if not name.startswith("__")}
     return read_config(str(script), constants, argv)
+
+
+def compiler_caches() -> dict[str, str]:
+    """The folders that the environment names for compiled kernels, by variable."""
+    return {name: os.environ[name] for name in COMPILER_CACHES if os.environ.get(name)}
+
+
+def set_compiler_caches(folders: dict[str, str]) -> None:
+    """Set the variables of COMPILER_CACHES, for this process and those that it starts."""
+    os.environ.update(folders)
+
+
+def user_cache() -> Path:
+    """The folder where this system wants a user's caches. Raises RuntimeError where the user has no home."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(named) if os.path.isabs(named) else Path.home() / ".cache"  # the specification says to ignore a relative path
 
 
 def _fields() -> dict[str, object]:

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -92,6 +93,14 @@ class Run:
 
         Raises Failed when another process has ended, or cannot stop with this one.
         """
+        try:
+            self._check_stop()
+        except RuntimeError as error:
+            if self.stop_signal and lost_process(error):  # it may have stopped, too
+                raise Stopped(stopped_by(self.stop_signal)) from error
+            raise
+
+    def _check_stop(self) -> None:
         if self.world.has_ended():
             raise Failed("another process ended")
         if self.stop_signal:
@@ -103,6 +112,11 @@ class Run:
             if not self.world.wait_for_all_to_stop():
                 raise Failed(f"told to stop by {self.stop_signal}, and another process was killed or did not stop in time. What is prepared stays: the same command "
                              "goes on")
+            raise Stopped(stopped_by(self.stop_signal))
+
+    def give_up(self) -> None:
+        """Raise Stopped where this process was told to stop: to be called before training, where other processes do not answer."""
+        if self.stop_signal:
             raise Stopped(stopped_by(self.stop_signal))
 
     def write_status(self, story: dict[str, object]) -> None:
@@ -132,10 +146,10 @@ def _hold(config: Config) -> Iterator[Run]:
     folder = Path(config.output_dir)
     run = Run(config, folder, World())
     world = run.world
+    world.give_up = run.give_up
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = filelock.FileLock(folder / LOCK)
-    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name)) for name in STOP_SIGNALS
-               if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN}  # nohup ignores SIGHUP
+    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name)) for name in handled_signals()}
     owns_folder = False  # this process, or the first one for it
     try:
         with _shortage_told(config), _quiet_but_first(world):
@@ -301,6 +315,13 @@ def _shortage_told(config: Config) -> Iterator[None]:
         why = "a file is larger than ulimit -f allows" if full.errno == errno.EFBIG else "the disk is full"
         raise Failed(f"{why} ({' or '.join(str(place) for place in places if place)}). What is saved stays: free some space, and the same command "
                      "goes on") from error
+
+
+def handled_signals() -> list[str]:
+    """Those of STOP_SIGNALS that this process can handle and does not ignore, as nohup lets it ignore SIGHUP. Python handles none in another than the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [name for name in STOP_SIGNALS if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
 
 
 def _note_stop(run: Run, name: str) -> None:

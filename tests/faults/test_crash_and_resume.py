@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -134,6 +135,17 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert not (tmp_path / "run" / "README.md").exists()
     assert run(flags).returncode == 0
+    assert result(tmp_path / "run") == reference
+
+
+def test_a_script_that_is_not_in_the_main_thread_trains_without_handling_signals(finished_run, reference, tmp_path, monkeypatch):
+    """As a server or a notebook may call it."""
+    corpus_from(finished_run, tmp_path)
+    before, codes = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: codes.append(run_here(small_flags(tmp_path), monkeypatch)))
+    thread.start()
+    thread.join(TIME_LIMIT)
+    assert codes == [0] and signal.getsignal(signal.SIGTERM) == before
     assert result(tmp_path / "run") == reference
 
 
