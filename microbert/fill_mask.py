@@ -1,13 +1,12 @@
 """Fill the [MASK] of a text: `python -m microbert.fill_mask runs/v1 "this movie is [MASK] ."`"""
 
-import argparse
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from .config import InputError
+from .config import InputError, Parser
 from .examples import N_GUESSES, likeliest, probabilities_at
 from .files import read_json, system_trouble
 from .hugging_face import from_hugging_face, read_hugging_face_config
@@ -61,7 +60,7 @@ def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
 
 @plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m microbert.fill_mask", description="Fills each [MASK] of a text.")
+    parser = Parser(prog="python -m microbert.fill_mask", description="Fills each [MASK] of a text.")
     parser.add_argument("folder", type=Path, help="a finished run, such as runs/v1, or a checkpoint in it")
     parser.add_argument("text", nargs="+", help='such as "this movie is [MASK] ."')
     arguments = parser.parse_args()

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from .classifier import WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
-from .config import DEVICES, InputError, whole_number
+from .config import DEVICES, InputError, Parser, whole_number
 from .counter_rng import random_bits
 from .device import NARROWEST_IN_BF16, choose_device, fastest_dtype, multiplying_in, out_of_memory
 from .distributed import World
@@ -275,7 +275,7 @@ def _save(model: TextClassifier, tokenizer: Tokenizer, names: list[str], checked
 
 def _read_flags() -> tuple[Path, Settings]:
     comments = _comments()
-    parser = argparse.ArgumentParser(prog="python -m microbert.finetune", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m microbert.finetune", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="a finished run, such as runs/v4, or a checkpoint in it")
     for field in dataclasses.fields(Settings):
         flag, hint = "--" + field.name.replace("_", "-"), typing.get_type_hints(Settings)[field.name]
