@@ -246,6 +246,18 @@ def test_text_that_has_changed_since_the_run_finished_is_noticed(finished, monke
 
 
 @pytest.mark.fault(row=7)
+def test_a_dataset_of_the_hub_is_compared_by_name_without_the_network(finished, monkeypatch, capfd):
+    record = finished / "run" / "constants.json"
+    known = json.loads(record.read_text())
+    record.write_text(json.dumps(known | {"config": known["config"] | {"dataset": "org/name"}}))
+    assert end_of(small_flags(finished, dataset="org/name"), monkeypatch, capfd) == (0, "")
+    for changed, told in [({"streaming": True}, "streaming = True (was False)"),
+                          ({"dataset": "org/name:part"}, "dataset = 'org/name:part' (was 'org/name')")]:
+        code, errors = end_of(small_flags(finished, **{"dataset": "org/name", **changed}), monkeypatch, capfd)
+        assert code == 2 and told in errors
+
+
+@pytest.mark.fault(row=7)
 @pytest.mark.slow
 def test_two_processes_on_a_finished_run_end_alike(finished, tmp_path):
     """The first process alone looks; status.json of the finished run stays."""
