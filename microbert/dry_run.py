@@ -20,6 +20,7 @@ from .distributed import World
 from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from .files import read_json, system_trouble
 from .hub import choose_dataset
+from .hugging_face import read_hugging_face_config
 from .masking import mask_batch
 from .memory import GB, Hardware, Plan, hardware_of, settle_plan, tell_memory, tell_tier
 from .layers import ModelConfig
@@ -121,8 +122,8 @@ def _finished_plan(given: Config, config: Config, folder: Path, hardware: Hardwa
     """The plan of a finished run, for which nothing is left to do."""
     print(f"{folder} is finished: nothing would be done; --overwrite starts anew, another --output-dir keeps both")
     try:
-        vocab_size = read_json(folder / "config.json")["vocab_size"]
-    except (OSError, ValueError, KeyError) as error:
+        vocab_size = read_hugging_face_config(read_json(folder / "config.json")).vocab_size
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if system_trouble(error):
             raise
         raise InputError(f"{folder / 'config.json'} is damaged ({error}): --overwrite starts anew") from error

@@ -9,9 +9,8 @@ from tokenizers import Tokenizer
 from .config import InputError, Parser
 from .examples import N_GUESSES, likeliest, probabilities_at
 from .files import read_json, system_trouble
-from .hugging_face import from_hugging_face, read_hugging_face_config
+from .hugging_face import model_from_hugging_face, one_line, read_hugging_face_config
 from .layers import MaskedLanguageModel
-from .model import new_model
 from .run import plain_errors
 from .tokenizer import MASK_ID, load_tokenizer
 
@@ -22,13 +21,21 @@ def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str,
 
     Raises InputError when the text has no [MASK] or is longer than the model takes.
     """
-    ids = tokenizer.encode(text).ids
+    ids = encode(tokenizer, text)
     positions = [position for position, token_id in enumerate(ids) if token_id == MASK_ID]
     if not positions:
         raise InputError(f"no [MASK] in {text!r}: write [MASK], in capitals, where a word is missing")
     if len(ids) > model.config.max_seq_len:
         raise InputError(f"the text has {len(ids)} tokens, and this model takes {model.config.max_seq_len}")
     return [likeliest(probabilities, tokenizer, n_best) for probabilities in probabilities_at(model, ids, positions)]
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text from the command line, with [CLS] and [SEP]. Raises InputError where it is not UTF-8."""
+    try:
+        return tokenizer.encode(text).ids
+    except TypeError:
+        raise InputError(f"the text {text!r} is not UTF-8") from None
 
 
 def print_fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str) -> None:
@@ -38,23 +45,23 @@ def print_fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str)
 
 
 def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
-    """The model and tokenizer of a run folder or a checkpoint. Raises InputError where there is none."""
+    """Return the model and tokenizer of a run folder or a checkpoint. Raises InputError where it holds none."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model yet: give a finished run's folder, or a checkpoint in it")
     try:
         open(folder / "model.safetensors", "rb").close()  # load_file calls a file missing when too many are open
-        config, weights = read_hugging_face_config(read_json(folder / "config.json")), load_file(folder / "model.safetensors")
-        if config.n_layers > len(weights) or config.n_embed * max(config.vocab_size, config.n_embed) > sum(weight.numel() for weight in weights.values()):
-            raise ValueError("config.json tells of a larger model than model.safetensors holds")  # before memory is taken for it
-        model = new_model(config)
-        from_hugging_face(model, weights)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        config = read_hugging_face_config(read_json(folder / "config.json"))
+        model = model_from_hugging_face(config, load_file(folder / "model.safetensors"))
+    except KeyError as error:
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)} is missing") from error
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         if system_trouble(error):
             raise
-        raise InputError(f"{folder} cannot be loaded: {error}") from error
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"{folder} cannot be loaded: its tokenizer has {tokenizer.get_vocab_size():,} tokens, and its model {config.vocab_size:,}")
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise InputError(f"{folder} cannot be loaded: its tokenizer has {tokenizer.get_vocab_size():,} tokens, and its "
+                         f"model {config.vocab_size:,}")
     return model, tokenizer
 
 

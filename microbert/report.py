@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -48,17 +49,28 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; none when there is no file. What is no line of metrics is left out, such as a last one that a kill cut short."""
-    lines = []
-    if path.is_file():
-        for text in path.read_bytes().splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int) and all(isinstance(value, int | float) for value in line.values()):
-                lines.append(line)
+    """Return the lines of a metrics.jsonl, an empty list where there is no file.
+
+    What is no line of metrics is left out. A warning says how many those are, except a last one that a kill cut short.
+    """
+    if not path.is_file():
+        return []
+    texts = path.read_bytes().split(b"\n")
+    read = [_metrics_line(text) for text in texts]
+    lines = [line for line in read if line is not None]
+    if n_damaged := sum(line is None and bool(text.strip()) for text, line in zip(texts[:-1], read)):
+        print(f"warning: {path}: {n_damaged} of {len(texts) - 1} lines are damaged and left out", file=sys.stderr)
     return lines
+
+
+def _metrics_line(text: bytes) -> dict[str, float] | None:
+    """Return a line with a step and finite numbers, None where it is something else."""
+    try:
+        line = json.loads(text)
+        is_one = type(line["step"]) is int and line["step"] >= 0 and all(map(math.isfinite, line.values()))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return line if is_one else None
 
 
 def progress_bar(total: int | None, done: int, description: str, unit: str, leave: bool = True, shown: bool = True) -> tqdm:
