@@ -62,12 +62,11 @@ def main() -> None:
     config = read_config(__file__, globals())
 
     # only now what takes seconds to load, so that a mistake above is answered at once
-    from microbert.checkpoint import find_checkpoint
+    from microbert.checkpoint import find_checkpoint, is_finished
     from microbert.corpus import hold_cache, open_corpus
     from microbert.device import choose_device
     from microbert.dry_run import tell_plan
     from microbert.export import export_run
-    from microbert.fill_mask import EXAMPLES, print_fill_mask
     from microbert.model import model_for_tokens
     from microbert.prepare import prepare_tokens
     from microbert.run import open_run
@@ -80,10 +79,10 @@ def main() -> None:
 
     with open_run(config) as run:
         device = choose_device(config.device, run.world)
-        checkpoint = find_checkpoint(run, device)
-        if run.is_finished():
+        if is_finished(run, device):
             print(f"{run.folder} is finished; --overwrite starts anew, another --output-dir keeps both")
             return
+        checkpoint = find_checkpoint(run, device)
 
         with run.world.first_of_machine_goes_first("tokens", run.check_stop):
             corpus = open_corpus(config, run.check_stop)
@@ -97,9 +96,7 @@ def main() -> None:
         model = model_for_tokens(run.config, tokens).to(device)
         state = train(run, checkpoint, model, tokens, tokenizer)
         if run.world.is_first:
-            export_run(run, model, tokenizer, tokens, model_card_facts(run.config, tokens, state))
-            for text in EXAMPLES:
-                print_fill_mask(model, tokenizer, text)
+            export_run(run, model, tokenizer, corpus, tokens, model_card_facts(run.config, tokens, state))
 
 
 if __name__ == "__main__":

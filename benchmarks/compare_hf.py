@@ -32,6 +32,7 @@ from microbert.batches import training_batch
 from microbert.config import Config, read_script
 from microbert.device import compute_dtype
 from microbert.hugging_face import hugging_face_config
+from microbert.run import plain_errors
 from microbert.tokenizer import PAD_ID, save_tokenizer
 from microbert.tokens import Tokens
 
@@ -100,6 +101,7 @@ def compare(name: str, rounds: int, dtype: str, folder: Path) -> str:
             f"{statistics.median(b for _, b in pairs):>12.1f} {statistics.median(ratios):>8.1f} x   {min(ratios):.1f} to {max(ratios):.1f}")
 
 
+@plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))

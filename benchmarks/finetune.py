@@ -79,6 +79,7 @@ def compare(arguments: argparse.Namespace) -> None:
     print("(scikit-learn is not installed: no tf-idf)" if of_words is None else row("tf-idf and logistic regression", [of_words]))
 
 
+@plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="runs on the bundled reviews")
@@ -90,8 +91,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, help="to train on; all, unless given")
     parser.add_argument("--choosing", action="store_true", help="judges on training reviews held apart: what settings are to be chosen by")
     arguments = parser.parse_args()
-    with plain_errors():
-        compare(arguments)
+    compare(arguments)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from microbert.distributed import World  # noqa: E402
 from microbert.masking import mask_batch, n_slots  # noqa: E402
 from microbert.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
 from microbert.model import build_model, shape_of  # noqa: E402
+from microbert.run import plain_errors  # noqa: E402
 from microbert.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v4.py"
@@ -95,6 +96,7 @@ def measure(config: Config, steps: int) -> dict[str, float]:
             "peak_gb": peak_memory_gb(device), "warm_up_seconds": start - begin}
 
 
+@plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags are v4's: --batch-size, --dtype, --torch-compile, --device ...")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))

@@ -20,7 +20,7 @@ from common import ROOT, held_out_loss, new_learner, prepared, scored_batches, t
 from microbert.batches import steps_in_run
 from microbert.config import Config, peak_learning_rate, read_script
 from microbert.optim import learning_rate_share
-from microbert.run import Diverged
+from microbert.run import Diverged, plain_errors
 from microbert.tokens import Tokens
 
 FLAGS = {"v1": [], "v2": [], "v3": [], "v4": ["--vocab-size", "10000", "--n-layers", "4", "--batch-size", "32"]}
@@ -57,6 +57,7 @@ def draw(losses: dict[str, dict[float, float]], rules: dict[str, float], path: P
     figure.savefig(path, dpi=110)
 
 
+@plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scripts", nargs="+", choices=FLAGS, default=list(FLAGS))

@@ -26,6 +26,7 @@ from microbert.config import Config, peak_learning_rate, read_script
 from microbert.gelu import gelu
 from microbert.layers import MaskedLanguageModel, ModelConfig, Rotary, at_positions
 from microbert.optim import learning_rate_share
+from microbert.run import plain_errors
 from microbert.step import Learner
 from microbert.tokens import Tokens
 
@@ -166,6 +167,7 @@ class Results:
         return f"| {name} | {' | '.join(losses)} | {statistics.mean(self.times):.2f} |"
 
 
+@plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=f"beside {BASE!r}, which is always run")

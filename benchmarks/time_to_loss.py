@@ -29,6 +29,7 @@ from microbert.device import describe_compute
 from microbert.hugging_face import hugging_face_config
 from microbert.loss import masked_scores
 from microbert.optim import learning_rate_share
+from microbert.run import plain_errors
 from microbert.tokenizer import save_tokenizer
 from microbert.tokens import Tokens
 
@@ -151,6 +152,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags are v4's: --dtype, --max-samples ...")
     parser.add_argument("--minutes", type=float, default=30, help="of the Trainer's run")

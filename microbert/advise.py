@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from .config import Config, InputError, dataset_files, read_script, whole_number
+from .config import Config, InputError, Parser, dataset_files, read_script, whole_number
 from .corpus import IMDB_DOCUMENTS, open_corpus
 from .device import GIB, memory_bytes, n_cores
 from .distributed import World
@@ -162,16 +162,16 @@ def _hub_answers() -> bool:
         return False
 
 
+@plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m microbert.advise", description="Which version is for me?")
+    parser = Parser(prog="python -m microbert.advise", description="Which version is for me?")
     parser.add_argument("--dataset", nargs="+", help="as for the scripts: imdb (unless you say another), hf, a Hub id, paths and globs")
     parser.add_argument("--samples", help="so many documents, such as 500K or 20M, instead of looking at the dataset")
     parser.add_argument("--use", choices=BY_USE)
     parser.add_argument("--gpu-memory-gb", type=float, help="of each GPU of a machine that is not at hand; 0: none")
     parser.add_argument("--num-gpus", type=int, help="of a machine that is not at hand")
     arguments = parser.parse_args()
-    with plain_errors():
-        _tell(arguments)
+    _tell(arguments)
 
 
 def _tell(arguments: argparse.Namespace) -> None:

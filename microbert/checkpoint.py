@@ -4,6 +4,7 @@ checkpoint-<step>/ is a Hugging Face model folder with three files more: optimiz
 and where it stands) and manifest.json (the size and SHA-256 of every other file, written last).
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -15,18 +16,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 
-from .config import BY_TIER, Config, InputError, fill_in, settle_batch_size
-from .export import MODEL_FILES, save_model
+from .config import BY_TIER, Config, InputError, dataset_files, fill_in, settle_batch_size
+from .export import CONSTANTS_FORMAT, MODEL_FILES, save_model
 from .files import read_json, remove, sha256, sync_folder, system_trouble, write_atomic, write_json
 from .hugging_face import from_hugging_face
 from .layers import MaskedLanguageModel
+from .local_files import open_files
 from .memory import Hardware, hardware_of
 from .optim import Optimizer
-from .run import Run, checkpoint_folders
+from .run import CONSTANTS, Run, checkpoint_folders, holds_model
+from .tokenizer import VOCABULARY
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = MODEL_FILES | {"optimizer.safetensors", "state.json"}
+ALL_FILES = FILES | {VOCABULARY}  # which older checkpoints lack
 TEMPORARY = ".checkpoint.tmp"
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading a file that is not as it was written
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
@@ -54,6 +58,65 @@ class State:
     loss_steps: int = 0
     micro_batch_size: int | None = None
     prepared_seconds: float = 0.0
+
+
+def is_finished(run: Run, device: torch.device) -> bool:
+    """True when the folder holds the finished run of these constants on this text; then `run.is_done`.
+
+    Raises InputError where it holds another one. Called before any long work; the first process looks, and the others
+    get its answer.
+    """
+
+    def look() -> bool:
+        if holds_model(run.folder):
+            compare_with_finished(run.folder, run.given, hardware_of(device, run.world))
+            return True
+        return False
+
+    run.is_done = run.world.first_does("finished", look, run.check_stop)
+    return run.is_done
+
+
+def compare_with_finished(folder: Path, given: Config, hardware: Hardware) -> tuple[Config, Config]:
+    """For a folder whose run has finished, the constants as given and settled, as `look_for_checkpoint` returns them.
+
+    Raises InputError where the finished run had other constants or another text. Changes nothing. Files are compared
+    by content: they may move, and a changed one is noticed. A dataset of the Hub is compared by name,
+    because the Hub is not asked.
+    """
+    stored, corpus_key = _finished_constants(folder)
+    filled = fill_in(given, stored)
+    different = _differences(stored, filled)
+    other_name = _differences(stored, given, ("dataset",))
+    if given.dataset in ("imdb", "hf") or not dataset_files(given):
+        different += other_name + _differences(stored, given, () if given.dataset == "imdb" else ("streaming",))
+    elif different or corpus_key is None:  # the key depends on constants too
+        different += other_name
+    elif open_files(given).key != corpus_key:
+        different = other_name or [f"dataset = {given.dataset!r} (its files held other text then)"]
+    if different:
+        raise InputError(f"{folder} is finished, and was trained with other constants: {', '.join(different)}. "
+                         "Put them back, or train anew with --overwrite or another --output-dir")
+    return filled, settle_batch_size(filled, hardware.n_processes, stored)
+
+
+def _finished_constants(folder: Path) -> tuple[dict, str | None]:
+    """Return a finished run's constants and the key of its corpus, None where only a checkpoint has the constants."""
+    path = folder / CONSTANTS
+    try:
+        stored = read_json(path)
+        if stored["format"] != CONSTANTS_FORMAT or not isinstance(stored["corpus"], str):
+            raise ValueError("it is of another version")
+        _check_constants(stored["config"])
+        return stored["config"], stored["corpus"]
+    except DAMAGE as error:
+        if path.exists():
+            print(f"warning: {path} is damaged ({error}); comparing with a checkpoint instead", file=sys.stderr)
+    for checkpoint in checkpoint_folders(folder):
+        with contextlib.suppress(*DAMAGE):
+            return _read_stored(checkpoint)["config"], None
+    raise InputError(f"{folder} is finished, and neither {CONSTANTS} nor a checkpoint is left there that says with "
+                     "which constants and text it was trained: train anew with --overwrite or another --output-dir")
 
 
 def find_checkpoint(run: Run, device: torch.device) -> Path | None:
@@ -112,15 +175,20 @@ def verify(path: Path) -> None:
 def _complete(path: Path) -> dict[str, dict]:
     """The manifest, where each file that it lists is there in its size. Raises as `verify` does."""
     for name in (MANIFEST, *sorted(FILES)):
-        if (path / name).is_symlink() or not (path / name).is_file():
-            raise ValueError(f"{name} is missing or a link")
+        _require_file(path / name)
     manifest = read_json(path / MANIFEST)
-    if set(manifest) != FILES:
+    if not FILES <= set(manifest) <= ALL_FILES:
         raise ValueError("the manifest does not list the files of a checkpoint")
     for name, stored in manifest.items():
+        _require_file(path / name)
         if (path / name).stat().st_size != stored["size"]:
             raise ValueError(f"{name} is not what was saved")
     return manifest
+
+
+def _require_file(path: Path) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path.name} is missing or a link")
 
 
 def _is_complete(path: Path) -> bool:
@@ -144,10 +212,10 @@ def save_checkpoint(run: Run, state: State, model: MaskedLanguageModel, optimize
         save_model(model, tokenizer, temporary)
         moments = save(optimizer.tensors())
         write_atomic(temporary / "optimizer.safetensors", lambda file: file.write(moments))
-        constants = dataclasses.asdict(run.config) | {name: getattr(run.given, name) for name in ("batch_size", "micro_batch_size")}
-        write_json(temporary / "state.json", {"format": FORMAT, "config": constants, "state": dataclasses.asdict(state)})
+        whole_state = {"format": FORMAT, "config": run.constants(), "state": dataclasses.asdict(state)}
+        write_json(temporary / "state.json", whole_state)
         write_json(temporary / MANIFEST, {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-                                          for name in sorted(FILES)})
+                                          for name in sorted(ALL_FILES)})
         remove(final)
         os.rename(temporary, final)
         sync_folder(run.folder)
@@ -185,20 +253,30 @@ def _read_stored(path: Path) -> dict:
     stored = read_json(path / "state.json")
     if stored["format"] != FORMAT:
         raise ValueError(f"format {stored['format']}, not {FORMAT}")
-    if not isinstance(stored["config"], dict):
-        raise ValueError("no constants are in it")
-    of_config = {name: stored["config"].get(name) for name in (*BY_TIER, *BATCH_SIZES, "micro_batch_size")}
-    for name, value in of_config.items():
-        if not isinstance(value, int | None):
-            raise ValueError(f"{name} is {value!r}")
+    _check_constants(stored["config"])
     for name, value in dataclasses.asdict(State(**stored["state"])).items():
         kind = typing.get_type_hints(State)[name]
         if not isinstance(value, kind | int if kind is float else kind):
             raise ValueError(f"{name} is {value!r}")
-    for name, value in (of_config | stored["state"]).items():
+    _check_sizes(stored["state"])
+    return stored
+
+
+def _check_constants(constants: object) -> None:
+    """Raises ValueError unless the numbers that a start computes with are numbers."""
+    if not isinstance(constants, dict):
+        raise ValueError("no constants are in it")
+    sizes = {name: constants.get(name) for name in (*BY_TIER, *BATCH_SIZES, "micro_batch_size")}
+    for name, value in sizes.items():
+        if not isinstance(value, int if name in BY_TIER else int | None):
+            raise ValueError(f"{name} is {value!r}")
+    _check_sizes(sizes)
+
+
+def _check_sizes(values: dict[str, object]) -> None:
+    for name, value in values.items():
         if isinstance(value, int | float) and not 0 <= value <= (2**63 if isinstance(value, int) else float("inf")):
             raise ValueError(f"{name} is {value!r}")
-    return stored
 
 
 def load_checkpoint(path: Path, model: MaskedLanguageModel, optimizer: Optimizer, tokens_key: str) -> State:
@@ -224,9 +302,15 @@ def load_checkpoint(path: Path, model: MaskedLanguageModel, optimizer: Optimizer
 
 
 def _compare_configs(path: Path, stored: dict, config: Config) -> None:
-    now = dataclasses.asdict(config)
-    different = [f"{name} = {now[name]!r} (was {stored.get(name)!r})" for name in now
-                 if name not in FREE_TO_CHANGE | BATCH_SIZES and now[name] != stored.get(name)]
+    different = _differences(stored, config)
     if different:
         raise InputError(f"{path} belongs to a run with other constants: {', '.join(different)}. "
                          "Put them back to go on with it, or start anew with --overwrite or another --output-dir")
+
+
+def _differences(stored: dict, config: Config, names: typing.Iterable[str] | None = None) -> list[str]:
+    """Return "name = now (was then)" for each of these constants that differs. None: all that decide the model."""
+    now = dataclasses.asdict(config)
+    if names is None:
+        names = [name for name in now if name not in FREE_TO_CHANGE | BATCH_SIZES]
+    return [f"{name} = {now[name]!r} (was {stored.get(name)!r})" for name in names if now[name] != stored.get(name)]

@@ -1,4 +1,4 @@
-"""How far a run is, by its steps or by the clock, and what is due on the way.
+"""Progress of a run, by its steps or by the clock: when to log, evaluate and save.
 
 The position goes from 0 to the number of steps in all epochs. Each step moves it on by one; where max_minutes will end the run sooner, it goes by the
 share of the time that is used up, and the learning rate with it.
@@ -7,27 +7,57 @@ share of the time that is used up, and the learning rate with it.
 from .config import Config, InputError
 
 POINTS_PER_RUN = 10  # evaluations and checkpoints, where eval_every and save_every are None
-EXPORT_SECONDS = 20  # kept for the export and its check, on a slow machine
+EXPORT_SECONDS = 20  # reserved for the export and its check, on a slow machine or with a large model
+EXPORT_SHARE = 0.25  # of max_minutes, at most, unless the machine takes longer to load the libraries of the export
 EVALUATIONS_SHARE = 0.1  # of the time that max_minutes leaves, at most
 
 
 class Course:
-    """prepared_seconds: from the start of the run to its first step. eval_seconds: an evaluation takes so long, 0.0 where that is not known yet."""
+    """Where a run is, and what is due.
 
-    def __init__(self, config: Config, steps: int, step: int, prepared_seconds: float) -> None:
+    prepared_seconds: from the start of the run to its first step. eval_seconds: of one evaluation, 0.0 where unknown.
+    loading_seconds: to load the libraries of the export.
+    """
+
+    def __init__(self, config: Config, steps: int, step: int, prepared_seconds: float, loading_seconds: float) -> None:
         """Raises InputError where max_minutes leaves no time to train."""
         self.steps, self.position, self._before = steps, float(step), float(step) - 1  # what was due here, and not done, still is
         self._config, self.eval_seconds = config, 0.0
-        self._seconds = None if config.max_minutes is None else 60 * config.max_minutes - prepared_seconds - EXPORT_SECONDS
+        self._seconds, self._idle_seconds = None, 0.0
+        if config.max_minutes is not None:
+            export_seconds = min(EXPORT_SECONDS, max(EXPORT_SHARE * 60 * config.max_minutes, loading_seconds))
+            self._seconds = 60 * config.max_minutes - prepared_seconds - export_seconds
         if self._seconds is not None and self._seconds <= 0:
-            raise InputError(f"max_minutes = {config.max_minutes:g}: the preparation took {prepared_seconds:.0f} s, and export takes about {EXPORT_SECONDS}, so no time is "
-                             "left to train. What is prepared stays: the same command has more time now")
+            raise InputError(
+                f"max_minutes = {config.max_minutes:g}: the preparation took {prepared_seconds:.0f} s, and the export "
+                f"takes about {export_seconds:.0f} s, so no time is left to train. The prepared data is saved: the "
+                "same command has more time now")
+
+    def reserve_evaluation(self, eval_seconds: float, seconds: float) -> None:
+        """Reserve the time for the evaluation at the end. seconds: of the run so far, without its preparation.
+
+        Raises InputError for a run that has not started to train where that leaves no time for it.
+        """
+        self.eval_seconds = eval_seconds
+        if self._seconds is not None and self.position == 0 and seconds + eval_seconds >= self._seconds:
+            left = max(0.0, self._seconds - seconds)
+            raise InputError(
+                f"max_minutes = {self._config.max_minutes:g}: {left:.0f} s are left before the export, and one "
+                f"evaluation takes about {eval_seconds:.0f} s, so no time is left to train. Set a larger max_minutes, "
+                "or a smaller max_samples")
 
     def time_used(self, seconds: float) -> float:
         """The share of the time for training that is used up after so many seconds of it; 0.0 without max_minutes."""
         if self._seconds is None:
             return 0.0
-        return seconds / max(1e-9, self._seconds - self.eval_seconds)  # the last evaluation comes when all steps are done
+        reserved = self.eval_seconds + self._idle_seconds  # the last evaluation comes when all steps are done
+        return (seconds - self._idle_seconds) / max(1e-9, self._seconds - reserved)
+
+    def begin(self, step: int, seconds: float) -> None:
+        """Set the position before the first step. The schedule of a new run starts here, however long that took."""
+        if step == 0:
+            self._idle_seconds = seconds
+        self.move(step, self.time_used(seconds))
 
     def move(self, step: int, time_used: float) -> None:
         """To where `step` steps are done. time_used: by the first process's clock."""
@@ -38,12 +68,15 @@ class Course:
         return self.position >= self.steps
 
     def is_due(self, step: int, every: int | None, n_points: int = POINTS_PER_RUN) -> bool:
-        """Whether something is due now that comes every so many steps; or n_points times in the run, where `every` is None; and at its end.
+        """Return whether something is due now: after every so many steps, or n_points times where `every` is None.
 
-        Of the n_points none comes shortly before the end: what is gathered from one to the next would be from a few steps there.
+        It is always due at the end of the run. Of several points, none comes shortly before the end, where it would
+        cover only a few steps, and one comes before the first step.
         """
         if every is not None:
             return self.is_over or step % every == 0
+        if n_points == 1:
+            return self.is_over
         interval = max(1, -(-self.steps // n_points))
         return self.is_over or (self.position // interval > self._before // interval and self.steps - self.position >= interval / 2)
 

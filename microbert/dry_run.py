@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .batches import random_batch, steps_in_run
-from .checkpoint import look_for_checkpoint, read_state
+from .checkpoint import compare_with_finished, look_for_checkpoint, read_state
 from .config import Config, InputError, explain_learning_rate, fill_in, peak_learning_rate, settle_batch_size
 from .corpus import open_corpus
 from .cuda_graph import WARM_UP
@@ -20,13 +20,14 @@ from .distributed import World
 from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from .files import read_json, system_trouble
 from .hub import choose_dataset
+from .hugging_face import read_hugging_face_config
 from .masking import mask_batch
 from .memory import GB, Hardware, Plan, hardware_of, settle_plan, tell_memory, tell_tier
 from .layers import ModelConfig
 from .model import build_model, count_parameters, shape_of
 from .prepare import estimated_megabytes, estimated_tokens, find_tokens
 from .report import read_metrics
-from .run import Run, check_folder, hub_folder, plain_errors
+from .run import check_folder, holds_model, hub_folder, plain_errors
 from .step import Learner
 from .tokenizer import find_tokenizer
 
@@ -66,10 +67,10 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
         print(f"--overwrite: an earlier run in {folder} would be removed first")
         given = fill_in(config, hardware.tier().values())
         config = settle_batch_size(given, world.size)
+    elif holds_model(folder):
+        return _finished_plan(*compare_with_finished(folder, config, hardware), folder, hardware)
     else:
         checkpoint, given, config = look_for_checkpoint(folder, config, hardware)
-        if Run(config, folder).is_finished():
-            return _finished_plan(given, config, folder, hardware)
     if config.preset is not None:
         tell_tier(given, hardware)
     tokenizer = tokens = None
@@ -118,11 +119,11 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
 
 
 def _finished_plan(given: Config, config: Config, folder: Path, hardware: Hardware) -> dict[str, object]:
-    """Of a run of which nothing is left to do. Like the run itself, this does not touch the corpus."""
+    """The plan of a finished run, for which nothing is left to do."""
     print(f"{folder} is finished: nothing would be done; --overwrite starts anew, another --output-dir keeps both")
     try:
-        vocab_size = read_json(folder / "config.json")["vocab_size"]
-    except (OSError, ValueError, KeyError) as error:
+        vocab_size = read_hugging_face_config(read_json(folder / "config.json")).vocab_size
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if system_trouble(error):
             raise
         raise InputError(f"{folder / 'config.json'} is damaged ({error}): --overwrite starts anew") from error

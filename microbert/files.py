@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -80,8 +81,38 @@ def refuse_link(folder: Path) -> None:
         raise InputError(f"{folder} is a link: remove it, so that a folder can stand there")
 
 
+def private_folder(path: Path) -> Path:
+    """Return the folder without links in its path, made with mode 0700 where it is missing.
+
+    For files that are loaded as code. Raises OSError, before anything is made, where another user could put files into the folder or replace it: where it is
+    a link, belongs to somebody else or may be written to by others, or where this holds for a folder above it.
+    """
+    if path.is_symlink():
+        raise PermissionError(f"{path} is a link")
+    path = path.resolve()
+    for folder in (*reversed(path.parents), path):
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if os.name != "nt":  # there, access lists protect the folders below a user's own
+            _check_owner(folder, is_above=folder != path)
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is not a folder")
+    return path
+
+
+def _check_owner(folder: Path, is_above: bool) -> None:
+    """Raise PermissionError where another user could put files into the folder; or, of one above, replace what is in it."""
+    found = folder.stat()
+    if found.st_uid != os.geteuid() and not (is_above and found.st_uid == 0):
+        raise PermissionError(f"{folder} belongs to another user")
+    is_sticky = is_above and found.st_mode & stat.S_ISVTX  # as /tmp is: there, nobody removes what is another user's
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_sticky:
+        raise PermissionError(f"{folder} can be written to by other users")
+
+
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    """Write UTF-8. Lone surrogates, which come from file names that are not UTF-8, are escaped as JSON does it."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -118,4 +149,4 @@ def sha256(path: Path) -> str:
 def fingerprint(*parts: object) -> str:
     """A short key of anything that JSON can hold: equal parts, equal key, on every machine."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]

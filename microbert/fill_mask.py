@@ -1,43 +1,41 @@
 """Fill the [MASK] of a text: `python -m microbert.fill_mask runs/v1 "this movie is [MASK] ."`"""
 
-import argparse
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from .config import InputError
+from .config import InputError, Parser
+from .examples import N_GUESSES, likeliest, probabilities_at
 from .files import read_json, system_trouble
-from .hugging_face import from_hugging_face, read_hugging_face_config
+from .hugging_face import model_from_hugging_face, one_line, read_hugging_face_config
 from .layers import MaskedLanguageModel
-from .model import new_model
 from .run import plain_errors
-from .tokenizer import MASK_ID, N_SPECIAL, load_tokenizer
-
-EXAMPLES = ("this movie is [MASK] .", "the [MASK] was great .", "i have never [MASK] such a bad film .")
+from .tokenizer import MASK_ID, load_tokenizer
 
 
-@torch.no_grad()
-def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, n_best: int = 5) -> list[list[tuple[str, float]]]:
+def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str,
+              n_best: int = N_GUESSES) -> list[list[tuple[str, float]]]:
     """For each [MASK] of the text, the likeliest ordinary tokens and their probabilities.
 
     Raises InputError when the text has no [MASK] or is longer than the model takes.
     """
-    ids = tokenizer.encode(text).ids
+    ids = encode(tokenizer, text)
     positions = [position for position, token_id in enumerate(ids) if token_id == MASK_ID]
     if not positions:
         raise InputError(f"no [MASK] in {text!r}: write [MASK], in capitals, where a word is missing")
     if len(ids) > model.config.max_seq_len:
         raise InputError(f"the text has {len(ids)} tokens, and this model takes {model.config.max_seq_len}")
-    model = model.eval()
-    device = model.output_bias.device
-    logits = model.logits(torch.tensor([ids], device=device), None, torch.tensor([positions], device=device))  # [M, V]
-    logits[:, :N_SPECIAL] = -torch.inf
-    best = logits.softmax(dim=1).topk(min(n_best, logits.shape[1] - N_SPECIAL))
-    return [[(tokenizer.id_to_token(token_id), probability) for token_id, probability in zip(token_ids, probabilities)]
-            for token_ids, probabilities in zip(best.indices.tolist(), best.values.tolist())]
+    return [likeliest(probabilities, tokenizer, n_best) for probabilities in probabilities_at(model, ids, positions)]
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text from the command line, with [CLS] and [SEP]. Raises InputError where it is not UTF-8."""
+    try:
+        return tokenizer.encode(text).ids
+    except TypeError:
+        raise InputError(f"the text {text!r} is not UTF-8") from None
 
 
 def print_fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str) -> None:
@@ -47,35 +45,35 @@ def print_fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str)
 
 
 def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
-    """The model and tokenizer of a run folder or a checkpoint. Raises InputError where there is none."""
+    """Return the model and tokenizer of a run folder or a checkpoint. Raises InputError where it holds none."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model yet: give a finished run's folder, or a checkpoint in it")
     try:
         open(folder / "model.safetensors", "rb").close()  # load_file calls a file missing when too many are open
-        config, weights = read_hugging_face_config(read_json(folder / "config.json")), load_file(folder / "model.safetensors")
-        if config.n_layers > len(weights) or config.n_embed * max(config.vocab_size, config.n_embed) > sum(weight.numel() for weight in weights.values()):
-            raise ValueError("config.json tells of a larger model than model.safetensors holds")  # before memory is taken for it
-        model = new_model(config)
-        from_hugging_face(model, weights)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        config = read_hugging_face_config(read_json(folder / "config.json"))
+        model = model_from_hugging_face(config, load_file(folder / "model.safetensors"))
+    except KeyError as error:
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)} is missing") from error
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         if system_trouble(error):
             raise
-        raise InputError(f"{folder} cannot be loaded: {error}") from error
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"{folder} cannot be loaded: its tokenizer has {tokenizer.get_vocab_size():,} tokens, and its model {config.vocab_size:,}")
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise InputError(f"{folder} cannot be loaded: its tokenizer has {tokenizer.get_vocab_size():,} tokens, and its "
+                         f"model {config.vocab_size:,}")
     return model, tokenizer
 
 
+@plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m microbert.fill_mask", description="Fills each [MASK] of a text.")
+    parser = Parser(prog="python -m microbert.fill_mask", description="Fills each [MASK] of a text.")
     parser.add_argument("folder", type=Path, help="a finished run, such as runs/v1, or a checkpoint in it")
     parser.add_argument("text", nargs="+", help='such as "this movie is [MASK] ."')
     arguments = parser.parse_args()
-    with plain_errors():
-        model, tokenizer = load_run(arguments.folder)
-        for text in arguments.text:
-            print_fill_mask(model, tokenizer, text)
+    model, tokenizer = load_run(arguments.folder)
+    for text in arguments.text:
+        print_fill_mask(model, tokenizer, text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from .classifier import WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
-from .config import DEVICES, InputError, whole_number
+from .config import DEVICES, InputError, Parser, whole_number
 from .counter_rng import random_bits
 from .device import NARROWEST_IN_BF16, choose_device, fastest_dtype, multiplying_in, out_of_memory
 from .distributed import World
@@ -42,6 +42,7 @@ from .layers import MaskedLanguageModel
 from .model import build_model, with_max_seq_len
 from .report import progress_bar
 from .run import HELD_OUT, Diverged, Failed, plain_errors
+from .tokenizer import VOCABULARY
 
 WARMUP = 0.06  # share of the steps
 EPOCHS, FEWEST_STEPS = 3, 300  # with fewer steps, few labels would be told apart by nothing that learns (Mosbach et al. 2021, arXiv:2006.04884)
@@ -199,10 +200,15 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"output_dir = {str(output)!r} cannot be made: {above} is no folder that can be written to")
     if not output.is_symlink() and (not output.exists() or output.is_dir() and not any(output.iterdir())):
         return
-    if output.is_symlink() or not output.is_dir() or {path.name for path in output.iterdir()} != MODEL_FILES or not is_classifier(output):
+    if output.is_symlink() or not output.is_dir() or not _is_only_classifier(output):
         raise InputError(f"output_dir = {str(output)!r} holds something else than a classifier; choose a new folder, so that nothing of yours is replaced")
     if not overwrite:
         raise InputError(f"output_dir = {str(output)!r} is there already; --overwrite replaces it, another --output-dir keeps both")
+
+
+def _is_only_classifier(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return MODEL_FILES <= names <= MODEL_FILES | {VOCABULARY} and is_classifier(folder)
 
 
 def finetune(folder: Path, settings: Settings) -> dict[str, float]:
@@ -213,15 +219,17 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     encoder = with_max_seq_len(encoder, settings.max_seq_len)
     shape = encoder.config
     texts = read_labelled(settings.dataset, settings.text_column, settings.label_column, settings.max_samples, settings.seed)
+    print(texts.source)
     is_held_out = held_out(texts, folder)
     train_texts, test_texts = texts.take(~is_held_out), texts.take(is_held_out)
     missing = [name for number, name in enumerate(texts.names) if number not in train_texts.labels]
     if missing or not test_texts.texts:
         which = f"none to train on has the label {', '.join(missing[:5])}" if missing else "none to judge by"
         raise InputError(f"{settings.dataset}: too few documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {which}")
-    print(f"{settings.dataset}: {len(train_texts.texts):,} documents to train on, {len(test_texts.texts):,} held out, {len(texts.names)} labels: {', '.join(texts.names[:10])}"
+    print(f"documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {len(texts.names)} labels: {', '.join(texts.names[:10])}"
           + ", ..." * (len(texts.names) > 10))
-    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, {epochs_of(settings, len(train_texts.texts))} epochs at {learning_rate_of(settings, shape.n_embed):.3g} "
+    n_epochs = epochs_of(settings, len(train_texts.texts))
+    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, {n_epochs} epoch{'' if n_epochs == 1 else 's'} at {learning_rate_of(settings, shape.n_embed):.3g} "
           f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed}){', in bf16' * (dtype_of(shape.n_embed, device) == torch.bfloat16)}", flush=True)
     train_rows, test_rows = (encode_texts(tokenizer, part.texts, shape.max_seq_len) for part in (train_texts, test_texts))
 
@@ -267,7 +275,7 @@ def _save(model: TextClassifier, tokenizer: Tokenizer, names: list[str], checked
 
 def _read_flags() -> tuple[Path, Settings]:
     comments = _comments()
-    parser = argparse.ArgumentParser(prog="python -m microbert.finetune", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m microbert.finetune", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="a finished run, such as runs/v4, or a checkpoint in it")
     for field in dataclasses.fields(Settings):
         flag, hint = "--" + field.name.replace("_", "-"), typing.get_type_hints(Settings)[field.name]

@@ -18,9 +18,10 @@ from pathlib import Path
 from .config import InputError
 from .dataset_names import FILE_KINDS, file_kind
 from .documents import READ_ROWS, Part
-from .file_formats import find_text_column, parquet_text_column, read_parquet, read_rows, table_rows, table_text_column
+from .file_formats import find_text_column, read_rows
 from .files import read_json, write_json
 from .run import Failed, Stopped, shortage_behind
+from .tables import parquet_text_column, read_parquet, table_rows, table_text_column
 
 TRIES = 8  # in a row without a single row read, each of which waits twice as long as the one before it
 LONGEST_WAIT = 60.0
@@ -50,8 +51,11 @@ class HubReader:
             return builder.as_dataset(split="train")
 
         rows = self._persist(load).with_format("arrow")
-        column = table_text_column(rows.features.arrow_schema, self.text_column, self.where)
-        rows = rows.select_columns([column])
+        column = self.chosen_column() or table_text_column(rows[:READ_ROWS], None, self.where)
+        self._remember_column(column)
+        stored_name = column if column in rows.column_names else column.split(".")[0]
+        if stored_name in rows.column_names:  # table_rows names what is missing
+            rows = rows.select_columns([stored_name])
 
         def part(first: int, end: int) -> Part:
             def read(row: int) -> Iterator[list[str | None]]:
@@ -68,7 +72,10 @@ class HubReader:
 
     def streamed_parts(self) -> list[Part]:
         """The files of the train split, none of them touched before its turn. Raises InputError for what only `datasets` reads as it is meant."""
-        builder = self._builder()
+        return [Part(1, lambda row, path=path: self._read(path, row)) for path in self.train_files(self._builder())]
+
+    def train_files(self, builder: object) -> list[str]:
+        """The paths of the train split's files in the repository. builder: of `datasets`. Raises InputError where not all can be read by this suite's readers."""
         files = builder.config.data_files or {}
         if not files.get("train"):
             raise InputError(f"{self.where} has no train split; it has: {', '.join(map(str, files)) or 'no files'}")
@@ -77,7 +84,7 @@ class HubReader:
         if other := [path for path in paths if file_kind(path) not in kinds]:
             raise self._not_streamable(f"{other[0]} is by its name no {' or '.join(sorted(kinds or set(FILE_KINDS.values())))} file")
         self._check_settings(builder.config, paths)
-        return [Part(1, lambda row, path=path: self._read(path, row)) for path in paths]
+        return paths
 
     def _path(self, file: str) -> str:
         """The path in the repository of a file as `datasets` names it, such as hf://datasets/org/name@commit/data/train.parquet."""
@@ -167,7 +174,7 @@ class HubReader:
         cache = "all" if stoppable(lambda: hub.info(url)["size"], self.check_stop) <= SMALL_FILE else "none"
         with stoppable(lambda: hub.open(url, "rb", cache_type=cache), self.check_stop) as opened:
             file = _StoppableFile(opened, self.check_stop)
-            column = parquet_text_column(file, self._chosen_column(), where)
+            column = parquet_text_column(file, self.chosen_column(), where)
             self._remember_column(column)
             yield from read_parquet(file, column, row, where)
 
@@ -179,7 +186,7 @@ class HubReader:
         copy = stoppable(lambda: huggingface_hub.hf_hub_download(self.repo_id, path, repo_type="dataset", revision=self.revision, local_dir=self.copies),
                          self.check_stop)
         try:
-            column = self._chosen_column() or find_text_column(copy, None)
+            column = self.chosen_column() or find_text_column(copy, None)
             if column is not None:  # the file holds a row
                 self._remember_column(column)
                 yield from read_rows(copy, column, row)
@@ -187,8 +194,8 @@ class HubReader:
             raise InputError(str(error).replace(copy, f"{self.repo_id}/{path}")) from None
         Path(copy).unlink()
 
-    def _chosen_column(self) -> str | None:
-        """The user's choice, else what the first rows of the stream have decided, whichever file comes first in this process."""
+    def chosen_column(self) -> str | None:
+        """The user's choice, else what the first rows ever read have decided, whichever file comes first in this process; None before that."""
         if self.text_column is None:
             try:
                 self.text_column = str(read_json(self.folder / COLUMN_RECORD)["text_column"])
@@ -197,10 +204,32 @@ class HubReader:
         return self.text_column
 
     def _remember_column(self, column: str) -> None:
+        """Records and prints the column that was chosen, at its first use."""
         if self.text_column is None:
             self.text_column = column
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / COLUMN_RECORD, {"text_column": column})
+            print(f'{self.where}: text column "{column}"')
+
+
+def labelled_files(repo_id: str, name: str | None) -> tuple[list[str], object | None, dict[str, list[str]]]:
+    """A dataset's train split: local copies of its files where this suite reads them, else the table that `datasets` makes of them, in the format "arrow".
+
+    Returns the paths, the table and the names of classes by column, from the dataset's card. Raises whatever `datasets` and the Hub raise.
+    """
+    import datasets
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    builder = datasets.load_dataset_builder(repo_id, name)
+    classes = {column: list(feature.names) for column, feature in (builder.info.features or {}).items() if isinstance(feature, datasets.ClassLabel)}
+    try:
+        paths = HubReader(repo_id, name, builder.hash, None, Path(), lambda: None).train_files(builder)
+    except InputError:  # its card says how to read it; or the machine is offline, and `datasets` has a table from an earlier day
+        builder.download_and_prepare(verification_mode="no_checks")
+        return [], builder.as_dataset(split="train").with_format("arrow"), classes
+    return [huggingface_hub.hf_hub_download(repo_id, path, repo_type="dataset", revision=builder.hash) for path in paths], None, classes
 
 
 class _StoppableFile:

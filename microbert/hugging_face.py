@@ -14,7 +14,7 @@ from torch import Tensor
 from . import bert, modern
 from .config import InputError
 from .layers import ROTARY_BASE, MaskedLanguageModel, ModelConfig
-from .model import INIT_STD
+from .model import INIT_STD, ROTARY, new_model
 from .tokenizer import CLS_ID, PAD_ID, SEP_ID
 
 # our module's name -> that of transformers, or those of several that are one here; {} is the layer's number
@@ -52,7 +52,12 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
 
 
 RUNS_NOTHING = {"local_files_only": True, "trust_remote_code": False}  # for transformers, where it loads a folder that somebody else may have made
+LEAST_WEIGHTS = 5  # of a layer, by the names of transformers
+LONGEST_REASON = 300  # characters
 LARGEST = 1_000_000  # of the sizes in a configuration
+# the same in all our models of a shape: another value would silently give other logits
+DECIDES_LOGITS = {"hidden_act", "hidden_activation", "intermediate_size", "layer_norm_eps", "norm_eps", "layer_types",
+                  "rope_parameters", "tie_word_embeddings", "type_vocab_size", "norm_bias", "attention_bias", "mlp_bias"}
 
 
 @contextlib.contextmanager
@@ -61,7 +66,12 @@ def errors_of_loading(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise InputError(f"{folder} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """Return what the error says, in one line of a readable length: a file may be quoted in it."""
+    return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
 def _hugging_face_names(arch: str, name: str) -> list[str]:
@@ -84,12 +94,41 @@ def to_hugging_face(model: MaskedLanguageModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def from_hugging_face(model: MaskedLanguageModel, weights: dict[str, Tensor]) -> None:
-    """Copies weights as `to_hugging_face` gives them into the model. Raises KeyError or RuntimeError where they do not fit."""
+    """Copy weights as `to_hugging_face` returns them into the model.
+
+    Raises KeyError for one that is missing, RuntimeError for one of another shape or kind.
+    """
     for name, parameter in model.named_parameters():
-        stored = torch.cat([weights[stored_name] for stored_name in _hugging_face_names(model.config.arch, name)])
+        parts = [weights[stored_name] for stored_name in _hugging_face_names(model.config.arch, name)]
+        if not all(part.is_floating_point() for part in parts):
+            raise RuntimeError(f"{name} holds no real numbers but {parts[0].dtype}")
+        stored = torch.cat(parts)
         if stored.shape != parameter.shape:
             raise RuntimeError(f"{name} has the shape {list(stored.shape)}, not {list(parameter.shape)}")
         parameter.copy_(stored)
+
+
+def model_from_hugging_face(config: ModelConfig, weights: dict[str, Tensor]) -> MaskedLanguageModel:
+    """Return a new model with these weights. Raises KeyError, RuntimeError or ValueError where they do not fit.
+
+    The sizes are compared before memory is used for a model: a small file may describe a very large one.
+    """
+    n_numbers = sum(weight.numel() for weight in weights.values())
+    if config.n_layers * LEAST_WEIGHTS > len(weights) or _numbers_in_matrices(config) > n_numbers:
+        raise ValueError("config.json describes a larger model than model.safetensors holds")
+    model = new_model(config)
+    from_hugging_face(model, weights)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    return model
+
+
+def _numbers_in_matrices(config: ModelConfig) -> int:
+    """Return how many numbers the matrices of a model hold: nearly all of it."""
+    D, n_rows = config.n_embed, config.vocab_size + (0 if config.arch in ROTARY else config.max_seq_len)
+    n_feed_forward = {"bert": 2, "modern": 3}[config.arch]
+    return D * n_rows + config.n_layers * D * (4 * D + n_feed_forward * config.n_inner)
 
 
 def hugging_face_config(config: ModelConfig) -> dict:
@@ -121,7 +160,11 @@ def _bert_config(config: ModelConfig) -> dict:
 
 
 def _modern_config(config: ModelConfig) -> dict:
-    """What ModernBERT's own defaults would get wrong is said: ids, rotary base, and layers that see a window only."""
+    """Set every field whose default in ModernBERT differs from ours: ids, rotary base, and layers with a window.
+
+    transformers 5 reads the rotary base and the layers from `rope_parameters` and `layer_types`. Versions before it
+    silently ignore these two and read `global_rope_theta`, `local_rope_theta` and `global_attn_every_n_layers`.
+    """
     return {
         "architectures": ["ModernBertForMaskedLM"],
         "model_type": "modernbert",
@@ -129,6 +172,9 @@ def _modern_config(config: ModelConfig) -> dict:
         "classifier_activation": "gelu",
         "layer_types": ["full_attention"] * config.n_layers,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": ROTARY_BASE} for kind in ("full_attention", "sliding_attention")},
+        "global_rope_theta": ROTARY_BASE,
+        "local_rope_theta": ROTARY_BASE,
+        "global_attn_every_n_layers": 1,
         "norm_eps": modern.NORM_EPS,
         "norm_bias": False,
         "attention_bias": False,
@@ -161,5 +207,11 @@ def read_hugging_face_config(stored: dict) -> ModelConfig:
         raise ValueError("max_position_embeddings must be at least 3: [CLS], one token, [SEP]")
     if type(stored[dropout]) not in (int, float) or not 0 <= stored[dropout] < 1:
         raise ValueError(f"{dropout} is {stored[dropout]!r}")
-    return ModelConfig(vocab_size=stored["vocab_size"], n_layers=stored["num_hidden_layers"], n_heads=stored["num_attention_heads"],
-                       n_embed=stored["hidden_size"], max_seq_len=stored["max_position_embeddings"], dropout=stored[dropout], arch=arch)
+    config = ModelConfig(vocab_size=stored["vocab_size"], n_layers=stored["num_hidden_layers"],
+                         n_heads=stored["num_attention_heads"], n_embed=stored["hidden_size"],
+                         max_seq_len=stored["max_position_embeddings"], dropout=stored[dropout], arch=arch)
+    expected = hugging_face_config(config)
+    for name in sorted(DECIDES_LOGITS & stored.keys() & expected.keys()):
+        if stored[name] != expected[name]:
+            raise ValueError(f"{name} is {stored[name]!r}; models of this suite have {expected[name]!r}")
+    return config

@@ -1,18 +1,44 @@
-"""Texts with labels, to fine-tune on: the bundled reviews, your csv, jsonl and parquet files, or a dataset of the Hub."""
+"""Texts with labels, to fine-tune on: the bundled reviews, your csv, jsonl and parquet files, or a dataset of the
+Hub."""
 
 import dataclasses
-import os
+from collections.abc import Iterator
 
 import numpy as np
 
+from .columns import as_label, choose_label_column, sorted_labels
 from .config import InputError
 from .corpus import imdb_file, labelled_imdb
-from .dataset_names import file_kind, hub_id, named_files
+from .dataset_names import file_kind, hub_id, some_names
 from .documents import clean
-from .file_formats import choose_text_column, listed
+from .file_formats import find_labelled_columns, read_labelled_rows
+from .hub_reader import first_line, is_network_trouble, labelled_files
+from .local_files import readable_files
+from .tables import table_columns, table_labels, table_rows, table_text_column
 
-LABEL_COLUMNS = ("label", "labels", "sentiment", "class")  # where none is named
 MOST_LABELS = 1000
+READ_ROWS = 1000  # of a table of the Hub at a time
+
+Rows = Iterator[tuple[str | None, str | None]]  # text and label, None for what a row lacks
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where labelled texts come from, in words for people, and how many rows could not be used."""
+
+    description: str
+    rows: int
+    without_text: int
+    without_label: int
+
+    def __str__(self) -> str:
+        used = self.rows - self.without_text - self.without_label
+        skipped = [
+            f"{number:,} without a {what}"
+            for number, what in ((self.without_text, "text"), (self.without_label, "label"))
+            if number
+        ]
+        return f"{self.description}: {self.rows:,} rows, {used:,} used; skipped: {', '.join(skipped) or 'none'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,63 +48,104 @@ class LabelledTexts:
     texts: list[str]
     labels: np.ndarray
     names: list[str]
+    source: Source
 
     def take(self, chosen: np.ndarray) -> "LabelledTexts":
         """chosen: bool [N], or numbers."""
         numbers = np.arange(len(self.texts))[chosen]
-        return LabelledTexts([self.texts[number] for number in numbers], self.labels[numbers], self.names)
+        return dataclasses.replace(self, texts=[self.texts[number] for number in numbers], labels=self.labels[numbers])
 
 
-def read_labelled(dataset: str, text_column: str | None, label_column: str | None, max_samples: int | None, seed: int) -> LabelledTexts:
+def read_labelled(
+    dataset: str, text_column: str | None, label_column: str | None, max_samples: int | None, seed: int
+) -> LabelledTexts:
     """All rows that have a text and a label, or `max_samples` of them, drawn by the seed.
 
-    Raises InputError where the dataset cannot be read, a column is missing, or there are not at least two labels.
+    Labels are what is written in the file. Raises InputError where the dataset cannot be read, a column is missing, a
+    row has several labels, or there are not at least two labels.
     """
     if dataset == "imdb":
-        rows = labelled_imdb(imdb_file())
+        description, rows = "imdb (film reviews, bundled)", iter(labelled_imdb(imdb_file()))
+    elif (files := readable_files(dataset)).paths:
+        tables = [path for path in files.paths if file_kind(path) != "text"]
+        texts = [path for path in files.paths if file_kind(path) == "text"] if tables else []
+        description, rows = _of_files(dataset, tables or files.paths, text_column, label_column, {})
+        description += f"; {files.left_out}" if files.left_out else ""
+        description += f"; text files, which have no labels, left out: {some_names(texts)}" if texts else ""
+    elif hub_id(dataset):
+        description, rows = _of_hub(dataset, text_column, label_column)
     else:
-        rows = _read_table(dataset, text_column, label_column)
-    rows = [(text, label) for text, label in ((clean(text), label) for text, label in rows) if text and label is not None]
-    if max_samples is not None and max_samples < len(rows):
-        rows = [rows[number] for number in sorted(np.random.default_rng(seed).permutation(len(rows))[:max_samples])]
-    names = sorted({label for _, label in rows})
+        raise InputError(
+            f'dataset = "{dataset}" is no file that exists: give imdb, csv, jsonl or parquet files, '
+            "or a Hub id such as org/name"
+        )
+    all_rows = [(clean(text), label) for text, label in rows]
+    without_text = sum(not text for text, _ in all_rows)
+    kept = [(text, label) for text, label in all_rows if text and label is not None]
+    source = Source(description, len(all_rows), without_text, len(all_rows) - without_text - len(kept))
+    if max_samples is not None and max_samples < len(kept):
+        kept = [kept[number] for number in sorted(np.random.default_rng(seed).permutation(len(kept))[:max_samples])]
+    names = sorted_labels(label for _, label in kept)
     if not 2 <= len(names) <= MOST_LABELS:
-        raise InputError(f"{dataset}: {len(names):,} different labels; from 2 to {MOST_LABELS:,} can be told apart. Is label_column the right one?")
+        raise InputError(
+            f"{source}. They have {len(names):,} different labels, and from 2 to {MOST_LABELS:,} are supported. "
+            "Is label_column the right one?"
+        )
     numbers = {name: number for number, name in enumerate(names)}
-    return LabelledTexts([text for text, _ in rows], np.array([numbers[label] for _, label in rows]), names)
+    return LabelledTexts([text for text, _ in kept], np.array([numbers[label] for _, label in kept]), names, source)
 
 
-def _read_table(dataset: str, text_column: str | None, label_column: str | None) -> list[tuple[str | None, str | None]]:
-    """By the library `datasets`: a table with labels is one that memory holds."""
-    import datasets  # only here, because it takes a while to load
+def _of_files(
+    dataset: str, paths: list[str], text_column: str | None, label_column: str | None, classes: dict[str, list[str]]
+) -> tuple[str, Rows]:
+    """The description and the rows of files, all of which have the columns of the first that holds a row.
 
-    datasets.disable_progress_bars()
-    files = named_files(dataset)
+    classes: by column, what its numbers mean.
+    """
+    columns = next(filter(None, (find_labelled_columns(path, text_column, label_column) for path in paths)), None)
+    if columns is None:
+        raise InputError(f"{dataset}: there is no row in it")
+    return f"{dataset} ({_described(*columns)})", (
+        row for path in paths for row in read_labelled_rows(path, *columns, classes.get(columns[1], []))
+    )
+
+
+def _of_hub(dataset: str, text_column: str | None, label_column: str | None) -> tuple[str, Rows]:
+    """The same for the train split of a dataset of the Hub: of its files where they can be read here, else of the
+    table that `datasets` makes of them."""
     try:
-        if files:
-            kinds = {file_kind(file) for file in files}
-            if len(kinds) != 1 or kinds - {"csv", "json", "parquet"}:
-                raise InputError(f"{dataset}: give csv, jsonl or parquet files, of one kind: a text file has no labels")
-            options = {"delimiter": "\t"} if ".tsv" in os.path.basename(files[0]).lower() else {}
-            table = datasets.load_dataset(kinds.pop(), data_files=files, split="train", **options)
-        elif hub_id(dataset):
-            table = datasets.load_dataset(*hub_id(dataset), split="train")
-        else:
-            raise InputError(f'dataset = "{dataset}" is no file that exists: give imdb, csv, jsonl or parquet files, or a Hub id such as org/name')
+        files, table, classes = labelled_files(*hub_id(dataset))
     except InputError:
         raise
-    except Exception as error:  # of every reader and of the network
-        raise InputError(f"{dataset} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-    names = table.column_names
-    label_column = label_column or next((name for name in LABEL_COLUMNS if name in names), None)
-    if label_column not in names:
-        raise InputError(f"{dataset}: set --label-column to the column with the labels; it has: {listed(names)}")
-    texts = [name for name, feature in table.features.items() if getattr(feature, "dtype", None) in ("string", "large_string") and name != label_column]
-    text_column = choose_text_column(names, texts, text_column, dataset)
-    feature = table.features[label_column]
-    labels = table[label_column]
-    if hasattr(feature, "int2str"):
-        labels = [feature.int2str(label) if label is not None and label >= 0 else None for label in labels]  # -1: not labelled
-    if text_column not in texts:
-        raise InputError(f'{dataset}: text_column "{text_column}" does not hold text')
-    return [(text, None if label is None else str(label)) for text, label in zip(table[text_column], labels)]
+    except Exception as error:  # of the dataset, its card and the network
+        name = hub_id(dataset)[0]
+        advice = (
+            f'. Where there is a network, run "hf download --repo-type dataset {name} --local-dir '
+            f'{name.split("/")[1]}", '
+            "and give the training files as --dataset"
+            if is_network_trouble(error)
+            else ""
+        )
+        raise InputError(f"{dataset} cannot be read: {first_line(error)}{advice}") from error
+    if files:
+        return _of_files(dataset, files, text_column, label_column, classes)
+    first = table[:READ_ROWS]
+    columns = table_columns(first.schema)
+    label = choose_label_column(columns, label_column, dataset)
+    text = table_text_column(first, text_column, dataset, without=label)
+
+    def rows() -> Rows:
+        number = 0
+        for start in range(0, len(table), READ_ROWS):
+            part = table[start : start + READ_ROWS]
+            for written, value in zip(
+                table_rows(part, text, dataset), table_labels(part, label, classes.get(label, []), dataset)
+            ):
+                number += 1
+                yield written, as_label(value, dataset, label, number)
+
+    return f"{dataset} ({_described(text, label)})", rows()
+
+
+def _described(text_column: str, label_column: str) -> str:
+    return f'text column "{text_column}", label column "{label_column}"'

@@ -16,6 +16,7 @@ from .counter_rng import RANDOM_BITS, uniform_bits
 from .norm import layer_norm
 
 ROTARY_BASE = 10_000.0  # of RoFormer (Su et al. 2021, arXiv:2104.09864)
+TABLE_NUMBERS = 2**20  # of each rotary table that is built at once: 65,536 positions of v4's heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +87,29 @@ class Rotary(nn.Module):
     """Turns queries and keys by angles that grow with the position, so that their product depends on the distance (RoFormer).
 
     Halves are paired, as transformers does it: number i of a head with number i + d/2.
+    The tables of a max_seq_len far above any training run are built only for the positions that a text has.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        half = config.n_embed // config.n_heads // 2
+        self._head_size = config.n_embed // config.n_heads
+        cos, sin = self._tables(min(config.max_seq_len, max(1, TABLE_NUMBERS // self._head_size)))
+        self.register_buffer("cos", cos, persistent=False)  # [at most T, d]
+        self.register_buffer("sin", sin, persistent=False)  # with the sign of the turned half
+
+    def _tables(self, n_positions: int) -> tuple[Tensor, Tensor]:
+        half = self._head_size // 2
         frequencies = ROTARY_BASE ** -(torch.arange(half) / half)
-        angles = torch.arange(config.max_seq_len)[:, None] * frequencies  # [T, d/2]
-        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)  # [T, d]
-        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=1), persistent=False)  # with the sign of the turned half
+        angles = torch.arange(n_positions)[:, None] * frequencies  # [T, d/2]
+        return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)
+
+    def reserve(self, n_positions: int) -> None:
+        """Extend the tables to at least so many positions."""
+        if n_positions > len(self.cos):
+            self.cos, self.sin = (table.to(self.cos.device) for table in self._tables(n_positions))
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """x: [B, Q, H, d], of all tokens, or of those at the positions: int64 [B, M]."""
+        """x: [B, Q, H, d], of all tokens, or of those at the positions: int64 [B, M]. `reserve` has been called for them."""
         cos, sin = (table[None, : x.shape[1]] if positions is None else table[positions] for table in (self.cos, self.sin))  # [B or 1, Q, d]
         return x * cos[:, :, None] + x.roll(x.shape[-1] // 2, dims=-1) * sin[:, :, None]
 
@@ -119,6 +131,7 @@ class Attention(nn.Module):
         else:
             (query,), (key, value) = self._products(at_positions(x, positions), 0, 1), self._products(x, 1, 3)
         if self.rotary is not None:
+            self.rotary.reserve(x.shape[1])
             query, key = self.rotary(query, positions), self.rotary(key)
         x = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attention_mask)  # [B, H, Q, d]
         return self.output(x.transpose(1, 2).flatten(2))

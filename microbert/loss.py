@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .device import is_for_kernels
-from .kernels import address, compiled_kernel, n_threads
+from .kernels import address, compiled, compiled_kernel, n_threads
 from .masking import IGNORED
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -152,7 +152,7 @@ def _softmax(logits: Tensor, bias_2: Tensor, labels: Tensor) -> tuple[Tensor, Te
 @functools.cache
 def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Made when it is first needed: torch's compiler takes a second to load."""
-    return torch.compile(_softmax, dynamic=False)
+    return compiled(_softmax, dynamic=False)
 
 
 class _KernelSoftmax:
@@ -210,13 +210,19 @@ def masked_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_
 
 @torch.no_grad()
 def masked_scores(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Summed loss in nats, and the number of tokens guessed right. Shapes as for masked_loss."""
+    """Return the summed loss in nats and the number of tokens predicted correctly. Shapes as for masked_loss.
+
+    The chunks are summed in float64 on the CPU, because Apple's GPUs have no float64.
+    """
     used = labels != IGNORED
     hidden, labels = hidden[used], labels[used]
-    loss = correct = 0
+    losses, n_correct = [], []
     chunk = chunk_rows(hidden.device.type, *weight.shape)
     for h, y in zip(hidden.split(chunk), labels.split(chunk)):
         logits = torch.addmm(bias, h, weight.T)
-        loss += torch.nn.functional.cross_entropy(logits, y, reduction="sum").double()
-        correct += (logits.argmax(dim=1) == y).sum()
-    return float(loss), int(correct)
+        losses.append(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
+        n_correct.append((logits.argmax(dim=1) == y).sum())
+    total = 0.0
+    for loss in torch.stack(losses).tolist():  # not sum(), which rounds differently from Python 3.12 on
+        total += loss
+    return total, int(torch.stack(n_correct).sum())

@@ -15,6 +15,7 @@ MOMENTUM = 0.95
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's polynomial, as Jordan found them
 RMS = 0.2  # of AdamW's updates, so that one learning rate suits both (Liu et al. 2025, arXiv:2502.16982)
+FUSED = ("cpu", "cuda")  # where torch's fused AdamW reads `found_inf`; Apple's GPUs ignore it (pytorch/pytorch#186360)
 MUON, ADAMW, NO_DECAY = "muon", "adamw", "no decay"
 
 
@@ -38,7 +39,12 @@ class Optimizer:
         groups = parameter_groups(model, config.optimizer)
         self._named = {name: parameter for group in groups.values() for name, parameter in group.items()}
         adamw = [{"params": list(groups[ADAMW].values()), "weight_decay": config.weight_decay}, {"params": list(groups[NO_DECAY].values()), "weight_decay": 0.0}]
-        self.members: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=peak_learning_rate(config), betas=BETAS, eps=EPS, fused=True, capturable=is_recorded)]
+        if next(model.parameters()).device.type in FUSED:
+            peak = peak_learning_rate(config)
+            first = torch.optim.AdamW(adamw, lr=peak, betas=BETAS, eps=EPS, fused=True, capturable=is_recorded)
+        else:
+            first = GuardedAdamW(adamw, {"lr": 0.0})
+        self.members: list[torch.optim.Optimizer] = [first]
         self._moments = {name: ("exp_avg", "exp_avg_sq") for name in self._named}
         if groups[MUON]:
             n_matrices = {module.weight: getattr(module, "n_matrices", 1) for module in model.modules() if isinstance(module, nn.Linear)}
@@ -72,6 +78,32 @@ class Optimizer:
     def _state(self, name: str) -> dict[str, Tensor]:
         member = self.members[-1 if "momentum" in self._moments[name] else 0]
         return member.state[self._named[name]]
+
+
+class GuardedAdamW(torch.optim.Optimizer):
+    """The same as torch's fused AdamW with BETAS and EPS, and reads `found_inf` on every device."""
+
+    found_inf: Tensor
+
+    @torch.no_grad()
+    def step(self) -> None:
+        is_broken = self.found_inf.bool()
+        weights = [torch.where(is_broken, 0.0, 1 - beta) for beta in BETAS]
+        for group in self.param_groups:
+            rate = torch.where(is_broken, 0.0, group["lr"])
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    state["step"] = torch.zeros_like(self.found_inf)
+                gradient = torch.where(is_broken, 0.0, parameter.grad)
+                state["step"] += 1 - self.found_inf
+                state["exp_avg"].lerp_(gradient, weights[0])
+                state["exp_avg_sq"].lerp_(gradient.square(), weights[1])
+                n_steps = state["step"].clamp_min(1)  # 0 where the first step is broken
+                mean, square = (state[name] / (1 - beta**n_steps)
+                                for name, beta in zip(("exp_avg", "exp_avg_sq"), BETAS))
+                parameter.mul_(1 - rate * group["weight_decay"]).sub_(rate * mean / (square.sqrt() + EPS))
 
 
 class Muon(torch.optim.Optimizer):
@@ -131,13 +163,20 @@ def learning_rate_share(position: float, total_steps: int, config: Config) -> fl
 
     "linear" falls from there on; "wsd" (warm-up, stable, decay) holds the peak and falls in the last `decay_ratio`. Both would reach 0 at total_steps.
     """
-    warmup = int(total_steps * config.warmup_ratio)
+    warmup, falling = _phases(total_steps, config)
     if position < warmup:
         return (position + 1) / (warmup + 1)
-    falling = total_steps - warmup if config.schedule == "linear" else max(1, int(total_steps * config.decay_ratio))
-    return min(1.0, (total_steps - position) / falling)
+    return max(0.0, min(1.0, (total_steps - position) / falling))
+
+
+def _phases(total_steps: int, config: Config) -> tuple[int, int]:
+    """Return the steps of the warm-up and of the decay, which never overlap."""
+    warmup = min(int(total_steps * config.warmup_ratio), total_steps - 1)
+    rest = total_steps - warmup
+    return warmup, rest if config.schedule == "linear" else min(rest, max(1, int(total_steps * config.decay_ratio)))
 
 
 def reach(config: Config, total_steps: int) -> float:
-    """The sum of the learning rates of a run: no weight moves by more than about this."""
-    return peak_learning_rate(config) * sum(learning_rate_share(step, total_steps, config) for step in range(total_steps))
+    """Return the sum of the learning rates of a run: no weight moves by more than about this."""
+    warmup, falling = _phases(total_steps, config)
+    return peak_learning_rate(config) * (warmup / 2 + (total_steps - warmup - falling) + (falling + 1) / 2)

@@ -1,7 +1,7 @@
-"""What is printed, once nobody reads it any more: dropped, and the work goes on.
+"""Keep running after stdout or stderr is closed, and whatever characters they can encode.
 
-Ctrl-C ends `| tee log` together with the run, which has a checkpoint to save first; `| head` leaves when it has seen enough; a terminal that is closed
-takes no more from what still runs in it.
+Ctrl-C ends `| tee log` together with the run, which still has a checkpoint to save; `| head` closes the pipe when it
+has seen enough; a closed terminal accepts no more output. A terminal or log in cp1252 has no Thai letters.
 """
 
 import contextlib
@@ -16,7 +16,10 @@ NO_READER = {errno.EPIPE, errno.EIO}  # of a pipe, of a terminal; as Linux and m
 
 
 class _Outlasting:
-    """A text stream as it was, until its reader is gone; from then on it leads nowhere. What goes past it, to `buffer`, raises as ever."""
+    """A text stream that escapes what its encoding lacks, and discards its output once its reader is gone.
+
+    Writing to its `buffer` raises as usual.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -26,7 +29,11 @@ class _Outlasting:
 
     def write(self, text: str) -> int:
         with self._without_error():
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:  # before anything is written
+                encoding = getattr(self._stream, "encoding", None) or "ascii"  # the error names a family: "charmap"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -42,21 +49,39 @@ class _Outlasting:
         try:
             yield
         except OSError as error:
-            if error.errno not in NO_READER or stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):  # of a file, EIO tells of its disk
+            is_file = stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode)  # where EIO means a damaged disk
+            if error.errno not in NO_READER or is_file:
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # there goes also what is still in its buffer, and what Python flushes at its end
-            os.close(nowhere)
+            _discard(self._stream)
 
 
 @contextlib.contextmanager
 def outlasting_readers() -> Iterator[None]:
-    """Standard output and error raise nothing inside where their reader has gone away; any other error is raised, such as a full disk behind `> log`."""
+    """Make printing raise nothing where a reader has gone or the encoding lacks a character.
+
+    Other errors, such as a full disk, are raised. The streams may be of any kind, and are the same again afterwards.
+    """
     streams = [stream and _Outlasting(stream) for stream in (sys.stdout, sys.stderr)]  # None where there is none
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
             yield
         finally:
             for stream in filter(None, streams):
-                with contextlib.suppress(OSError):  # Python tells of it at its end; here it would hide how the work has ended
+                with contextlib.suppress(OSError):  # Python reports it at exit; here it would hide how the work ended
                     stream.flush()
+
+
+def flush_or_discard() -> None:
+    """Flush stdout and stderr, and discard what cannot be written: Python exits with 120 where its last flush fails."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            _discard(stream)
+
+
+def _discard(stream: TextIO) -> None:
+    """Point the stream's descriptor at the null device, which also accepts what is still in its buffer."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -7,18 +7,19 @@
 Shapes: L layers, H heads, T tokens, W words, D = n_embed.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tokenizers import Tokenizer
 
-from .config import InputError
+from .config import InputError, Parser
 from .files import write_atomic
-from .fill_mask import load_run
+from .fill_mask import encode, load_run
 from .hugging_face import RUNS_NOTHING, errors_of_loading
-from .report import read_metrics
+from .report import read_metrics, title_of
 from .run import Failed, plain_errors
 from .tokenizer import N_SPECIAL
 
@@ -32,12 +33,11 @@ AGAINST = (("step", "step", 1.0), ("tokens", "tokens read (millions)", 1e6), ("s
 def draw_attention(folder: Path, text: str) -> Figure:
     """How much each token of the text (rows) takes from each other (columns), for every head. Raises InputError for what cannot be loaded or shown."""
     model, tokenizer = _load(folder)
-    encoded = tokenizer(text, return_tensors="pt")
-    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0].tolist())
-    if len(tokens) > min(MOST_TOKENS, tokenizer.model_max_length):
-        raise InputError(f"the text has {len(tokens)} tokens, [CLS] and [SEP] included; {min(MOST_TOKENS, tokenizer.model_max_length)} can be shown")
-    known = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    attentions = torch.cat(model(**known, output_attentions=True).attentions).numpy()  # [L, H, T, T]
+    ids = encode(tokenizer, text)
+    tokens, most = [tokenizer.id_to_token(token_id) for token_id in ids], min(MOST_TOKENS, model.config.max_position_embeddings)
+    if len(tokens) > most:
+        raise InputError(f"the text has {len(tokens)} tokens, [CLS] and [SEP] included; {most} can be shown")
+    attentions = torch.cat(model(torch.tensor([ids]), output_attentions=True).attentions).numpy()  # [L, H, T, T]
     n_layers, n_heads = attentions.shape[:2]
     size = 0.9 + 0.11 * len(tokens)  # inches for one head
     figure = Figure(figsize=(1.2 + size * n_heads, 1.2 + size * n_layers), layout="constrained")
@@ -50,7 +50,7 @@ def draw_attention(folder: Path, text: str) -> Figure:
             axes.set_yticks(range(len(tokens)), tokens if head == 0 else [], fontsize=7)
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
     figure.colorbar(image, ax=grid, shrink=0.6, label="share of attention")
-    figure.suptitle(f"{folder.name}: what each token (row) attends to", fontsize=10)
+    figure.suptitle(f"{title_of(folder)}: what each token (row) attends to", fontsize=10)
     return figure
 
 
@@ -60,7 +60,7 @@ def draw_embeddings(folder: Path) -> Figure:
     model, tokenizer = _load(folder)
     frequency = model.get_output_embeddings().bias  # [V], which starts at the log-frequency and stays near it
     by_frequency = torch.argsort(frequency, descending=True).tolist()
-    words = [(number, tokenizer.convert_ids_to_tokens(number)) for number in by_frequency if number >= N_SPECIAL]
+    words = [(number, tokenizer.id_to_token(number)) for number in by_frequency if number >= N_SPECIAL]
     words = [(number, word) for number, word in words if not word.startswith("##")][:WORDS]
     vectors = model.get_input_embeddings().weight[[number for number, _ in words]].double().numpy()  # [W, D]
     planes = _planes(vectors)
@@ -71,7 +71,8 @@ def draw_embeddings(folder: Path) -> Figure:
             axes.annotate(word.replace("$", r"\$"), (x, y), fontsize=8, xytext=(2, 2), textcoords="offset points")
         axes.set(xlabel=names[0], ylabel=names[1])
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{folder.name}: the {len(words)} most frequent words, {vectors.shape[1]} dimensions", fontsize=11)
+    title = f"{title_of(folder)}: the {len(words)} most frequent words, {vectors.shape[1]} dimensions"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -92,11 +93,16 @@ def draw_curves(folders: list[Path]) -> Figure:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     columns = figure.subplots(1, len(AGAINST), sharey=True)
     for folder in folders:
-        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "eval/loss" in line]
+        evaluations = [line for line in read_metrics(folder / "metrics.jsonl") if "eval/loss" in line]
+        lines = [line for line in evaluations if all(key in line for key, _, _ in AGAINST)]
         if not lines:
             raise InputError(f"{folder} holds no metrics.jsonl with evaluations: give a run's folder, such as runs/v1")
+        if n_missing := len(evaluations) - len(lines):
+            print(f"warning: {folder / 'metrics.jsonl'}: {n_missing} of {len(evaluations)} evaluations are left out, because "
+                  "they lack step, tokens or seconds", file=sys.stderr)
         for axes, (key, _, unit) in zip(columns, AGAINST):
-            axes.plot([line[key] / unit for line in lines], [line["eval/loss"] for line in lines], marker="o", markersize=3, label=folder.name)
+            losses = [line["eval/loss"] for line in lines]
+            axes.plot([line[key] / unit for line in lines], losses, marker="o", markersize=3, label=title_of(folder))
     for axes, (_, told, _) in zip(columns, AGAINST):
         axes.set_xlabel(told)
         axes.grid(alpha=0.3)
@@ -105,36 +111,39 @@ def draw_curves(folders: list[Path]) -> Figure:
     return figure
 
 
-def _load(folder: Path) -> tuple[torch.nn.Module, object]:
-    """The run's model as transformers has it, which gives its attention out, and its tokenizer. Raises InputError as `load_run` does."""
-    load_run(folder)  # which finds out what is wrong with it before transformers builds what config.json asks for
+def _load(folder: Path) -> tuple[torch.nn.Module, Tokenizer]:
+    """Return the run's model as transformers has it, which returns its attention, and its tokenizer.
+
+    Raises InputError as `load_run` does.
+    """
+    _, tokenizer = load_run(folder)  # which checks it before transformers builds what config.json describes
     import transformers  # only here, because it takes seconds to load
 
     transformers.utils.logging.disable_progress_bar()
     with errors_of_loading(folder):
         model = transformers.AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager", **RUNS_NOTHING, use_safetensors=True)
-        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **RUNS_NOTHING)
+        return model.eval(), tokenizer
 
 
+@plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m microbert.plot", description="Draws attention, embeddings and curves of runs.")
+    parser = Parser(prog="python -m microbert.plot", description="Draws attention, embeddings and curves of runs.")
     parser.add_argument("folders", nargs="+", type=Path, help="runs, such as runs/v1")
     parser.add_argument("--text", default=TEXT, help=f'whose attention is drawn, "{TEXT}" unless you say another')
     parser.add_argument("--output-dir", type=Path, default=Path("plots"), help="where the pictures go, plots unless you say another")
     arguments = parser.parse_args()
-    with plain_errors():
-        figures = {"curves.png": draw_curves(arguments.folders)}
-        for folder in arguments.folders:
-            figures[f"attention-{folder.name}.png"] = draw_attention(folder, arguments.text)
-            figures[f"embeddings-{folder.name}.png"] = draw_embeddings(folder)
-        for name, figure in figures.items():
-            path = arguments.output_dir / name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=110))
-            except OSError as error:
-                raise Failed(f"{path.parent} cannot be written: {error.strerror}") from error
-            print(path)
+    figures = {"curves.png": draw_curves(arguments.folders)}
+    for folder in arguments.folders:
+        figures[f"attention-{folder.name}.png"] = draw_attention(folder, arguments.text)
+        figures[f"embeddings-{folder.name}.png"] = draw_embeddings(folder)
+    for name, figure in figures.items():
+        path = arguments.output_dir / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=110))
+        except OSError as error:
+            raise Failed(f"{path.parent} cannot be written: {error.strerror}") from error
+        print(path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -48,17 +49,28 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; none when there is no file. What is no line of metrics is left out, such as a last one that a kill cut short."""
-    lines = []
-    if path.is_file():
-        for text in path.read_bytes().splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int) and all(isinstance(value, int | float) for value in line.values()):
-                lines.append(line)
+    """Return the lines of a metrics.jsonl, an empty list where there is no file.
+
+    What is no line of metrics is left out. A warning says how many those are, except a last one that a kill cut short.
+    """
+    if not path.is_file():
+        return []
+    texts = path.read_bytes().split(b"\n")
+    read = [_metrics_line(text) for text in texts]
+    lines = [line for line in read if line is not None]
+    if n_damaged := sum(line is None and bool(text.strip()) for text, line in zip(texts[:-1], read)):
+        print(f"warning: {path}: {n_damaged} of {len(texts) - 1} lines are damaged and left out", file=sys.stderr)
     return lines
+
+
+def _metrics_line(text: bytes) -> dict[str, float] | None:
+    """Return a line with a step and finite numbers, None where it is something else."""
+    try:
+        line = json.loads(text)
+        is_one = type(line["step"]) is int and line["step"] >= 0 and all(map(math.isfinite, line.values()))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return line if is_one else None
 
 
 def progress_bar(total: int | None, done: int, description: str, unit: str, leave: bool = True, shown: bool = True) -> tqdm:
@@ -66,6 +78,11 @@ def progress_bar(total: int | None, done: int, description: str, unit: str, leav
     interval = 0.5 if sys.stderr.isatty() else 30
     return tqdm(total=total, initial=done, desc=description, unit=unit, unit_scale=(total or 0) >= 1_000_000, dynamic_ncols=True, mininterval=interval,
                 smoothing=0.05, leave=leave, disable=not shown)
+
+
+def title_of(folder: Path) -> str:
+    """The folder's name as matplotlib can draw it: no formula between dollar signs, no bytes that are not UTF-8."""
+    return folder.name.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
 
 
 def draw_training_curve(folder: Path, lines: list[dict[str, float]], masked: dict[str, float], uniform_loss: float, unigram_loss: float) -> None:
@@ -92,6 +109,6 @@ def draw_training_curve(folder: Path, lines: list[dict[str, float]], masked: dic
         axes.grid(alpha=0.3)
     low, high = min([*losses, unigram_loss]), max([*losses, unigram_loss])
     close.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), title="the same, closer")
-    whole.set(title=f"{folder.name}: masked language modelling")
+    whole.set(title=f"{title_of(folder)}: masked language modelling")
     whole.legend()
     write_atomic(folder / "training_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))

@@ -1,5 +1,7 @@
 """Train, save and load a WordPiece tokenizer. The special ids are decided here and nowhere else."""
 
+import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,10 +16,12 @@ from .files import fingerprint, system_trouble, write_json, write_text
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
 N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here on are ordinary tokens
+VOCABULARY = "vocab.txt"  # one token per line, by id: all that the Python BertTokenizer of transformers 4 reads
 
 SAMPLE_CHARACTERS = 16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
 PIECE_CHARACTERS = 100_000  # of a text that the library gets at once: it takes some 50 bytes a character
 LONGEST_WORD = 100  # characters; longer words are cut: the library calls them unknown, and its search takes cubic time
+LONGEST_REASON = 300  # characters of what the library says about a file that it cannot read
 FORMAT = 4  # raise it whenever the same corpus would give another tokenizer
 
 
@@ -109,22 +113,67 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         if system_trouble(error):
             raise
-        raise InputError(f"{path} is not a tokenizer: {error}") from error
+        raise InputError(f"{path} is not a tokenizer: {' '.join(str(error).split())[:LONGEST_REASON]}") from error
     for token_id, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != token_id:
             raise InputError(f"{path}: {token} must have the id {token_id}")
-    if tokenizer.normalizer is None or tokenizer.pre_tokenizer is None:
-        raise InputError(f"{path} is none of this suite's tokenizers: it has no normalizer or no pre-tokenizer")
+    if different := _difference(tokenizer):
+        raise InputError(f"{path} is none of this suite's tokenizers: {different}")
     return tokenizer
 
 
+def _difference(tokenizer: Tokenizer) -> str:
+    """Return in what the tokenizer differs from those that `train_tokenizer` returns, "" where in nothing that matters.
+
+    What is left can neither fail on a text nor return an id that is not in the vocabulary.
+    """
+    ids = tokenizer.get_vocab()
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    is_known_model = isinstance(tokenizer.model, models.WordPiece) and tokenizer.model.unk_token == SPECIAL_TOKENS[UNK_ID]
+    if not is_known_model or tokenizer.get_vocab(with_added_tokens=False).get(SPECIAL_TOKENS[UNK_ID]) != UNK_ID:
+        return "it is no WordPiece model with [UNK] in its vocabulary"
+    if not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+        return "its normalizer is not BERT's"
+    if not _splits_like_ours(tokenizer.pre_tokenizer):
+        return "its pre-tokenizer is not BERT's"
+    if sorted(ids.values()) != list(range(len(ids))):
+        return f"the ids of its {len(ids):,} tokens are not the numbers from 0 to {len(ids) - 1:,}"
+    if added != set(SPECIAL_TOKENS):
+        return f"its added tokens are {', '.join(sorted(added))[:100]}"
+    if tokenizer.truncation or tokenizer.padding:
+        return "it truncates or pads texts"
+    if tokenizer.encode("").ids != [CLS_ID, SEP_ID]:
+        return "it does not put a text between [CLS] and [SEP]"
+    return ""
+
+
+def _splits_like_ours(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> bool:
+    """Whether it is BERT's, or BERT's with a cut after so many characters. Another regular expression may take forever."""
+    if pre_tokenizer is None:
+        return False
+    state = json.loads(pre_tokenizer.__getstate__())
+    parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    cuts = [part["pattern"].get("Regex", "") for part in parts[1:] if part["type"] == "Split"]
+    return (parts[:1] == [{"type": "BertPreTokenizer"}] and len(parts) == 1 + len(cuts) <= 2
+            and all(re.fullmatch(r"\.\{\d{1,4}\}", cut) for cut in cuts))
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
-    """Writes the two files from which `AutoTokenizer` loads it."""
+    """Write the files from which transformers loads it, as `AutoTokenizer` and as BERT's own classes.
+
+    BERT's classes build their normalizer from tokenizer_config.json alone and lower-case the text by default.
+    """
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    ids = tokenizer.get_vocab()
+    write_text(folder / VOCABULARY, "".join(token + "\n" for token in sorted(ids, key=ids.get)))
+    normalizer = tokenizer.normalizer
     roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_seq_len,
+        "do_lower_case": normalizer.lowercase,
+        "strip_accents": normalizer.strip_accents,
+        "tokenize_chinese_chars": normalizer.handle_chinese_chars,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **dict(zip(roles, SPECIAL_TOKENS)),

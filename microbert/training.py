@@ -5,6 +5,7 @@ Each process takes its share of every batch; what they add up to decides, so tha
 
 import collections
 import dataclasses
+import itertools
 import math
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from .config import Config, explain_learning_rate, peak_learning_rate
 from .course import Course
 from .device import describe_compute, describe_device, is_compiled, out_of_memory, peak_memory_gb
 from .distributed import lost_process
+from .export import load_libraries
 from .layers import MaskedLanguageModel
 from .loss import masked_scores
 from .masking import EVALUATION_PROBABILITY, mask_batch
@@ -34,6 +36,7 @@ LINES_PER_RUN = 100  # of training metrics, at most
 # sum of the learning rates, times the width: v1's four dimensions stay at unigram entropy at a sum of 0.05, and learn at 0.5; v4's 128 learn at 0.04
 TOO_SHORT_A_REACH, ENOUGH_REACH = 0.4, 4.0
 HUGS_UNIGRAM = 0.05  # nats
+TIMES = 3  # to time a batch of the held-out sequences: the fastest time is the least disturbed by other programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +58,10 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
     steps = steps_in_run(len(tokens.train), config.epochs, config.global_batch_size)
     uniform_loss, unigram_loss = math.log(model.config.vocab_size), unigram_entropy(torch.from_numpy(tokens.token_counts))
     _announce(run, device, steps, uniform_loss, unigram_loss)
+    loading_seconds = load_libraries(model.config) if config.max_minutes is not None and world.is_first else 0.0
     learner = Learner(model, config, world)
     state = start_together(run, checkpoint, model, learner.optimizer, tokens)
-    course = Course(config, steps, state.step, state.prepared_seconds)
+    course = Course(config, steps, state.step, state.prepared_seconds, world.gather(loading_seconds)[0, 0])
     learner.ran_short = state.micro_batch_size is not None
     if checkpoint is not None:
         print(f"going on after step {state.step}, from {checkpoint}" + learner.ran_short * f", with {state.micro_batch_size} sequences at a time")
@@ -100,6 +104,9 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
         return {"step": state.step, "epoch": round(n_sequences / len(tokens.train), 4), "tokens": n_sequences * config.max_seq_len,
                 "seconds": round(seconds_now(), 3), **values}
 
+    def begin() -> None:
+        course.begin(state.step, world.gather(seconds_now())[0, 0])
+
     def evaluate_now() -> list[int]:
         """Returns the ranks that were told to stop."""
         result, stopping = evaluate(learner, tokens.held_out, run)
@@ -129,10 +136,16 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
 
     of_steps = f"/{course.steps}" if config.max_minutes is None else ""
     with progress_bar(course.steps if of_steps else None, state.step, "training", " steps", shown=world.is_first) as bar:
+        if config.max_minutes is not None:
+            eval_seconds = estimate_evaluation(learner, tokens.held_out, run)
+            course.reserve_evaluation(eval_seconds, world.gather(seconds_now())[0, 0])
         evaluated = world.gather(metrics.has_evaluation(state.step))[0, 0]
-        stopping = evaluate_now() if not evaluated and course.is_due(state.step, config.eval_every, course.evaluations()) else []
-        time_used = world.gather(course.time_used(seconds_now()))[0, 0]
-        course.move(state.step, time_used)
+        is_eval_due = course.is_due(state.step, config.eval_every, course.evaluations())
+        begin()
+        stopping = []
+        if not evaluated and (is_eval_due or course.is_over):
+            stopping = evaluate_now()
+            begin()
         while not course.is_over and not stopping:
             step_start = time.perf_counter()
             batch = training_batch(tokens.train, step=state.step, epochs=config.epochs, global_batch_size=config.global_batch_size,
@@ -209,16 +222,30 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
               + (', or set lr_scaling = "auto"' if config.lr_scaling == "none" else ""))
 
 
+def estimate_evaluation(learner: Learner, held_out: Sequences, run: Run) -> float:
+    """Return the estimated seconds of an evaluation, the same in all processes; 0.0 where a signal interrupts it."""
+    seconds = []
+    for _ in range(1 + TIMES):
+        result, _ = evaluate(learner, held_out, run, n_batches=1)
+        if result is None:
+            return 0.0
+        seconds.append(result.seconds)
+    n_batches = -(-len(held_out) // (learner.micro_batch_size * run.world.size))
+    return n_batches * min(seconds[1:])  # the first one loads what the device needs
+
+
 @torch.no_grad()
-def evaluate(learner: Learner, held_out: Sequences, run: Run) -> tuple[Evaluation | None, list[int]]:
+def evaluate(learner: Learner, held_out: Sequences, run: Run,
+             n_batches: int | None = None) -> tuple[Evaluation | None, list[int]]:
     """Over all held-out sequences, with masks that never change, shared by the processes; and the ranks that were told to stop meanwhile.
 
-    No result where there are such.
+    No result where there are such. n_batches: of each process, at most; None for all.
     """
     start = time.perf_counter()
     learner.model.eval()
     loss = n_correct = n_masked = 0
-    for batch in evaluation_batches(held_out, learner.micro_batch_size, run.world.rank, run.world.size):
+    batches = evaluation_batches(held_out, learner.micro_batch_size, run.world.rank, run.world.size)
+    for batch in itertools.islice(batches, n_batches):
         if run.stop_signal:
             break
         masked = mask_batch(batch, seed=run.config.seed, probability=EVALUATION_PROBABILITY, vocab_size=learner.model.config.vocab_size)

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import time
 
 import filelock
@@ -18,6 +19,7 @@ from test_config import configure
 from microbert.config import InputError, dataset_files
 from microbert.corpus import hold_cache, open_corpus
 from microbert.documents import Position, clean, split_hash
+from microbert.files import read_json, write_json
 
 TEXTS = ["the first document", "größer, \"quoted\", naïve", "中文 and emoji 🙂", "the last one"]
 
@@ -141,6 +143,112 @@ def test_hundreds_of_names_may_be_given(tmp_path):
     assert len(dataset_files(configure("--dataset", *map(str, paths)))) == 200
 
 
+def test_a_folder_leaves_out_and_names_what_it_cannot_read(tmp_path, capsys):
+    for name, content in {"data/AA/wiki_00": b"from 00\n", "data/AB/wiki_00.gz": gzip.compress(b"from gz\n"), "data/a.txt": b"from a\n", "data/notes.md": b"x\n",
+                          "data/program": b"\x7fELF" + bytes(99)}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / "data", tmp_path) == ["from 00", "from gz", "from a"]
+    told = capsys.readouterr().out
+    assert "1 of an unknown kind" in told and "notes.md" in told and "1 without an ending" in told and "program" in told
+    (tmp_path / "data" / "b.jsonl").write_text('{"text": "from b"}\n')
+    assert read(tmp_path / "data", tmp_path) == ["from a", "from b"]
+    assert "3 without an ending" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make, told", [
+    (lambda folder: None, "holds no file. Known kinds"), (lambda folder: (folder / "a.md").write_text("x"), r"holds no file of a known kind: .*a\.md. Known kinds"),
+    (lambda folder: (folder / "a.txt").symlink_to("/nowhere/a.txt"), r"a\.txt is a link to /nowhere/a\.txt, which does not exist"),
+    (lambda folder: (folder / "a").write_bytes(b"\xff" * 99), "line 1 is not UTF-8"), (lambda folder: os.mkfifo(folder / "a.txt"), "neither a file nor a folder"),
+    (lambda folder: (folder / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\noid"), "Git LFS pointer")])
+def test_a_path_that_is_there_never_goes_to_the_hub(make, told, tmp_path, monkeypatch, capsys):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    make(tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("microbert.corpus.open_hub", lambda *_: pytest.fail("asked the Hub"))
+    with pytest.raises((InputError, SystemExit)) as caught:
+        read("org/name", tmp_path)
+    assert re.search(told, f"{caught.value} {capsys.readouterr().err}")
+
+
+def test_links_to_folders_are_followed_each_folder_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("from b\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("from a\n")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "data")
+    assert read(tmp_path / "data", tmp_path) == ["from a", "from b"]
+
+
+def test_names_that_are_not_utf_8_or_very_long_are_names(tmp_path):
+    for name in (b"caf\xe9.txt", b"x" * 246 + b".txt"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        path = os.fsdecode(os.fsencode(tmp_path / "data") + b"/" + name)
+        with open(path, "w") as file:
+            file.write("from it\n")
+        for dataset in (path, tmp_path / "data"):
+            corpus = open_dataset(dataset, tmp_path)
+            assert [rows for rows, _ in corpus.read()] == [["from it"]] and len(corpus.key) < 30
+        write_json(tmp_path / "state.json", {"dataset": path})
+        assert read_json(tmp_path / "state.json") == {"dataset": path}
+        os.unlink(path)
+
+
+def test_the_key_is_that_of_the_content_under_any_name(tmp_path):
+    keys = {}
+    for name in ("a.jsonl", "b.jsonl", "b.ndjson", "deeper/c.jsonl", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "one text"}\n')
+        keys[name] = open_dataset(tmp_path / name, tmp_path).key
+    assert keys["a.jsonl"] == keys["b.jsonl"] == keys["b.ndjson"] == keys["deeper/c.jsonl"] != keys["c.txt"]
+
+
+def test_the_column_and_an_unusual_separator_are_in_the_description(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("n;review\n1;so so\n2;good one\n")
+    assert read(tmp_path / "a.csv", tmp_path) == ["so so", "good one"]
+    assert '(text column "review", separated by semicolons), about' in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text('{"text": "one text"}\n')
+    assert read(tmp_path / "a.txt", tmp_path) == ['{"text": "one text"}']
+    assert re.search(r"warning: .*a.txt looks like JSON lines.*\n.*one document a line", capsys.readouterr().out)
+
+
+def test_a_glob_takes_files_and_folders(tmp_path):
+    for name in ("ex/AA/wiki_00", "ex/README", "ex/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"from {name[-2:]}\n")
+    (tmp_path / "ex" / "c.txt").symlink_to(tmp_path / "ex" / "b.txt")  # the same file
+    for dataset in (tmp_path / "ex" / "*", tmp_path / "ex", f"{tmp_path}/ex/b.txt,{tmp_path}/ex/../ex/*"):
+        assert sorted(read(dataset, tmp_path)) == ["from 00", "from ME", "from xt"]
+
+
+def test_names_with_commas_and_outer_spaces_among_others(tmp_path):
+    for name in ("my, folder/a.txt", "b, c.txt", " d.txt", "e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"from {name[-5]}\n")
+    assert read(tmp_path / "my, folder", tmp_path) == ["from a"]
+    names = [f"{tmp_path}/{name}" for name in ("e.txt", "my, folder", "b, c.txt", " d.txt")]
+    assert dataset_files(configure("--dataset", *names)) == [names[0], f"{names[1]}/a.txt", *names[2:]]
+
+
+def test_a_loop_of_links_never_goes_to_the_hub(tmp_path, monkeypatch, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        open_dataset("loop/x", tmp_path)
+    assert "loop/x cannot be read" in capsys.readouterr().err
+
+
+def test_a_folder_that_datasets_has_saved_holds_no_file_of_a_known_kind(tmp_path, capsys):
+    (tmp_path / "saved").mkdir()
+    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+        (tmp_path / "saved" / name).write_text("{}")
+    with pytest.raises(SystemExit):
+        open_dataset(tmp_path / "saved", tmp_path)
+    assert re.search(r"no file of a known kind: .*\.arrow", capsys.readouterr().err)
+
+
 def test_a_later_file_without_the_column_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("text,n\nx,1\n")
     (tmp_path / "b.csv").write_text("body,n\ny,2\n")
@@ -239,6 +347,8 @@ def test_a_hash_is_kept_for_as_long_as_the_file_is_the_same(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("microbert.local_files.sha256", lambda path: pytest.fail("read through again"))
         assert open_dataset(path, tmp_path).key == corpus.key
+        path.rename(tmp_path / "other.txt").rename(path)  # its time of change is another, its content is not
+    assert open_dataset(path, tmp_path).key == corpus.key
     status = path.stat()
     path.write_text("a b\nc e\n")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

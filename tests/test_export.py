@@ -1,12 +1,14 @@
 """The run's folder: loads in stock transformers without a warning, fills masks, and holds no half-written save."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT
 
+from microbert.checkpoint import verify
 from microbert.fill_mask import fill_mask, load_run
 
 LOAD = """
@@ -29,8 +31,8 @@ def test_transformers_loads_the_run_and_its_checkpoints_without_a_warning_about_
 
 def test_the_folder_holds_what_was_promised(finished_run):
     names = {path.name for path in (finished_run / "run").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "metrics.jsonl",
-            "training_curve.png", "status.json"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "README.md",
+            "metrics.jsonl", "training_curve.png", "status.json"} <= names
     status = json.loads((finished_run / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["rank"]) == ("done", 0, 0)
 
@@ -69,3 +71,15 @@ def test_fill_mask_on_the_command_line(finished_run):
 def test_fill_mask_says_what_is_wrong(arguments, words, finished_run):
     done = fill(*(argument.format(run=finished_run / "run") for argument in arguments))
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_without_the_vocabulary_as_older_versions_saved_it_is_whole(finished_run, reference, tmp_path):
+    path = shutil.copytree(finished_run / "run" / reference["checkpoint"], tmp_path / "checkpoint-1")
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "vocab.txt").write_text("another\n")
+    with pytest.raises(ValueError, match="vocab.txt is not what was saved"):
+        verify(path)
+    del manifest["vocab.txt"]
+    (path / "vocab.txt").unlink()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    verify(path)

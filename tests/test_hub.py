@@ -235,10 +235,10 @@ def test_a_stream_that_is_killed_goes_on_behind_what_is_prepared_or_starts_anew_
 
 def test_the_column_that_a_stream_has_chosen_is_kept(tmp_path):
     first, second = (HubReader("org/name", None, "0" * 40, None, tmp_path / "corpus", lambda: None) for _ in range(2))
-    assert first._chosen_column() is None
+    assert first.chosen_column() is None
     first._remember_column("body")
-    assert second._chosen_column() == "body"
-    assert HubReader("org/name", None, "0" * 40, None, tmp_path / "other", lambda: None)._chosen_column() is None
+    assert second.chosen_column() == "body"
+    assert HubReader("org/name", None, "0" * 40, None, tmp_path / "other", lambda: None).chosen_column() is None
 
 
 @pytest.mark.parametrize("kind", ["downloaded", "jsonl", "parquet"])
@@ -449,3 +449,49 @@ except InterruptedError:
 def test_hf_is_the_small_choice_up_to_a_million_samples(max_samples, streaming, chosen):
     repo_id, name, streams = choose_dataset(configure(dataset="hf", max_samples=max_samples, streaming=streaming))
     assert (f"{repo_id}:{name}", streams) == chosen
+LABEL_CARD = """---
+dataset_info:
+  features:
+  - name: text
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': bad
+          '1': good
+---
+"""
+
+
+def read_labels(hub, tmp_path, dataset, environment=None):
+    """What read_labelled makes of a dataset of the Hub, in a process of its own: names and labels, or the error."""
+    program = ("import sys, json\nfrom microbert.config import InputError\nfrom microbert.labelled import read_labelled\n"
+               "try:\n    found = read_labelled(sys.argv[1], None, None, None, 1)\n"
+               "    print(json.dumps([found.names, found.labels.tolist(), str(found.source)]))\n"
+               "except InputError as error:\n    print(json.dumps(str(error)))")
+    done = subprocess.run([sys.executable, "-c", program, dataset], cwd=ROOT, env=hub.env(tmp_path / "home") | (environment or {}), capture_output=True, text=True,
+                          timeout=TIME_LIMIT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_labels_of_the_hub_are_those_of_its_files(hub, tmp_path):
+    hub.add("org/written", {"train.csv": b"text,label\n" + b"".join(b"text %d,%s\n" % (n, label) for n, label in enumerate((b"01", b"1", b"NA", b"10")))})
+    hub.add("org/classes", {"README.md": LABEL_CARD.encode(), "data/train.jsonl": b'{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n{"text": "c", "label": -1}\n'})
+    hub.add("org/parquet", {"README.md": LABEL_CARD.encode(), "data/train.parquet": parquet(["a", "b", "c"], label=[1, 0, 1])})
+    names, labels, source = read_labels(hub, tmp_path, "org/written")
+    assert (names, labels) == (["01", "1", "10", "NA"], [0, 1, 3, 2]) and "4 rows, 4 used; skipped: none" in source
+    assert read_labels(hub, tmp_path, "org/classes")[:2] == [["bad", "good"], [1, 0]]
+    assert read_labels(hub, tmp_path, "org/parquet")[:2] == [["bad", "good"], [1, 0, 1]]
+    assert "cannot be read" in read_labels(hub, tmp_path, "org/nothing")
+
+
+@pytest.mark.slow
+def test_labels_that_datasets_has_in_its_cache_are_read_offline_and_others_are_a_plain_line(hub, tmp_path):
+    hub.add("org/classes", {"README.md": LABEL_CARD.encode(), "data/train.jsonl": b'{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n{"text": "c", "label": -1}\n'})
+    subprocess.run([sys.executable, "-c", "import datasets; datasets.load_dataset('org/classes')"], env=hub.env(tmp_path / "home"), check=True, timeout=TIME_LIMIT)
+    assert read_labels(hub, tmp_path, "org/classes", {"HF_HUB_OFFLINE": "1"})[:2] == [["bad", "good"], [1, 0]]
+    error = read_labels(hub, tmp_path, "org/plain", {"HF_HUB_OFFLINE": "1"})
+    assert "org/plain cannot be read" in error and "hf download --repo-type dataset org/plain" in error

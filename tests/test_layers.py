@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import VOCAB_SIZE, noisy_model, token_rows
 
+import microbert.layers
 from microbert.layers import Dropout, ModelConfig, Rotary, at_positions
 from microbert.tokenizer import N_SPECIAL, PAD_ID
 
@@ -77,3 +78,16 @@ def test_rotary_turns_asked_positions_as_all_of_them():
     positions = torch.randint(0, 32, (3, 5), generator=torch.Generator().manual_seed(1))
     whole = rotary(x.view(3, 32, 2, 8)).flatten(2)
     assert torch.equal(at_positions(whole, positions), rotary(at_positions(x, positions).view(3, 5, 2, 8), positions).flatten(2))
+
+
+def test_rotary_tables_that_grow_are_those_that_are_built_at_once(monkeypatch):
+    (ids, real), positions = padded_tokens(), torch.tensor([[15, 3, 7]]).expand(6, 3)
+    at_once = noisy_model(arch="modern")
+    expected = at_once.logits(ids, real, positions)
+    monkeypatch.setattr(microbert.layers, "TABLE_NUMBERS", 12)
+    growing = noisy_model(arch="modern")
+    table = growing.layers[0].attention.rotary
+    assert len(table.cos) == 3
+    assert torch.equal(growing.logits(ids, real, positions), expected)
+    for name, buffer in table.named_buffers():
+        assert torch.equal(buffer, at_once.layers[0].attention.rotary.get_buffer(name))

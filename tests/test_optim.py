@@ -165,10 +165,30 @@ def test_the_learning_rate_rises_linearly_holds_and_falls_linearly_towards_0(tot
 
 
 @many_examples
-@given(totals, ratios, schedules)
-def test_the_reach_is_the_sum_of_all_learning_rates(total, ratio, schedule):
-    config = configure(lr_scaling="none", learning_rate=0.5, schedule=schedule, warmup_ratio=ratio, decay_ratio=1 - ratio)
-    assert reach(config, total) == pytest.approx(0.5 * math.fsum(shares(total, config)))
+@given(totals, ratios, st.floats(0.001, 1), schedules)
+def test_the_reach_is_the_sum_of_all_learning_rates(total, ratio, decay, schedule):
+    config = configure(lr_scaling="none", learning_rate=0.5, schedule=schedule, warmup_ratio=ratio,
+                       decay_ratio=min(decay, 1 - ratio))
+    assert reach(config, total) == pytest.approx(0.5 * math.fsum(shares(total, config)), rel=1e-12)
+
+
+def test_the_reach_of_any_number_of_steps_is_there_at_once():
+    config = configure(lr_scaling="none", learning_rate=1.0, schedule="wsd", warmup_ratio=0.1, decay_ratio=0.3)
+    assert reach(config, 10**15) == pytest.approx(0.8e15)  # by a loop it would take a year
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.3, 0.35, 0.58, 0.7, 0.8, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 97, 1000])
+def test_ratios_whose_sum_is_1_leave_no_step_out_and_take_none_twice(total, warmup, schedule):
+    config = configure(schedule=schedule, warmup_ratio=warmup, decay_ratio=round(1 - warmup, 3))
+    values = shares(total, config)
+    top = values.index(1.0)
+    assert all(0 < value <= 1 for value in values)
+    assert values[:top] == sorted(values[:top]) and values[top:] == sorted(values[top:], reverse=True)
+    for position in (-1e-3, 0.5, top + 0.5, total - 1e-9, total, total + 1):  # as max_minutes gives them
+        assert 0 <= learning_rate_share(position, total, config) <= 1
+    assert reach(config, total) == pytest.approx(peak_learning_rate(config) * math.fsum(values), rel=1e-12)
 
 
 def test_v1_peaks_at_its_documented_learning_rate():

@@ -1,4 +1,4 @@
-"""What is printed outlasts its reader: pipes and terminals that nobody reads any more end no work, and no other error is hidden."""
+"""Printing ends no work: not for want of a reader, nor of a character in the encoding. No other error is hidden."""
 
 import io
 import json
@@ -13,7 +13,7 @@ import psutil
 import pytest
 from helpers import ROOT, SLOW_STEPS, TIME_LIMIT, corpus_from, patched_script, result, run, small_flags, start, wait_for_checkpoint, wait_until
 
-from microbert.output import outlasting_readers
+from microbert.output import flush_or_discard, outlasting_readers
 
 PRINTS = """import sys
 from microbert.output import outlasting_readers
@@ -79,6 +79,87 @@ def test_streams_of_any_kind_are_taken(monkeypatch):
         print("lost")
         sys.stderr.writelines(["told", " in full"])
     assert text.getvalue() == "told in full"
+
+
+THAI, HARD = "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u2588 \udce9 \U0001f600"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp437", "cp874", "shift_jis", "koi8-r", "utf-16",
+                                      "utf-8"])
+def test_what_the_encoding_lacks_is_escaped(encoding, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding))
+    with outlasting_readers():
+        print("before", THAI, HARD)
+        sys.stderr.writelines([THAI, HARD])
+    out, errors = (stream.buffer.getvalue().decode(encoding) for stream in (sys.stdout, sys.stderr))
+    assert out.startswith("before ") and out.endswith("\n") and "\\udce9" in out and "\\udce9" in errors
+    assert (THAI in out) == (encoding in ("cp874", "utf-16", "utf-8"))
+    with pytest.raises(UnicodeEncodeError):
+        print(HARD)  # the stream itself is as it was
+
+
+class Bare:
+    """A stream of some library's own, which encodes to ASCII and says so nowhere."""
+
+    def __init__(self):
+        self.written = ""
+
+    def write(self, text):
+        self.written += text.encode("ascii").decode()
+
+    def flush(self):
+        pass
+
+
+def test_a_stream_without_an_encoding_gets_ascii(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream := Bare())
+    with outlasting_readers():
+        print(THAI)
+    assert stream.written == THAI.encode("ascii", "backslashreplace").decode() + "\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_what_cannot_be_written_can_be_discarded(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with outlasting_readers():
+            print("lost")
+            flush_or_discard()
+        full.flush()  # raises nothing any more
+
+
+IN_ASCII = [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252:strict"},
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+
+
+@pytest.mark.parametrize("variables", IN_ASCII, ids=lambda variables: "-".join(variables.values()))
+@pytest.mark.parametrize("command, code", [(["mlm_pretrain_v4.py", "--help"], 0),
+                                           (["mlm_pretrain_v1.py", "--dataset", f"{THAI}.txt"], 2)])
+def test_help_and_errors_are_printed_in_any_encoding(command, code, variables):
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **variables}, capture_output=True)
+    assert done.returncode == code and b"Traceback" not in done.stderr
+    assert (b"accents" in done.stdout) == (code == 0)
+
+
+def test_a_module_prints_in_any_encoding(finished_run):
+    """fill_mask, for all of those that people start."""
+    command = [sys.executable, "-m", "microbert.fill_mask", str(finished_run / "run"), f"the {THAI} was [MASK]"]
+    variables = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and "\\u0e2a" in done.stdout and done.stdout.count("%") == 5
+
+
+@pytest.mark.fault(row=33)
+@pytest.mark.slow
+def test_a_run_on_thai_text_ends_well_whatever_the_log_can_encode(tmp_path):
+    corpus = tmp_path / f"{THAI}.txt"
+    lines = (f"{THAI}{chr(0xe01 + number % 40)} {THAI} {number}\n" for number in range(100))
+    corpus.write_text("".join(lines), encoding="utf-8")
+    done = run(small_flags(tmp_path, dataset=corpus, epochs=1), env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    assert "\\u0e2a" in done.stdout and "[MASK]" in done.stdout and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
 
 STALLED = """import signal, sys, types

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -134,6 +135,17 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert not (tmp_path / "run" / "README.md").exists()
     assert run(flags).returncode == 0
+    assert result(tmp_path / "run") == reference
+
+
+def test_a_script_that_is_not_in_the_main_thread_trains_without_handling_signals(finished_run, reference, tmp_path, monkeypatch):
+    """As a server or a notebook may call it."""
+    corpus_from(finished_run, tmp_path)
+    before, codes = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: codes.append(run_here(small_flags(tmp_path), monkeypatch)))
+    thread.start()
+    thread.join(TIME_LIMIT)
+    assert codes == [0] and signal.getsignal(signal.SIGTERM) == before
     assert result(tmp_path / "run") == reference
 
 
@@ -373,6 +385,18 @@ def damage(path, kind):
     else:
         data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+@pytest.mark.fault(row=25)
+def test_a_run_resumes_on_its_text_under_another_name(finished_run, reference, tmp_path):
+    folder = interrupted_copy(finished_run, tmp_path)
+    shutil.rmtree(folder / "run" / reference["checkpoint"])
+    newest = folder / "run" / f"checkpoint-{newest_step(folder / 'run')}"
+    (folder / "corpus.jsonl").rename(folder / "moved.ndjson")
+    done = run(small_flags(folder, dataset=folder / "moved.ndjson"))
+    assert done.returncode == 0 and "prepared in" not in done.stdout, (done.stdout, done.stderr)
+    assert f"from {newest}" in done.stdout
+    assert result(folder / "run") == reference
 
 
 @pytest.mark.parametrize("kind", ["truncated", "zeroed", "bit-flipped"])

@@ -22,11 +22,13 @@ from test_hostile_input import FINE, seal
 
 from microbert.checkpoint import load_checkpoint, look_for_checkpoint
 from microbert.config import Config, InputError, read_config
+from microbert.encoder import Encoder
 from microbert.file_formats import find_text_column, read_rows
-from microbert.fill_mask import load_run
+from microbert.fill_mask import fill_mask, load_run
 from microbert.memory import Hardware
 from microbert.model import new_model, shape_of
 from microbert.optim import Optimizer
+from microbert.plot import draw_curves
 from microbert.report import Metrics
 from microbert.tokenizer import load_tokenizer
 from microbert.tokens import open_tokens
@@ -214,7 +216,9 @@ def test_run_folders_of_any_bytes(name, place, data):
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(data.draw(damaged_json(whole) if name.endswith(".json") else damaged(whole[:2000])))
     try:
-        ends_well(load_run, folder)
+        if loaded := ends_well(load_run, folder):
+            assert all(isinstance(token, str) and 0 <= p <= 1 for [(token, p), *_] in fill_mask(*loaded, "a great [MASK]"))
+            assert max(Encoder(loaded[1]).encode(["a great film", "\u00e9 \u4e16"])[0]) < loaded[0].config.vocab_size
     finally:
         (folder / name).write_bytes(whole)
 
@@ -223,8 +227,10 @@ def test_run_folders_of_any_bytes(name, place, data):
 def test_metrics_of_any_bytes(place, data):
     path = place / "run" / "metrics.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(data.draw(damaged(whole)))
+    first, *others = whole.splitlines(keepends=True)
+    path.write_bytes(data.draw(st.one_of(damaged(whole), damaged_json(first).map(lambda line: b"".join([line, b"\n", *others])))))
     try:
+        ends_well(draw_curves, [place / "run"])
         assert all(line["step"] <= 10 for line in Metrics(place / "run", 10).lines)
     finally:
         path.write_bytes(whole)
