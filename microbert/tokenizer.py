@@ -84,10 +84,14 @@ def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, low
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)])
+    tokenizer.post_processor = _post_processor()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
+
+
+def _post_processor() -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                                         special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)])
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -119,6 +123,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             raise InputError(f"{path}: {token} must have the id {token_id}")
     if different := _difference(tokenizer):
         raise InputError(f"{path} is none of this suite's tokenizers: {different}")
+    tokenizer.no_truncation()  # transformers saves both with the tokenizer, once it has used them
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -140,9 +146,7 @@ def _difference(tokenizer: Tokenizer) -> str:
         return f"the ids of its {len(ids):,} tokens are not the numbers from 0 to {len(ids) - 1:,}"
     if added != set(SPECIAL_TOKENS):
         return f"its added tokens are {', '.join(sorted(added))[:100]}"
-    if tokenizer.truncation or tokenizer.padding:
-        return "it truncates or pads texts"
-    if tokenizer.encode("").ids != [CLS_ID, SEP_ID]:
+    if tokenizer.post_processor is None or _state(tokenizer.post_processor) != _state(_post_processor()):
         return "it does not put a text between [CLS] and [SEP]"
     return ""
 
@@ -151,11 +155,16 @@ def _splits_like_ours(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> bool
     """Whether it is BERT's, or BERT's with a cut after so many characters. Another regular expression may take forever."""
     if pre_tokenizer is None:
         return False
-    state = json.loads(pre_tokenizer.__getstate__())
+    state = _state(pre_tokenizer)
     parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
     cuts = [part["pattern"].get("Regex", "") for part in parts[1:] if part["type"] == "Split"]
     return (parts[:1] == [{"type": "BertPreTokenizer"}] and len(parts) == 1 + len(cuts) <= 2
             and all(re.fullmatch(r"\.\{\d{1,4}\}", cut) for cut in cuts))
+
+
+def _state(part: pre_tokenizers.PreTokenizer | processors.PostProcessor) -> dict:
+    """Return what tokenizer.json says of a part of a tokenizer."""
+    return json.loads(part.__getstate__())
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:

@@ -103,8 +103,8 @@ TOKENIZERS = {
     "a pre-tokenizer that takes forever": (["pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
                                                              "invert": False}], "pre-tokenizer"),
     "a special token beyond the vocabulary": (["post_processor", "special_tokens", "[CLS]", "ids", [5_000_000]], "[CLS]"),
+    "a special token that nothing defines": (["post_processor", "special_tokens", {}], "[CLS]"),
     "no special tokens around a text": (["post_processor", None], "[CLS] and [SEP]"),
-    "truncation": (["truncation", {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}], "truncates"),
     "an added token": (["added_tokens", [{"id": 0, "content": "film", "special": True, "single_word": False, "lstrip": False,
                                           "rstrip": False, "normalized": False}]], "tokenizer"),
     "another vocabulary": (["model", "vocab", "zzz", 60], "tokens, and its model"),
@@ -125,6 +125,18 @@ def test_a_tokenizer_of_another_kind_is_refused(name, make_folder):
     else:
         alter(path, *change)
     assert_refused(folder, words)
+
+
+@pytest.mark.parametrize("name", ["AutoTokenizer", "BertTokenizer"])
+def test_a_tokenizer_that_transformers_has_used_and_saved_is_as_before(name, make_folder):
+    import transformers
+
+    folder = make_folder()
+    before = fill_mask(*load_run(folder), TEXT)
+    loaded = getattr(transformers, name).from_pretrained(folder)
+    loaded(["a great film", "a film"], padding="max_length", truncation=True, max_length=4)
+    loaded.save_pretrained(folder)
+    assert fill_mask(*load_run(folder), TEXT) == before
 
 
 WEIGHTS = {
