@@ -33,6 +33,7 @@ ORPHAN_SECONDS = 8.0  # for a process to save and leave, once torchrun itself wa
 ANSWER_SECONDS = 3.0  # for the store or the others to answer a process that was told to stop or has failed
 PROBE_SECONDS = 1.0  # for one attempt to connect to the store
 LOOPBACK_NAMES = ("lo", "lo0")  # of network interfaces, on Linux and on macOS
+MOST_VALUES = 6  # of a process in a gathering
 STOP, GO = "stop", "go"
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ class World:
         self.launch = variables.get("TORCHELASTIC_RUN_ID", "")
         self.one_thread_asked = variables.get("OMP_NUM_THREADS") == "1"
         self.give_up: Callable[[], None] = lambda: None  # called where others take long to answer; may raise what ends the waiting
+        self.on_shortage: Callable[[list[int]], None] = lambda ranks: None  # called in all processes; see report_shortage
         self._parent = os.getppid()
         self._store: _Store | None = None  # of this attempt
         self._launch_store: _Store | None = None  # of all attempts
@@ -259,11 +261,32 @@ class World:
 
     def gather(self, *values: float) -> np.ndarray:
         """Everybody's values, the same in every process. float64 [W, len(values)]. No GPU is waited for."""
-        table = torch.zeros(self.size, len(values), dtype=torch.float64)
-        table[self.rank] = torch.tensor(values, dtype=torch.float64)
+        while True:
+            table, short = self.try_gather(*values)
+            if not short:
+                return table
+            self.on_shortage(short)
+
+    def try_gather(self, *values: float) -> tuple[np.ndarray, list[int]]:
+        """As `gather`, and the ranks that had none because they report a shortage: then all have to gather again."""
+        return self._gather(False, *values)
+
+    def report_shortage(self) -> None:
+        """Tell all processes that this one has no memory for an update, which the others have done.
+
+        The others hear of it when they gather next, whatever that is for; `on_shortage` is called in every process, and they gather again when this one
+        has repeated the update and comes to the same place. So all do the same, and a step without a shortage needs no message for it.
+        """
+        _, short = self._gather(True)
+        self.on_shortage(short)
+
+    def _gather(self, is_short: bool, *values: float) -> tuple[np.ndarray, list[int]]:
+        table = torch.zeros(self.size, MOST_VALUES + 1, dtype=torch.float64)
+        table[self.rank, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        table[self.rank, -1] = is_short
         if self.size > 1:
             dist.all_reduce(table)  # everybody's row, and zeros of the others
-        return table.numpy()
+        return table[:, : len(values)].numpy(), table[:, -1].nonzero().flatten().tolist()
 
     def _phase(self) -> str:
         return self._store.get("phase").decode() if self._store is not None and self._store.check(["phase"]) else ""

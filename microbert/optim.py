@@ -3,6 +3,8 @@
 Shapes: n matrices of r rows and c columns.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -56,20 +58,36 @@ class Optimizer:
             member.zero_grad(set_to_none=True)
 
     def step(self, learning_rate: float | Tensor, is_broken: Tensor) -> None:
-        """learning_rate: a number, or [] on the device. is_broken: [], 1.0 where weights and moments are to stay as they are. The device need not be waited for."""
+        """learning_rate: a number, or [] on the device. is_broken: [], 1.0 where weights and moments are to stay as they are. The device need not be waited for.
+
+        Takes all memory before it changes anything, so that it can be repeated where memory runs out.
+        """
+        for name in self._named:
+            self._begin(name, 0)
         for member in self.members:
             member.found_inf = is_broken  # which torch's fused optimizers read
             for group in member.param_groups:
                 group["lr"] = learning_rate
-            member.step()
+        adamw, *others = self.members
+        changes = [member.prepare() for member in others]
+        adamw.step()  # fused, so that it takes no memory once there are moments
+        for change in changes:
+            change()
 
     def begin_after(self, step: int) -> None:
         """Takes the state of a run that has taken so many steps, with moments of zero."""
-        for name, parameter in self._named.items():
-            state = self._state(name)
-            state |= {key: torch.zeros_like(parameter) for key in self._moments[name]}
+        for name in self._named:
+            self._state(name).clear()
+            self._begin(name, step)
+
+    def _begin(self, name: str, step: int) -> None:
+        """Gives the parameter moments of zero, where it has none."""
+        if not self._state(name):
+            parameter = self._named[name]
+            state = {key: torch.zeros_like(parameter) for key in self._moments[name]}
             if "exp_avg" in state:
                 state["step"] = torch.tensor(float(step), device=parameter.device)
+            self._state(name).update(state)
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by kind and parameter, from the first step on. Adam's count of steps is the run's."""
@@ -121,29 +139,50 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(n_matrices), {"lr": 0.0, "weight_decay": weight_decay})
         self._n_matrices = n_matrices
 
-    @torch.no_grad()
     def step(self) -> None:
+        self.prepare()()
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], None]:
+        """Take all memory that a step needs, and return what changes weights and momenta. Where `found_inf`, gradients become 0."""
         (group,) = self.param_groups
         is_broken = self.found_inf.bool()
         weight = torch.where(is_broken, 0.0, 1 - MOMENTUM)
         rate = torch.where(is_broken, 0.0, group["lr"])
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # weights and updates, both as wide matrices
+        kept = 1 - rate * group["weight_decay"]
+        by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}  # of their matrices, as wide ones
         for parameter in group["params"]:
-            gradient = torch.where(is_broken, 0.0, parameter.grad)
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            momentum = state["momentum"].lerp_(gradient, weight)
-            parts = zip(parameter.chunk(self._n_matrices[parameter]), gradient.lerp_(momentum, MOMENTUM).chunk(self._n_matrices[parameter]))
-            for weights, update in parts:
-                if weights.shape[0] > weights.shape[1]:
-                    weights, update = weights.T, update.T
-                by_shape.setdefault(weights.shape, []).append((weights, update))
-        for shape, pairs in by_shape.items():
-            updates = orthogonalise(torch.stack([update for _, update in pairs]))
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            parameter.grad.masked_fill_(is_broken, 0.0)
+            rows, columns = parameter.shape[0] // self._n_matrices[parameter], parameter.shape[1]
+            by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append(parameter)
+        changes = []  # weights, and what is subtracted from them, both as wide matrices
+        for shape, parameters in by_shape.items():
+            weights = [part for parameter in parameters for part in self._wide_parts(parameter, parameter)]
+            updates = orthogonalise(torch.stack([part for parameter in parameters
+                                                 for part in self._wide_parts(parameter, self._direction(parameter, weight))]))
             updates *= RMS * max(shape) ** 0.5 * rate
-            for (weights, _), update in zip(pairs, updates):
-                weights.mul_(1 - rate * group["weight_decay"]).sub_(update)
+            changes += zip(weights, updates)
+
+        @torch.no_grad()
+        def change() -> None:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum"].lerp_(parameter.grad, weight)
+            for weights, update in changes:
+                weights.mul_(kept).sub_(update)
+
+        return change
+
+    def _wide_parts(self, parameter: nn.Parameter, values: Tensor) -> list[Tensor]:
+        """The parameter's matrices in `values`, which has its shape, each with at least as many columns as rows."""
+        parts = values.chunk(self._n_matrices[parameter])
+        return [part.T if part.shape[0] > part.shape[1] else part for part in parts]
+
+    def _direction(self, parameter: nn.Parameter, weight: Tensor) -> Tensor:
+        """Nesterov's momentum after this step's gradient has got so much weight in it."""
+        momentum = self.state[parameter]["momentum"].lerp(parameter.grad, weight)
+        return parameter.grad.lerp(momentum, MOMENTUM)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
 """One update from one batch: micro-batches, what the processes agree on, the sum of their gradients, clipping.
 
 No process sends gradients while another can still run out of memory: each adds up its micro-batches alone, then all tell how that went, then
-they reduce. And none waits for its device: what a step gives is read when the next one is under way.
+they reduce. A process that runs out of memory in the update has changed no weight yet: it reports that when the others gather next, all use less memory
+from then on, and it repeats the update. And none waits for its device: what a step gives is read when the next one is under way.
 Shapes: B sequences of a process's batch, T = max_seq_len, M masked slots a sequence, W processes.
 """
 
 import dataclasses
+import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +33,8 @@ from .run import Diverged, Failed
 from .tokenizer import PAD_ID
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+T = TypeVar("T")
 
 
 class Step:
@@ -59,7 +64,8 @@ class Learner:
     """A model with its optimizer, and how it learns on its device, as one of the processes of `world`.
 
     micro_batch_size: sequences computed at a time; halved in all processes when one runs out of memory, and `ran_short` is True from then on. Then
-    nothing is recorded any more: a recording holds its memory, and evaluation needs some beside it.
+    nothing is recorded any more: a recording holds its memory, and evaluation needs some beside it. evaluation_batch_size: sequences evaluated at a time,
+    never more; halved alone when evaluation runs out of memory. number: of the current step, for messages.
     """
 
     def __init__(self, model: MaskedLanguageModel, config: Config, world: World) -> None:
@@ -68,6 +74,7 @@ class Learner:
         self._dtype, self._is_compiled, self._is_recorded = compute_dtype(config, self.device), is_compiled(config, self.device), is_recorded(config, self.device)
         self.optimizer = Optimizer(model, config, self._is_recorded)
         self.micro_batch_size, self.ran_short = min(config.micro_batch_size or config.batch_size, config.batch_size), False
+        self.evaluation_batch_size, self.number = self.micro_batch_size, 0
         self._forward = self._compiled()
         self._learn = Recorded(self._learn_from, self.device, self._is_recorded)
         self._update = Recorded(self._update_by, self.device, self._is_recorded)
@@ -75,7 +82,9 @@ class Learner:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # which stays where it is
         self._broken = torch.zeros((), device=self.device)  # 1 from the first step on whose numbers are not finite
+        self._clipped: tuple[torch.Tensor, torch.Tensor] | None = None  # losses and norm, while gradients are clipped and the weights not updated
         self._shortage = ""  # what torch said when memory ran out
+        world.on_shortage = functools.partial(self._ran_short, "in the update ")
 
     @property
     def _has_fixed_shapes(self) -> bool:
@@ -114,19 +123,27 @@ class Learner:
         Raises Failed in all processes when one of them has no memory for a single sequence.
         """
         self.model.train()
+        self.number = number
         if self.ran_short or self._learn.is_on != self._update.is_on:  # where one cannot be recorded, the other is not tried
             self._stop_recording()
         while True:
             flat = self._add_up_micro_batches(masked, number)
-            n_masked, stopping, short, times = self.world.gather(masked.n_masked, is_to_stop, flat is None, time_used).T  # [W] each
-            if not short.any():
+            table, short_before = self.world.try_gather(masked.n_masked, is_to_stop, flat is None, time_used)
+            n_masked, stopping, short, times = table.T  # [W] each
+            if short_before:
+                self.world.on_shortage(short_before)
+            elif short.any():
+                self._ran_short("", np.flatnonzero(short).tolist())
+            else:
                 break
             flat = None
-            self._halve(number, np.flatnonzero(short).tolist())
         self.world.add_up(flat)
         self._take_gradients(flat)
-        numbers = torch.tensor([masked.labels.size / max(1, n_masked.sum()), learning_rate], dtype=torch.float64)
-        losses, grad_norm = self._update((flat[-self.world.size :], send(numbers.float().numpy(), self.device) if self._is_recorded else numbers))
+        scale = masked.labels.size / max(1, n_masked.sum())
+        numbers = torch.tensor([scale, learning_rate], dtype=torch.float64)
+        if self._is_recorded:
+            numbers = send(numbers.float().numpy(), self.device)
+        losses, grad_norm = self._apply(flat[-self.world.size :], numbers)
         return Step(number, losses, grad_norm, np.flatnonzero(stopping).tolist(), times[0])
 
     def is_finite(self) -> bool:
@@ -139,16 +156,22 @@ class Learner:
         A process that is alone gives its loss only: its gradients need not be sent.
         """
         self._forget_gradients()
+        flat = self.within_memory(lambda: self._flat(self._backward(masked, number)))
+        if flat is None:
+            self._forget_gradients()
+            free_memory(self.device)
+        return flat
+
+    def within_memory(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns, which is not None; None when memory has run out in it."""
         self._shortage = ""
         try:
-            return self._flat(self._backward(masked, number))
+            return work()
         except RuntimeError as error:
             self._shortage = out_of_memory(error)
             if not self._shortage:
                 raise
-        # only here, where the error no longer holds the tensors of the step
-        self._forget_gradients()
-        free_memory(self.device)
+        free_memory(self.device)  # only here, where the error no longer holds the tensors of the work
         return None
 
     def _forget_gradients(self) -> None:
@@ -201,34 +224,68 @@ class Learner:
             for parameter, part in zip(parameters, parts):
                 parameter.grad = part
 
+    def _apply(self, losses: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The update, as `_update_by`; repeated where memory runs out, once all processes use less of it."""
+        done = self.within_memory(lambda: self._update((losses, numbers)))
+        while done is None:
+            self.world.report_shortage()
+            done = self.within_memory(lambda: self._repeat_update(losses, numbers))
+        return done
+
     def _update_by(self, losses: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips and updates. losses: [W]. numbers: [2], what makes a mean over the masked tokens of all processes, and the learning rate. Returns losses and norm, scaled."""
+        self._clipped = None
+        return self._repeat_update(losses, numbers)
+
+    def _repeat_update(self, losses: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_update_by`, from where memory ran out in it."""
         scale, learning_rate = numbers if self._is_recorded else numbers.tolist()
+        if self._clipped is None:
+            self._clipped = self._clip(losses, scale)
+        self.optimizer.step(learning_rate, self._broken)
+        clipped, self._clipped = self._clipped, None
+        return clipped
+
+    def _clip(self, losses: torch.Tensor, scale: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and clips the gradients, once all memory is taken that it needs: they are not to be scaled twice."""
         gradients = [parameter.grad for parameter in self.model.parameters()]
         grad_norm = scale * get_total_norm(gradients)
         losses = scale * losses
         factor = scale * torch.clamp((self.config.grad_clip or math.inf) / (grad_norm + CLIP_EPS), max=1.0)
-        torch._foreach_mul_(gradients, factor)
         is_finite = torch.isfinite(losses.sum()) & torch.isfinite(grad_norm)
         self._broken.copy_(torch.maximum(self._broken, (~is_finite).to(self._broken.dtype)))
-        self.optimizer.step(learning_rate, self._broken)
+        torch._foreach_mul_(gradients, factor)
         return losses, grad_norm
 
-    def _halve(self, number: int, ranks: list[int]) -> None:
-        """Of the micro-batch, in all processes; those of `ranks` have run out of memory."""
-        size = self.micro_batch_size
-        reason = ": ".join(filter(None, (f"process {ranks[0]} of {self.world.size}" * (self.world.size > 1), self._shortage)))
-        if size == 1:
-            planned = planned_training_bytes(dataclasses.replace(self.config, micro_batch_size=1), self.model.config.vocab_size,
-                                             Hardware(self.device.type, None, self.world.size))
-            raise Failed(f"step {number}: out of memory with one sequence of {self.config.max_seq_len} tokens at a time, for which about {planned / GB:.2f} GB are "
-                         f"planned ({reason}). A smaller max_seq_len, vocab_size, n_embed or n_layers takes less", ranks[0])
-        self.micro_batch_size, self.ran_short = -(-size // 2), True
-        self._stop_recording()
+    def _ran_short(self, where: str, ranks: list[int]) -> None:
+        self.micro_batch_size = self._halved(self.micro_batch_size, where, ranks)
+        self.evaluation_batch_size = min(self.evaluation_batch_size, self.micro_batch_size)
         self._forward = self._compiled()
+
+    def ran_short_in_evaluation(self, ranks: list[int]) -> None:
+        """To be called in all processes: those of `ranks` have run out of memory. Raises Failed where nothing is left to give up."""
+        self.evaluation_batch_size = self._halved(self.evaluation_batch_size, "in evaluation ", ranks)
+
+    def _halved(self, size: int, where: str, ranks: list[int]) -> int:
+        """Half the size, for all processes, where those of `ranks` have run out of memory. Recordings are dropped.
+
+        Raises Failed where there is neither a smaller size nor anything recorded.
+        """
+        reason = ": ".join(filter(None, (f"process {ranks[0]} of {self.world.size}" * (self.world.size > 1), self._shortage)))
+        if size == 1 and self.ran_short:
+            config = dataclasses.replace(self.config, micro_batch_size=1)
+            hardware = Hardware(self.device.type, None, self.world.size)
+            planned = planned_training_bytes(config, self.model.config.vocab_size, hardware)
+            raise Failed(f"step {self.number}: out of memory {where}with one sequence of {config.max_seq_len} tokens at a time, "
+                         f"for which about {planned / GB:.2f} GB are planned ({reason}). A smaller max_seq_len, vocab_size, "
+                         "n_embed or n_layers takes less", ranks[0])
+        self.ran_short, half = True, -(-size // 2)
+        self._stop_recording()
         if self.world.rank == ranks[0]:  # which knows what torch said
-            print(f"\nstep {number}: out of memory with {size} sequences of {self.config.max_seq_len} tokens at a time ({reason}); from here on with "
-                  f"{self.micro_batch_size} at a time, and the same batch", file=sys.stderr)
+            sequences = f"{size} sequence{'s' * (size > 1)} of {self.config.max_seq_len} tokens at a time"
+            print(f"\nstep {self.number}: out of memory {where}with {sequences} ({reason}); repeated with {half} at a time, as "
+                  "is all that follows", file=sys.stderr)
+        return half
 
 
 def micro_batches(masked: MaskedBatch, size: int, is_filled: bool = False) -> Iterator[tuple[MaskedBatch, np.ndarray]]:

@@ -109,6 +109,7 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
 
     def evaluate_now() -> list[int]:
         """Returns the ranks that were told to stop."""
+        learner.number = state.step
         result, stopping = evaluate(learner, tokens.held_out, run)
         if result is not None:
             if result.loss < state.best_eval_loss:
@@ -124,6 +125,7 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
                            "usually helps")
         if world.is_first:
             seconds_now()
+            state.micro_batch_size = learner.micro_batch_size if learner.ran_short else None
             save_checkpoint(run, state, learner.model, learner.optimizer, tokenizer)
 
     def stop() -> None:
@@ -156,7 +158,6 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
             stopping = unread[-1].stopping
             state.step += 1
             course.move(state.step, unread[-1].time_used)
-            state.micro_batch_size = learner.micro_batch_size if learner.ran_short else None
             is_log_due = course.is_due(state.step, None, LINES_PER_RUN)
             is_eval_due, is_save_due = course.is_due(state.step, config.eval_every, course.evaluations()), course.is_due(state.step, config.save_every)
             is_pause = bool(stopping) or is_log_due or is_eval_due or is_save_due
@@ -230,7 +231,7 @@ def estimate_evaluation(learner: Learner, held_out: Sequences, run: Run) -> floa
         if result is None:
             return 0.0
         seconds.append(result.seconds)
-    n_batches = -(-len(held_out) // (learner.micro_batch_size * run.world.size))
+    n_batches = -(-len(held_out) // (learner.evaluation_batch_size * run.world.size))
     return n_batches * min(seconds[1:])  # the first one loads what the device needs
 
 
@@ -241,19 +242,36 @@ def evaluate(learner: Learner, held_out: Sequences, run: Run,
 
     No result where there are such. n_batches: of each process, at most; None for all.
     """
-    start = time.perf_counter()
     learner.model.eval()
+    while True:
+        start = time.perf_counter()
+        sums = learner.within_memory(lambda: _sums(learner, held_out, run, n_batches))
+        loss, n_correct, n_masked = sums or (0.0, 0, 0)
+        seconds = time.perf_counter() - start
+        table, short_before = run.world.try_gather(loss, n_correct, n_masked, run.stop_signal is not None, seconds, sums is None)
+        losses, corrects, counts, stopping, seconds, short = table.T
+        if short_before:
+            run.world.on_shortage(short_before)
+        elif short.any():
+            learner.ran_short_in_evaluation(np.flatnonzero(short).tolist())
+        else:
+            break
+    if stopping.any():
+        return None, np.flatnonzero(stopping).tolist()
+    if not counts.sum():
+        raise Failed(f"no held-out token can be masked: delete {run.config.cache_dir} and start again")
+    return Evaluation(losses.sum() / counts.sum(), corrects.sum() / counts.sum(), seconds[0]), []
+
+
+def _sums(learner: Learner, held_out: Sequences, run: Run, n_batches: int | None) -> tuple[float, int, int]:
+    """Of this process's share of the held-out sequences: the loss in nats, the masked tokens predicted correctly, and
+    all masked tokens. n_batches: as for `evaluate`."""
     loss = n_correct = n_masked = 0
-    batches = evaluation_batches(held_out, learner.micro_batch_size, run.world.rank, run.world.size)
+    batches = evaluation_batches(held_out, learner.evaluation_batch_size, run.world.rank, run.world.size)
     for batch in itertools.islice(batches, n_batches):
         if run.stop_signal:
             break
         masked = mask_batch(batch, seed=run.config.seed, probability=EVALUATION_PROBABILITY, vocab_size=learner.model.config.vocab_size)
         batch_loss, batch_correct = masked_scores(*learner.hidden(masked))
         loss, n_correct, n_masked = loss + batch_loss, n_correct + batch_correct, n_masked + masked.n_masked
-    losses, corrects, counts, stopping, seconds = run.world.gather(loss, n_correct, n_masked, run.stop_signal is not None, time.perf_counter() - start).T
-    if stopping.any():
-        return None, np.flatnonzero(stopping).tolist()
-    if not counts.sum():
-        raise Failed(f"no held-out token can be masked: delete {run.config.cache_dir} and start again")
-    return Evaluation(losses.sum() / counts.sum(), corrects.sum() / counts.sum(), seconds[0]), []
+    return loss, n_correct, n_masked

@@ -198,11 +198,11 @@ def test_another_error_stays_a_bug_with_its_traceback(finished_run, tmp_path, mo
 
 
 @pytest.mark.fault(row=26)
-def test_memory_that_runs_out_beside_the_steps_is_told_in_one_line(tmp_path, monkeypatch, capfd):
-    def masked_scores(*_):
+def test_memory_that_runs_out_beside_steps_and_evaluation_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+    def save_checkpoint(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
 
-    monkeypatch.setattr(microbert.training, "masked_scores", masked_scores)
+    monkeypatch.setattr(microbert.training, "save_checkpoint", save_checkpoint)
     assert run_here(small_flags(tmp_path), monkeypatch) == 1
     err = capfd.readouterr().err
     assert "error: out of memory (CUDA out of memory. Tried to allocate 3.00 GiB)" in err and "Traceback" not in err
