@@ -199,7 +199,7 @@ def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, 
     """What the model card tells of a finished run."""
     epochs = min(config.epochs, state.step * config.global_batch_size / len(tokens.train))
     return {
-        "trained on": f"{config.dataset}, {len(tokens.train):,} sequences of {config.max_seq_len} tokens, {epochs:.3g} epochs",
+        "trained on": f"{config.dataset}, {len(tokens.train):,} sequences of {config.max_seq_len} tokens, {epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}",
         "shape": f"{config.arch}, {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, {len(tokens.token_counts):,} tokens in the vocabulary",
         "steps": f"{state.step:,} of {config.global_batch_size} sequences, {config.optimizer}, peak learning rate {peak_learning_rate(config):.3g}",
         "held-out MLM loss": f"{state.last_eval_loss:.4f} nats a masked token, {tokens.report.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text",
@@ -212,7 +212,7 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
     config = run.config
     limit = "" if config.max_minutes is None else f", or as far as {config.max_minutes:g} minutes reach"
     print(f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}{describe_compute(config, device)}, "
-          f"{config.epochs} epochs{limit}")
+          f"{config.epochs} {'epoch' if config.epochs == 1 else 'epochs'}{limit}")
     if is_compiled(config, device) and device.type == "cuda":
         print("compiling at the first step, for half a minute or so; --no-torch-compile starts at once, and takes up to twice the time for the steps after it")
     print(explain_learning_rate(config))

@@ -61,6 +61,7 @@ def archive():
         (gzip.compress(archive()), "ZIP archive"),
         (bytes(range(256)) + bytes(1000), "binary"),
     ],
+    ids=["zip", "pdf", "utf-16", "utf-16 without a mark", "pointer", "zip in gzip", "binary"],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a"])
 def test_what_is_no_text_is_named(name, content, told, tmp_path):
