@@ -7,7 +7,8 @@ from .dependencies import require_packages
 
 __version__ = "0.1.0"
 
-if sys.argv[:1] == ["-m"]:  # as `python -m microbert.NAME` has it while the package loads: NAME imports what may be missing
+# as `python -m microbert.NAME` has it while the package loads: NAME imports packages that may be missing
+if sys.argv[:1] == ["-m"]:
     try:
         require_packages()
     except InputError as error:

@@ -30,7 +30,8 @@ HIGHEST_SWEPT = {4: 2e-4, math.inf: 6e-5}
 FAR_ABOVE = 2  # times the peak of the highest: there is a warning
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"  # what the constant `device` may be
-COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # environment variables: where torch.compile saves kernels, and loads them from
+# environment variables: where torch.compile saves kernels, and loads them from
+COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 # what a preset gives to constants that are None; "auto" leaves those of BY_TIER to the device (memory.py)
 PRESETS: dict[str, dict[str, int]] = {
     "auto": {"n_heads": 8, "n_embed": 128, "max_seq_len": 128, "vocab_size": 50_000},
@@ -207,17 +208,17 @@ def explain_learning_rate(config: Config) -> str:
         line = f"learning rate: {peak:g} as it stands (lr_scaling = none)"
     else:
         line = (
-            f"learning rate: {config.learning_rate:g} is what fine-tunes a 768-wide BERT; from scratch, at this width and "
-            f"batch, the peak is {config.learning_rate:g} x {PRETRAINING} x (768/{config.n_embed})^(1/4) x "
+            f"learning rate: {config.learning_rate:g} is what fine-tunes a 768-wide BERT; from scratch, at this width "
+            f"and batch, the peak is {config.learning_rate:g} x {PRETRAINING} x (768/{config.n_embed})^(1/4) x "
             f"sqrt({tokens_per_step(config)}/4096) = {peak:.3g}"
         )
     highest = next(highest for width, highest in HIGHEST_SWEPT.items() if config.n_embed <= width)
     swept = peak_learning_rate(dataclasses.replace(config, learning_rate=highest, lr_scaling="auto"))
     if peak > FAR_ABOVE * swept:
         line += (
-            f"\nwarning: that is {peak / swept:.0f} times the highest peak that sweeps over v1 to v4 covered at such a width, "
-            f"which is {swept:.2g} at this batch (learning_rate = {highest:g} with lr_scaling = auto; docs/experiments.md): "
-            "the run may diverge"
+            f"\nwarning: that is {peak / swept:.0f} times the highest peak that sweeps over v1 to v4 covered at such a "
+            f"width, which is {swept:.2g} at this batch (learning_rate = {highest:g} with lr_scaling = auto; "
+            "docs/experiments.md): the run may diverge"
         )
     return line
 
@@ -265,7 +266,9 @@ def user_cache() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
     named = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(named) if os.path.isabs(named) else Path.home() / ".cache"  # the specification says to ignore a relative path
+    if os.path.isabs(named):  # the specification says to ignore a relative path
+        return Path(named)
+    return Path.home() / ".cache"
 
 
 def _fields() -> dict[str, object]:
@@ -297,7 +300,7 @@ def _with_preset(values: dict[str, object]) -> dict[str, object]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes `--batch_size` for `--batch-size`, and raises InputError in one line where argparse prints a page and exits."""
+    """Accepts `--batch_size` for `--batch-size`, and raises InputError where argparse prints a page and exits."""
 
     def parse_known_args(self, args: list[str] | None = None, namespace: object = None) -> tuple:
         return super().parse_known_args(list(map(_with_dashes, sys.argv[1:] if args is None else args)), namespace)
@@ -315,8 +318,13 @@ def _with_dashes(argument: str) -> str:
 def _parse_flags(script: str, defaults: dict[str, object], argv: list[str] | None) -> dict[str, object]:
     source = Path(script).read_text(encoding="utf-8")
     first_line, comments = _docstring_line(source), _comments(source)
-    parser = Parser(prog=f"python {Path(script).name}", usage="%(prog)s [--constant VALUE ...]", description=first_line, allow_abbrev=False,
-                     epilog="Each flag is a constant at the top of the script; editing it there does the same.")
+    parser = Parser(
+        prog=f"python {Path(script).name}",
+        usage="%(prog)s [--constant VALUE ...]",
+        description=first_line,
+        allow_abbrev=False,
+        epilog="Each flag is a constant at the top of the script; editing it there does the same.",
+    )
     known = []
     for name, default in defaults.items():
         flag = "--" + name.replace("_", "-")

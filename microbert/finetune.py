@@ -226,11 +226,14 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     if missing or not test_texts.texts:
         which = f"none to train on has the label {', '.join(missing[:5])}" if missing else "none to judge by"
         raise InputError(f"{settings.dataset}: too few documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {which}")
-    print(f"documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {len(texts.names)} labels: {', '.join(texts.names[:10])}"
-          + ", ..." * (len(texts.names) > 10))
+    more = ", ..." if len(texts.names) > 10 else ""
+    print(f"documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, "
+          f"{len(texts.names)} labels: {', '.join(texts.names[:10])}{more}")
     n_epochs = epochs_of(settings, len(train_texts.texts))
-    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, {n_epochs} epoch{'' if n_epochs == 1 else 's'} at {learning_rate_of(settings, shape.n_embed):.3g} "
-          f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed}){', in bf16' * (dtype_of(shape.n_embed, device) == torch.bfloat16)}", flush=True)
+    in_bf16 = ", in bf16" if dtype_of(shape.n_embed, device) == torch.bfloat16 else ""
+    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, "
+          f"{n_epochs} {'epoch' if n_epochs == 1 else 'epochs'} at {learning_rate_of(settings, shape.n_embed):.3g} "
+          f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed}){in_bf16}", flush=True)
     train_rows, test_rows = (encode_texts(tokenizer, part.texts, shape.max_seq_len) for part in (train_texts, test_texts))
 
     def accuracy_after_training(model: TextClassifier, described: str) -> float:

@@ -68,7 +68,9 @@ def open_hub(config: Config, check_stop: Callable[[], None]) -> Corpus:
     print(f"Hub: {label} at commit {revision[:12]}, "
           + (f"as recorded; delete {record_path} to look for a newer one" if recorded else "its newest"))
     column = reader.chosen_column()
-    described = f"{'streamed from' if streaming else 'downloaded from'} the Hub" + (f', text column "{column}"' if column else "")
+    described = f"{'streamed' if streaming else 'downloaded'} from the Hub"
+    if column:
+        described += f', text column "{column}"'
     return Corpus(f"{label} ({described})", key, open_parts, wanted, config.max_samples,
                   is_remote=streaming, remember=lambda: shutil.rmtree(reader.copies, ignore_errors=True))
 

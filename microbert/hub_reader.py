@@ -75,7 +75,10 @@ class HubReader:
         return [Part(1, lambda row, path=path: self._read(path, row)) for path in self.train_files(self._builder())]
 
     def train_files(self, builder: object) -> list[str]:
-        """The paths of the train split's files in the repository. builder: of `datasets`. Raises InputError where not all can be read by this suite's readers."""
+        """Return the paths of the train split's files in the repository.
+
+        builder: of `datasets`. Raises InputError where this suite's readers cannot read all of them.
+        """
         files = builder.config.data_files or {}
         if not files.get("train"):
             raise InputError(f"{self.where} has no train split; it has: {', '.join(map(str, files)) or 'no files'}")
@@ -195,7 +198,7 @@ class HubReader:
         Path(copy).unlink()
 
     def chosen_column(self) -> str | None:
-        """The user's choice, else what the first rows ever read have decided, whichever file comes first in this process; None before that."""
+        """The user's choice, else the column that an earlier process chose; None where no row was read yet."""
         if self.text_column is None:
             try:
                 self.text_column = str(read_json(self.folder / COLUMN_RECORD)["text_column"])
@@ -213,9 +216,10 @@ class HubReader:
 
 
 def labelled_files(repo_id: str, name: str | None) -> tuple[list[str], object | None, dict[str, list[str]]]:
-    """A dataset's train split: local copies of its files where this suite reads them, else the table that `datasets` makes of them, in the format "arrow".
+    """Return a dataset's train split: local copies of its files where this suite reads them, else the table that
+    `datasets` makes of them, in the format "arrow"; and the names of classes by column, from the dataset's card.
 
-    Returns the paths, the table and the names of classes by column, from the dataset's card. Raises whatever `datasets` and the Hub raise.
+    Raises whatever `datasets` and the Hub raise.
     """
     import datasets
     import huggingface_hub
@@ -223,13 +227,16 @@ def labelled_files(repo_id: str, name: str | None) -> tuple[list[str], object | 
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
     builder = datasets.load_dataset_builder(repo_id, name)
-    classes = {column: list(feature.names) for column, feature in (builder.info.features or {}).items() if isinstance(feature, datasets.ClassLabel)}
+    features = builder.info.features or {}
+    classes = {name: list(of.names) for name, of in features.items() if isinstance(of, datasets.ClassLabel)}
     try:
         paths = HubReader(repo_id, name, builder.hash, None, Path(), lambda: None).train_files(builder)
-    except InputError:  # its card says how to read it; or the machine is offline, and `datasets` has a table from an earlier day
+    except InputError:  # its card says how to read it; or the machine is offline, and `datasets` may have its table
         builder.download_and_prepare(verification_mode="no_checks")
         return [], builder.as_dataset(split="train").with_format("arrow"), classes
-    return [huggingface_hub.hf_hub_download(repo_id, path, repo_type="dataset", revision=builder.hash) for path in paths], None, classes
+    revision = builder.hash
+    copies = [huggingface_hub.hf_hub_download(repo_id, path, repo_type="dataset", revision=revision) for path in paths]
+    return copies, None, classes
 
 
 class _StoppableFile:

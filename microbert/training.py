@@ -198,8 +198,9 @@ def _peak_gb(learner: Learner) -> float:
 def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, str]:
     """What the model card tells of a finished run."""
     epochs = min(config.epochs, state.step * config.global_batch_size / len(tokens.train))
+    sequences = f"{len(tokens.train):,} sequences of {config.max_seq_len} tokens"
     return {
-        "trained on": f"{config.dataset}, {len(tokens.train):,} sequences of {config.max_seq_len} tokens, {epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}",
+        "trained on": f"{config.dataset}, {sequences}, {epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}",
         "shape": f"{config.arch}, {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, {len(tokens.token_counts):,} tokens in the vocabulary",
         "steps": f"{state.step:,} of {config.global_batch_size} sequences, {config.optimizer}, peak learning rate {peak_learning_rate(config):.3g}",
         "held-out MLM loss": f"{state.last_eval_loss:.4f} nats a masked token, {tokens.report.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text",
