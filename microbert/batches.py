@@ -1,4 +1,4 @@
-"""Token shards -> batches: a pure function of (seed, step, rank, world size).
+"""Prepared sequences -> batches: a pure function of (seed, step, rank, world size).
 
 Training reads an endless line of positions: position p is sequence number p % N of the permutation that (seed, epoch) give,
 with epoch = p // N. A step takes the next global batch from the line, so every sequence comes once an epoch, every step has

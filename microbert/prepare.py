@@ -87,7 +87,7 @@ def estimated_tokens(estimate: Estimate, config: Config) -> float:
 
 
 def estimated_megabytes(estimate: Estimate, config: Config) -> float:
-    """The size of the token shards; while they are written, as much again is needed."""
+    """The size of the prepared tokens; while they are written, as much again is needed."""
     return estimated_tokens(estimate, config) * np.dtype(_dtype(config)).itemsize / 1e6
 
 

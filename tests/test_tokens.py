@@ -91,8 +91,9 @@ def test_transformers_loads_the_tokenizer_with_the_same_ids(tmp_path):
     save_tokenizer(tokenizer, tmp_path, 16)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = "Some wörter, [MASK] there"
-    assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
+    for text in ("Some wörter, [MASK] there", "here" * 40 + ", " + "wör" * 33 + "[MASK]" + "there" * 21):
+        assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
+        assert UNK_ID not in loaded(text)["input_ids"]
     assert (loaded.mask_token_id, loaded.pad_token_id, loaded.model_max_length) == (MASK_ID, PAD_ID, 16)
 
 
@@ -404,6 +405,7 @@ def test_open_files_do_not_grow_with_the_number_of_blocks(tmp_path, monkeypatch)
     assert counts[0] == counts[1] <= 2
 
 
+@pytest.mark.fault(row=34)
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("function", ["microbert.tokens.read_json", "numpy.memmap", "numpy.load"])
 def test_tokens_that_the_system_cannot_open_are_not_called_damaged(number, function, tmp_path, monkeypatch):
@@ -419,6 +421,7 @@ def test_tokens_that_the_system_cannot_open_are_not_called_damaged(number, funct
     assert caught.value.errno == number and listing(tmp_path / "cache") == before
 
 
+@pytest.mark.fault(row=34)
 @pytest.mark.parametrize("name", ["block-00001.json", "block-00001.npz"])
 def test_a_block_that_the_system_cannot_open_stays(name, tmp_path, monkeypatch):
     stop_in_the_middle(tmp_path, monkeypatch)

@@ -412,9 +412,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(kind, file, f
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO])
 @pytest.mark.parametrize("function", ["sha256", "load_file"])
-@pytest.mark.fault(row=8)
-def test_a_checkpoint_that_the_system_cannot_read_is_not_called_damaged(number, function, finished_run, tmp_path, monkeypatch,
-                                                                        capfd):
+@pytest.mark.fault(row=34)
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(number, function, finished_run, tmp_path, monkeypatch, capfd):
     folder = interrupted_copy(finished_run, tmp_path)
     before = listing(folder / "run")
 

@@ -155,6 +155,7 @@ def test_for_a_dataset_of_the_hub_its_downloads_are_a_place_too(tmp_path, capfd)
     assert f"or {HF_HOME})" in capfd.readouterr().err
 
 
+@pytest.mark.fault(row=34)
 @pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_a_shortage_is_reported_and_nothing_is_removed(number, raise_it, tmp_path, monkeypatch, capfd):
@@ -174,6 +175,7 @@ def test_a_shortage_is_reported_and_nothing_is_removed(number, raise_it, tmp_pat
     assert "prepared in" not in capfd.readouterr().out
 
 
+@pytest.mark.fault(row=34)
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
 def test_a_file_that_cannot_be_read_is_reported_in_a_line(number, finished_run, tmp_path, monkeypatch, capfd):
     import microbert.prepare
@@ -184,6 +186,16 @@ def test_a_file_that_cannot_be_read_is_reported_in_a_line(number, finished_run, 
     assert run_here(small_flags(tmp_path), monkeypatch) == 1
     errors = capfd.readouterr().err
     assert errors.endswith(f"error: {os.strerror(number)}: x.bin\n") and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("constant", ["output_dir", "cache_dir"])
+@pytest.mark.fault(row=28)
+def test_a_folder_name_that_is_too_long_is_reported_in_a_line(constant, finished_run, tmp_path, monkeypatch, capfd):
+    corpus_from(finished_run, tmp_path)
+    assert run_here(small_flags(tmp_path, **{constant: tmp_path / ("x" * 300)}), monkeypatch) == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith(f"error: {constant} = ") and "cannot be written: File name too long" in errors
+    assert errors.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
 def test_another_error_stays_a_bug_with_its_traceback(finished_run, tmp_path, monkeypatch, capfd):
