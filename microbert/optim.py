@@ -60,7 +60,7 @@ class Optimizer:
     def step(self, learning_rate: float | Tensor, is_broken: Tensor) -> None:
         """learning_rate: a number, or [] on the device. is_broken: [], 1.0 where weights and moments are to stay as they are. The device need not be waited for.
 
-        Takes all memory before it changes anything, so that it can be repeated where memory runs out.
+        Allocates all memory before it changes anything, so it can be repeated where memory runs out.
         """
         for name in self._named:
             self._begin(name, 0)
@@ -68,9 +68,8 @@ class Optimizer:
             member.found_inf = is_broken  # which torch's fused optimizers read
             for group in member.param_groups:
                 group["lr"] = learning_rate
-        adamw, *others = self.members
-        changes = [member.prepare() for member in others]
-        adamw.step()  # fused, so that it takes no memory once there are moments
+        # torch's AdamW is fused, so it needs no memory once there are moments
+        changes = [member.prepare() if isinstance(member, Prepared) else member.step for member in self.members]
         for change in changes:
             change()
 
@@ -98,33 +97,57 @@ class Optimizer:
         return member.state[self._named[name]]
 
 
-class GuardedAdamW(torch.optim.Optimizer):
-    """The same as torch's fused AdamW with BETAS and EPS, and reads `found_inf` on every device."""
+class Prepared(torch.optim.Optimizer):
+    """An optimizer that reads `found_inf`, and whose step has a part that allocates memory and a part that changes weights."""
 
     found_inf: Tensor
 
-    @torch.no_grad()
+    def prepare(self) -> Callable[[], None]:
+        """Allocate all memory of a step, and return what changes weights and moments. Where `found_inf`, gradients become 0."""
+        raise NotImplementedError
+
     def step(self) -> None:
+        self.prepare()()
+
+
+class GuardedAdamW(Prepared):
+    """The same as torch's fused AdamW with BETAS and EPS, and reads `found_inf` on every device."""
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], None]:
         is_broken = self.found_inf.bool()
         weights = [torch.where(is_broken, 0.0, 1 - beta) for beta in BETAS]
+        changes = []  # a parameter, its rate, what is left of it by decay, and the corrections of its moments
         for group in self.param_groups:
             rate = torch.where(is_broken, 0.0, group["lr"])
+            kept = 1 - rate * group["weight_decay"]
             for parameter in group["params"]:
                 state = self.state[parameter]
                 if not state:
-                    state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    state["step"] = torch.zeros_like(self.found_inf)
-                gradient = torch.where(is_broken, 0.0, parameter.grad)
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    state.update(moments, step=torch.zeros_like(self.found_inf))
+                parameter.grad.masked_fill_(is_broken, 0.0)
+                n_steps = (state["step"] + 1 - self.found_inf).clamp_min(1)  # 0 where the first step is broken
+                changes.append((parameter, rate, kept, [1 - beta**n_steps for beta in BETAS]))
+        largest = max((parameter for parameter, *_ in changes), key=Tensor.numel)
+        rooms = [torch.empty_like(largest).flatten() for _ in BETAS]
+
+        @torch.no_grad()
+        def change() -> None:
+            for parameter, rate, kept, corrections in changes:
+                state = self.state[parameter]
+                update, root = (room[: parameter.numel()].view_as(parameter) for room in rooms)
                 state["step"] += 1 - self.found_inf
-                state["exp_avg"].lerp_(gradient, weights[0])
-                state["exp_avg_sq"].lerp_(gradient.square(), weights[1])
-                n_steps = state["step"].clamp_min(1)  # 0 where the first step is broken
-                mean, square = (state[name] / (1 - beta**n_steps)
-                                for name, beta in zip(("exp_avg", "exp_avg_sq"), BETAS))
-                parameter.mul_(1 - rate * group["weight_decay"]).sub_(rate * mean / (square.sqrt() + EPS))
+                state["exp_avg"].lerp_(parameter.grad, weights[0])
+                state["exp_avg_sq"].lerp_(torch.mul(parameter.grad, parameter.grad, out=update), weights[1])
+                torch.div(state["exp_avg"], corrections[0], out=update).mul_(rate)
+                torch.div(state["exp_avg_sq"], corrections[1], out=root).sqrt_().add_(EPS)
+                parameter.mul_(kept).sub_(update.div_(root))
+
+        return change
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Prepared):
     """Momentum whose update is made orthogonal, so that it moves all directions of a matrix alike (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     The same as `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", but for what these models need: all matrices of a shape are taken at once;
@@ -132,19 +155,13 @@ class Muon(torch.optim.Optimizer):
     and `found_inf`.
     """
 
-    found_inf: Tensor
-
     def __init__(self, n_matrices: dict[nn.Parameter, int], weight_decay: float) -> None:
         """n_matrices: how many lie over each other in a parameter."""
         super().__init__(list(n_matrices), {"lr": 0.0, "weight_decay": weight_decay})
         self._n_matrices = n_matrices
 
-    def step(self) -> None:
-        self.prepare()()
-
     @torch.no_grad()
     def prepare(self) -> Callable[[], None]:
-        """Take all memory that a step needs, and return what changes weights and momenta. Where `found_inf`, gradients become 0."""
         (group,) = self.param_groups
         is_broken = self.found_inf.bool()
         weight = torch.where(is_broken, 0.0, 1 - MOMENTUM)

@@ -62,7 +62,7 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
     learner = Learner(model, config, world)
     state = start_together(run, checkpoint, model, learner.optimizer, tokens)
     course = Course(config, steps, state.step, state.prepared_seconds, world.gather(loading_seconds)[0, 0])
-    learner.ran_short = state.micro_batch_size is not None
+    learner.ran_short, learner.number = state.micro_batch_size is not None, state.step
     if checkpoint is not None:
         print(f"going on after step {state.step}, from {checkpoint}" + learner.ran_short * f", with {state.micro_batch_size} sequences at a time")
     try:

@@ -49,7 +49,8 @@ def optimizer_of(name):
 
 @pytest.mark.parametrize("arch, optimizer", RECIPES)
 def test_training_and_evaluation_make_no_float64_on_the_device(arch, optimizer, on_apple, monkeypatch, tmp_path):
-    monkeypatch.setattr(World, "gather", lambda _, *values: np.array([values], np.float64))  # which works on the CPU
+    # which works on the CPU
+    monkeypatch.setattr(World, "try_gather", lambda _, *values: (np.array([values], np.float64), []))
     config = configure(optimizer=optimizer, arch=arch, dropout=0.1, batch_size=8)
     learner = Learner(noisy_model(arch=arch, dropout=0.1), config, World({}))
     rows = token_rows(8)
@@ -61,6 +62,21 @@ def test_training_and_evaluation_make_no_float64_on_the_device(arch, optimizer, 
         result, _ = evaluate(learner, as_sequences(rows), Run(config, tmp_path))
     assert math.isfinite(result.loss)
     assert isinstance(learner.optimizer.members[0], GuardedAdamW)
+
+
+def test_adamw_there_allocates_before_it_changes_anything(on_apple, monkeypatch):
+    model, optimizer = optimizer_of("adamw")
+    with_gradients(model, 0)
+    (member,) = optimizer.members
+    member.found_inf, before = FINE, parameters_after(model)
+    for group in member.param_groups:
+        group["lr"] = 1e-2
+    change = member.prepare()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    monkeypatch.delattr(torch, "zeros_like")
+    monkeypatch.delattr(torch, "empty_like")
+    change()
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_adamw_there_does_what_torchs_adamw_does(on_apple, monkeypatch):
