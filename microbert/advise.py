@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from .config import Config, InputError, dataset_files, read_script, whole_number
+from .config import Config, InputError, Parser, dataset_files, read_script, whole_number
 from .corpus import IMDB_DOCUMENTS, open_corpus
 from .device import GIB, memory_bytes, n_cores
 from .distributed import World
@@ -164,7 +164,7 @@ def _hub_answers() -> bool:
 
 @plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m microbert.advise", description="Which version is for me?")
+    parser = Parser(prog="python -m microbert.advise", description="Which version is for me?")
     parser.add_argument("--dataset", nargs="+", help="as for the scripts: imdb (unless you say another), hf, a Hub id, paths and globs")
     parser.add_argument("--samples", help="so many documents, such as 500K or 20M, instead of looking at the dataset")
     parser.add_argument("--use", choices=BY_USE)

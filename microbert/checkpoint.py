@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from .config import BY_TIER, Config, InputError, dataset_files, fill_in, settle_batch_size
 from .export import CONSTANTS_FORMAT, MODEL_FILES, save_model
-from .files import read_json, remove, sha256, sync_folder, write_atomic, write_json
+from .files import read_json, remove, sha256, sync_folder, system_trouble, write_atomic, write_json
 from .hugging_face import from_hugging_face
 from .layers import MaskedLanguageModel
 from .local_files import open_files
@@ -156,6 +156,8 @@ def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tupl
                 settled = dataclasses.replace(settled, micro_batch_size=stored["state"].get("micro_batch_size") or filled.micro_batch_size)
             return path, filled, settled
         except DAMAGE as error:
+            if system_trouble(error):  # it may be whole, and must not be taken for damaged
+                raise
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
     if folders:
         raise InputError(f"no checkpoint in {folder} is whole; --overwrite starts anew, and nothing is removed until then")
@@ -266,7 +268,7 @@ def _check_constants(constants: object) -> None:
         raise ValueError("no constants are in it")
     sizes = {name: constants.get(name) for name in (*BY_TIER, *BATCH_SIZES, "micro_batch_size")}
     for name, value in sizes.items():
-        if not isinstance(value, int | None):
+        if not isinstance(value, int if name in BY_TIER else int | None):
             raise ValueError(f"{name} is {value!r}")
     _check_sizes(sizes)
 
@@ -284,6 +286,8 @@ def load_checkpoint(path: Path, model: MaskedLanguageModel, optimizer: Optimizer
     """
     try:
         state = read_state(path, tokens_key)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            open(path / name, "rb").close()  # load_file calls a file missing when too many are open
         from_hugging_face(model, load_file(path / "model.safetensors"))
         tensors = load_file(path / "optimizer.safetensors")
         if state.step:
@@ -291,6 +295,8 @@ def load_checkpoint(path: Path, model: MaskedLanguageModel, optimizer: Optimizer
             for name, moment in optimizer.tensors().items():
                 moment.copy_(tensors[name])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if system_trouble(error):
+            raise
         raise InputError(f"{path} does not fit this run: {error}") from error
     return state
 

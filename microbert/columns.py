@@ -13,7 +13,7 @@ from .config import InputError
 from .documents import clean
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class")  # where none is named
-TEXT, NUMBERS, A_LIST, NOTHING, OTHER = "text", "numbers", "a list", "nothing", "other"  # what a column holds
+TEXT, NUMBERS, A_LIST, NOTHING, OTHER = "text", "numbers", "a list", "nothing", "not text"  # what a column holds
 MOST_NAMES, LONGEST_NAME = 50, 80  # of columns in an error; characters
 # names that say that a column is text, whatever its first values look like
 TEXT_NAMES = {
@@ -44,7 +44,8 @@ TEXT_NAMES = {
 # names of columns with strings that nobody trains on
 IDENTIFIER_NAMES = re.compile(
     r"(^|[^a-z])(id|ids|uid|uuid|guid|key|index|hash|md5|sha\d*|doi|isbn|url|urls|uri|link|href|website|domain|path"
-    r"|file|filename|file_name|address|email|e-mail|mail|phone|ip|date|datetime|time|timestamp|author|user|username|name)$"
+    r"|file|filename|file_name|address|email|e-mail|mail|phone|ip|date|datetime|time|timestamp|author|user"
+    r"|username|name)$"
 )
 # a value that is an address, or one word with a digit in it, a slash or an underscore
 IDENTIFIER = re.compile(
@@ -52,7 +53,8 @@ IDENTIFIER = re.compile(
 )
 LONG_WORD = 200  # characters: a sequence of DNA without a space is text, an identifier of that length is rare
 LONGEST_LOOKED_AT = 1000  # characters of a value
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
+SEVERAL_NAMES = re.compile(r"\w ?[,;|:~^\t\x01]{1,2} ?\w")
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,4})?", re.IGNORECASE | re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,9 @@ class Column:
 
     def __str__(self) -> str:
         """Its name in one line for people, whatever is in it."""
-        return " ".join(self.name.split())[:LONGEST_NAME] + (f" ({self.holds})" if self.holds == A_LIST else "")
+        return " ".join(self.name.split())[:LONGEST_NAME] + (
+            f" ({self.holds})" if self.holds in (A_LIST, OTHER) else ""
+        )
 
 
 class WrittenNumber(str):
@@ -90,17 +94,17 @@ def choose_text_column(
             raise InputError(f'{where} has no column "{wanted}" (text_column); it has: {listed(columns)}')
         return found
     texts = [column.name for column in columns if column.holds == TEXT]
-    if named := next(
-        (
-            column.name
-            for column in columns
-            if column.name.strip().lower() == "text" and column.holds in (TEXT, NOTHING)
-        ),
-        None,
-    ):
-        return named
+    named = [column.name for column in columns if column.name.strip().lower() == "text"]
+    usable = [column.name for column in columns if column.name in named and column.holds in (TEXT, NOTHING)]
+    if usable:
+        return "text" if "text" in usable else usable[0]
     if len(texts) != 1:
         raise InputError(f"{where}: set text_column to the column to train on; it has: {listed(columns)}")
+    if SEVERAL_NAMES.search(texts[0]):
+        raise InputError(
+            f'{where}: set text_column to the column to train on; "{texts[0]}" looks like several names with a '
+            "separator that is not known here"
+        )
     if _holds_identifiers(texts[0], sample(texts[0])):
         raise InputError(
             f'{where}: set text_column to the column to train on; the only one with text, "{texts[0]}", '
@@ -141,6 +145,8 @@ def as_label(value: object, where: str, column: str, row: int) -> str | None:
     row: from 1, for errors. Raises InputError for a list or an object: a row has one label.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, WrittenNumber) and value == "NaN":
         return None
     if isinstance(value, bool):
         return str(value).lower()  # as JSON has it

@@ -20,12 +20,17 @@ import typing
 from pathlib import Path
 
 from .dataset_names import FILE_KINDS, InputError, hub_id, named_files
+from .dependencies import require_packages
 from .output import outlasting_readers
 
 PRETRAINING = 128  # times the learning rate of fine-tuning
 RATIO_ROUNDING = 1e-9  # by which a sum of two ratios, such as 0.8 + 0.2, may be above 1
+# the highest learning_rate of the sweeps in docs/experiments.md, by the width up to which it holds: v1's; v2's to v4's
+HIGHEST_SWEPT = {4: 2e-4, math.inf: 6e-5}
+FAR_ABOVE = 2  # times the peak of the highest: there is a warning
 MIN_VOCAB_SIZE = 6  # the five special tokens and one that can be learned
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"  # what the constant `device` may be
+COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # environment variables: where torch.compile saves kernels, and loads them from
 # what a preset gives to constants that are None; "auto" leaves those of BY_TIER to the device (memory.py)
 PRESETS: dict[str, dict[str, int]] = {
     "auto": {"n_heads": 8, "n_embed": 128, "max_seq_len": 128, "vocab_size": 50_000},
@@ -195,12 +200,26 @@ def peak_learning_rate(config: Config) -> float:
 
 
 def explain_learning_rate(config: Config) -> str:
-    """One line: the constant, the peak, and how the one came from the other."""
+    """One line: the constant, the peak, and how the one came from the other. A second one warns of a peak far above
+    those that were tried."""
     peak = peak_learning_rate(config)
     if config.lr_scaling == "none":
-        return f"learning rate: {peak:g} as it stands (lr_scaling = none)"
-    return (f"learning rate: {config.learning_rate:g} is what fine-tunes a 768-wide BERT; from scratch, at this width and batch, the peak is "
-            f"{config.learning_rate:g} x {PRETRAINING} x (768/{config.n_embed})^(1/4) x sqrt({tokens_per_step(config)}/4096) = {peak:.3g}")
+        line = f"learning rate: {peak:g} as it stands (lr_scaling = none)"
+    else:
+        line = (
+            f"learning rate: {config.learning_rate:g} is what fine-tunes a 768-wide BERT; from scratch, at this width and "
+            f"batch, the peak is {config.learning_rate:g} x {PRETRAINING} x (768/{config.n_embed})^(1/4) x "
+            f"sqrt({tokens_per_step(config)}/4096) = {peak:.3g}"
+        )
+    highest = next(highest for width, highest in HIGHEST_SWEPT.items() if config.n_embed <= width)
+    swept = peak_learning_rate(dataclasses.replace(config, learning_rate=highest, lr_scaling="auto"))
+    if peak > FAR_ABOVE * swept:
+        line += (
+            f"\nwarning: that is {peak / swept:.0f} times the highest peak that sweeps over v1 to v4 covered at such a width, "
+            f"which is {swept:.2g} at this batch (learning_rate = {highest:g} with lr_scaling = auto; docs/experiments.md): "
+            "the run may diverge"
+        )
+    return line
 
 
 @outlasting_readers()
@@ -213,8 +232,10 @@ def read_config(script: str, constants: dict[str, object], argv: list[str] | Non
     """
     try:
         values = _constants_block(Path(script).name, constants)
-        values |= _parse_flags(script, values, sys.argv[1:] if argv is None else argv)
-        return Config(**_with_preset(values))
+        values |= _parse_flags(script, values, argv)
+        config = Config(**_with_preset(values))
+        require_packages()
+        return config
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # each of torchrun's processes has the same to say
             print(f"error: {error}", file=sys.stderr)
@@ -225,6 +246,26 @@ def read_script(script: Path, argv: list[str]) -> Config:
     """The Config that a script has with these flags, without running it. Ends as `read_config` does on any mistake."""
     constants = {name: value for name, value in runpy.run_path(str(script)).items() if not name.startswith("__")}
     return read_config(str(script), constants, argv)
+
+
+def compiler_caches() -> dict[str, str]:
+    """The folders that the environment names for compiled kernels, by variable."""
+    return {name: os.environ[name] for name in COMPILER_CACHES if os.environ.get(name)}
+
+
+def set_compiler_caches(folders: dict[str, str]) -> None:
+    """Set the variables of COMPILER_CACHES, for this process and those that it starts."""
+    os.environ.update(folders)
+
+
+def user_cache() -> Path:
+    """The folder where this system wants a user's caches. Raises RuntimeError where the user has no home."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(named) if os.path.isabs(named) else Path.home() / ".cache"  # the specification says to ignore a relative path
 
 
 def _fields() -> dict[str, object]:
@@ -255,15 +296,26 @@ def _with_preset(values: dict[str, object]) -> dict[str, object]:
     return filled
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Takes `--batch_size` for `--batch-size`, and raises InputError in one line where argparse prints a page and exits."""
+
+    def parse_known_args(self, args: list[str] | None = None, namespace: object = None) -> tuple:
+        return super().parse_known_args(list(map(_with_dashes, sys.argv[1:] if args is None else args)), namespace)
+
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(f"{message} (--help lists every flag)")
 
 
-def _parse_flags(script: str, defaults: dict[str, object], argv: list[str]) -> dict[str, object]:
+def _with_dashes(argument: str) -> str:
+    """A flag with dashes in its name, whatever its value; any other argument as it is."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if re.fullmatch(r"--[A-Za-z][\w-]*", name) else argument
+
+
+def _parse_flags(script: str, defaults: dict[str, object], argv: list[str] | None) -> dict[str, object]:
     source = Path(script).read_text(encoding="utf-8")
     first_line, comments = _docstring_line(source), _comments(source)
-    parser = _Parser(prog=f"python {Path(script).name}", usage="%(prog)s [--constant VALUE ...]", description=first_line, allow_abbrev=False,
+    parser = Parser(prog=f"python {Path(script).name}", usage="%(prog)s [--constant VALUE ...]", description=first_line, allow_abbrev=False,
                      epilog="Each flag is a constant at the top of the script; editing it there does the same.")
     known = []
     for name, default in defaults.items():

@@ -16,6 +16,7 @@ from .documents import READ_ROWS, Corpus, Estimate, Part
 from .files import fingerprint, refuse_link, sha256
 from .hub import open_hub
 from .local_files import open_files
+from .run import shortage_behind
 
 IMDB_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 IMDB_DOCUMENTS, IMDB_MEGABYTES = 25_000, 32.6
@@ -55,8 +56,8 @@ def hold_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -
         refuse_link(folder)
         folder.mkdir(exist_ok=True)
         yield
-    except InputError:
-        if new_folder:
+    except InputError as error:
+        if new_folder and not shortage_behind(error):
             shutil.rmtree(folder)
         if new_cache:
             (cache_dir / f".{corpus.key}.lock").unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from .cuda_graph import WARM_UP
 from .device import GIB, choose_device, describe_device, is_recorded
 from .distributed import World
 from .documents import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
-from .files import read_json
+from .files import read_json, system_trouble
 from .hub import choose_dataset
 from .hugging_face import read_hugging_face_config
 from .masking import mask_batch
@@ -124,6 +124,8 @@ def _finished_plan(given: Config, config: Config, folder: Path, hardware: Hardwa
     try:
         vocab_size = read_hugging_face_config(read_json(folder / "config.json")).vocab_size
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if system_trouble(error):
+            raise
         raise InputError(f"{folder / 'config.json'} is damaged ({error}): --overwrite starts anew") from error
     steps = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
     n_parameters = count_parameters(shape_of(config, vocab_size))

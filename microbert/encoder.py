@@ -1,23 +1,27 @@
 """Texts -> token ids, each distinct word encoded once: the ids of a plain `tokenizers` call at several times its speed.
 
-BERT's normalizer looks at one character at a time, its pre-tokenizer splits at white space and around punctuation, and WordPiece
-sees one word at a time. So a text's ids follow from two tables: what each character becomes, and which ids each word has. Both
-are filled by asking the library when a character or a word is first met; all the rest is numpy on whole chunks of text.
+BERT's normalizer looks at one character at a time, its pre-tokenizer splits at white space and around punctuation,
+long words are cut, and WordPiece sees one of these words at a time. So a text's ids follow from two tables: what each
+character becomes, and which ids each word has. Both are filled when a character or a word is first met; all the rest is
+numpy on whole chunks of text.
 The few texts for which this does not hold (special tokens written out, marks that NFD reorders) go through the library itself.
 Shapes: C characters of a chunk, W words, N ids, D texts.
 """
 
 import itertools
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from .tokenizer import SPECIAL_TOKENS
+from .tokenizer import LONGEST_WORD, SPECIAL_TOKENS, UNK_ID, alphabet_of
 
 CHUNK_CHARACTERS = 4_000_000  # worked on at a time, at some 50 bytes of memory each
 MOST_WORDS = 500_000  # kept in the table, at some 200 bytes each; a full table starts anew
+SHORT_WORD = 32  # characters; a longer word is searched here, because the library tries pieces longer than any token
 
 WORD, ALONE, SPACE, DROPPED, SEVERAL, UNSEEN = range(6)  # kinds of characters; ALONE is a word of its own, such as punctuation
 CODE_POINTS = 0x110000
@@ -25,23 +29,58 @@ REORDERED = ("\u302e", "\U0001d165")  # spacing marks of combining classes 224 a
 
 
 class Encoder:
-    """Encodes for one tokenizer of this suite, in one thread: its tables grow with what it meets."""
+    """Encodes for one tokenizer of this suite, in one thread: its tables grow with what it meets.
+
+    unknown_characters: how often the unknown words of the last `encode` hold each character that the vocabulary lacks.
+    A "[UNK]" in the text itself is counted there under this name.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._characters = _CharacterTable(tokenizer)
         self._words = _WordTable(tokenizer)
+        self._alphabet = alphabet_of(tokenizer)
+        self.unknown_characters: Counter[str] = Counter()
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """All texts' ids one after another, int32 [N], and how many each text has, int64 [D]. No [CLS] or [SEP] is added."""
         ids, lengths = [np.zeros(0, np.int32)], np.zeros(len(texts), np.int64)
-        for numbers, pieces in _chunks(texts):
+        self.unknown_characters = Counter()
+        for numbers, pieces in self._chunks(texts):
             if len(self._words) > MOST_WORDS:
                 self._words = _WordTable(self._tokenizer)
             chunk_ids, chunk_lengths = self._encode_chunk(pieces)
             ids.append(chunk_ids)
             np.add.at(lengths, numbers, chunk_lengths)
         return np.concatenate(ids), lengths
+
+    def _chunks(self, texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
+        """The texts in lists of about CHUNK_CHARACTERS, with their numbers. A longer text comes in pieces."""
+        numbers, pieces, characters = [], [], 0
+        for number, text in enumerate(texts):
+            for piece in self._pieces(text):
+                numbers.append(number)
+                pieces.append(piece)
+                characters += len(piece)
+                if characters >= CHUNK_CHARACTERS:
+                    yield numbers, pieces
+                    numbers, pieces, characters = [], [], 0
+        if pieces:
+            yield numbers, pieces
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """The text in pieces that have the ids of the whole, cut at a space where there is one."""
+        start, size = 0, CHUNK_CHARACTERS
+        while start + size < len(text):
+            end = text.rfind(" ", start + 1, start + size)
+            if end < 0:
+                end = self._characters.last_cut(text, start, start + size)
+            if end > 0:
+                yield text[start:end]
+                start, size = end, CHUNK_CHARACTERS
+            else:
+                size *= 2
+        yield text[start:]
 
     def _encode_chunk(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The same for one chunk: ASCII texts together, the others together, and alone what only the library can do."""
@@ -63,6 +102,9 @@ class Encoder:
 
     def _encode_by_library(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for text, encoding in zip(texts, encodings):
+            if UNK_ID in encoding.ids:
+                self._note_unknown_in(text)
         lengths = np.array([len(encoding.ids) for encoding in encodings], np.int64)
         return np.array([i for encoding in encodings for i in encoding.ids], np.int32), lengths
 
@@ -71,13 +113,32 @@ class Encoder:
         parts = [self._split_words(texts) for texts in groups]
         words, distinct = _distinct_words([letters for letters, _, _ in parts], [starts for _, starts, _ in parts])
         table = self._words
-        rows = table.rows(distinct)[words]  # [W]
+        rows = table.rows(distinct)
+        is_unknown = table.ids[table.starts[rows]] == UNK_ID
+        if is_unknown.any():
+            times = np.bincount(words, minlength=len(distinct))
+            for number in np.flatnonzero(is_unknown).tolist():
+                self._note_unknown(distinct[number].decode(), int(times[number]))
+        rows = rows[words]  # [W]
         lengths = table.lengths[rows]
         ids = table.ids[ranges(table.starts[rows], lengths)]
         ids_before = np.zeros(len(words) + 1, np.int64)
         np.cumsum(lengths, out=ids_before[1:])
         word_counts = [np.zeros(0, np.int64), *(counts for _, _, counts in parts)]
         return ids, np.diff(ids_before[np.cumsum(np.concatenate(word_counts))], prepend=0)
+
+    def _note_unknown(self, word: str, times: int) -> None:
+        for character in word:
+            if character not in self._alphabet:
+                self.unknown_characters[character] += times
+
+    def _note_unknown_in(self, text: str) -> None:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)  # again, for the offsets
+        for token_id, (first, end) in zip(encoding.ids, encoding.offsets):
+            if token_id == UNK_ID and text[first:end] == SPECIAL_TOKENS[UNK_ID]:
+                self.unknown_characters[text[first:end]] += 1
+            elif token_id == UNK_ID:
+                self._note_unknown(self._tokenizer.normalizer.normalize_str(text[first:end]), 1)
 
     def _split_words(self, texts: list[str]) -> tuple[bytes, np.ndarray, np.ndarray]:
         """The letters of all words in UTF-8, without anything between them, where each word starts [W], and how many each text has [D]."""
@@ -90,8 +151,9 @@ class Encoder:
         starts_word &= ~is_space
         positions = np.flatnonzero(starts_word)  # [W]
         starts = positions - np.cumsum(is_space, dtype=np.int32)[positions]  # where the words start when the spaces are gone
-        word_counts = np.diff(np.searchsorted(positions, text_ends), prepend=0)
         letters = characters[~is_space]
+        positions, starts = self._characters.cut_words(positions, starts, len(letters))
+        word_counts = np.diff(np.searchsorted(positions, text_ends), prepend=0)
         if letters.itemsize == 1:
             return letters.tobytes(), starts, word_counts
         n_bytes = np.ones(len(letters) + 1, np.int64)
@@ -107,6 +169,8 @@ class _CharacterTable:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._normalize = tokenizer.normalizer.normalize_str
         self._split = tokenizer.pre_tokenizer.pre_tokenize_str
+        [(first, _), *rest] = self._split("a" * (LONGEST_WORD + 1))
+        self._longest = len(first) if rest else None  # None for tokenizers of earlier versions, which do not cut words
         self._kinds = np.full(CODE_POINTS, UNSEEN, np.uint8)
         self._characters = np.zeros(CODE_POINTS, np.uint32)  # what a character becomes, where that is one character
         self._several: dict[int, tuple[list[int], list[int]]] = {}  # characters and kinds, where it is more than one
@@ -148,6 +212,36 @@ class _CharacterTable:
                 self._several[ord(character)] = [ord(part) for part in normal], kinds
                 return SEVERAL
 
+    def cut_words(self, positions: np.ndarray, starts: np.ndarray, n_letters: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cut the words that are too long. positions, starts: of each word, with the spaces and without [W].
+
+        Returns those of the pieces.
+        """
+        lengths = np.diff(starts, append=n_letters)
+        if self._longest is None or lengths.max(initial=0) <= self._longest:
+            return positions, starts
+        counts = -(-lengths // self._longest)
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, 2 ... in each word
+        return tuple(np.repeat(places, counts) + self._longest * number for places in (positions, starts))
+
+    def last_cut(self, text: str, first: int, end: int) -> int:
+        """The last place after `first` and up to `end` where the text can be cut without changing its ids, or 0.
+
+        At `first` it can be cut.
+        """
+        window = " " + text[first:end]  # the space, so that no end below is 0
+        self.learn(window)
+        _, kinds, ends = self.translate(window, np.arange(2, len(window) + 1))
+        numbers = np.arange(1, len(kinds) + 1)
+        letters = numbers - np.maximum.accumulate(np.where(kinds == WORD, 0, numbers))  # of the word so far
+        can_be_cut = letters[ends - 1] % (self._longest or len(kinds)) == 0
+        for place in (first + 1 + np.flatnonzero(can_be_cut))[::-1].tolist():
+            around = (text[max(0, place - len(token) + 1) : place + len(token) - 1] for token in SPECIAL_TOKENS)
+            is_in_token = any(token in part for token, part in zip(SPECIAL_TOKENS, around))
+            if not is_in_token and not unicodedata.combining(text[place]):  # NFD reorders combining characters
+                return place
+        return 0
+
     def translate(self, text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the text becomes: characters, uint8 (ASCII) or uint32 [C], their kinds, uint8 [C], and where `ends` have moved to."""
         if text.isascii():
@@ -176,6 +270,8 @@ class _WordTable:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._wordpiece = Tokenizer(tokenizer.model)  # without normalizer and pre-tokenizer: what it gets is one word
+        self._vocabulary = tokenizer.get_vocab()
+        self._longest_token = max(map(len, self._vocabulary))
         self._rows: dict[bytes, int] = {}
         self._n_ids = 0
         self.starts, self.lengths, self.ids = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int32)  # grown by doubling
@@ -193,8 +289,11 @@ class _WordTable:
         return rows
 
     def _add(self, words: list[bytes]) -> None:
-        encodings = self._wordpiece.encode_batch_fast([word.decode() for word in words], add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
+        texts = [word.decode() for word in words]
+        is_long = [SHORT_WORD < len(text) <= LONGEST_WORD for text in texts]  # the library calls longer ones unknown
+        others = [text for text, long in zip(texts, is_long) if not long]
+        encodings = iter(self._wordpiece.encode_batch_fast(others, add_special_tokens=False))
+        ids = [self._search(text) if long else next(encodings).ids for text, long in zip(texts, is_long)]
         lengths = np.array([len(of_word) for of_word in ids], np.int64)
         first, end, n_ids = len(self), len(self) + len(words), int(lengths.sum())
         self.starts, self.lengths, self.ids = _grown(self.starts, end), _grown(self.lengths, end), _grown(self.ids, self._n_ids + n_ids)
@@ -203,6 +302,21 @@ class _WordTable:
         self.ids[self._n_ids : self._n_ids + n_ids] = [i for of_word in ids for i in of_word]
         self._n_ids += n_ids
         self._rows.update(zip(words, range(first, end)))
+
+
+    def _search(self, word: str) -> list[int]:
+        """WordPiece: the longest token at the start of the word, then the longest after it; [UNK] if one is missing."""
+        ids, start, prefix = [], 0, ""
+        while start < len(word):
+            for end in range(min(len(word), start + self._longest_token - len(prefix)), start, -1):
+                token_id = self._vocabulary.get(prefix + word[start:end])
+                if token_id is not None:
+                    break
+            else:
+                return [UNK_ID]
+            ids.append(token_id)
+            start, prefix = end, "##"
+        return ids
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:
@@ -228,30 +342,3 @@ def _distinct_words(letters: list[bytes], starts: list[np.ndarray]) -> tuple[np.
     words = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(letters))])
     distinct = words.dictionary_encode()
     return distinct.indices.to_numpy(), distinct.dictionary.to_pylist()
-
-
-def _chunks(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
-    """The texts in lists of about CHUNK_CHARACTERS, with their numbers. A longer text comes in pieces, parted at a space."""
-    numbers, pieces, characters = [], [], 0
-    for number, text in enumerate(texts):
-        for piece in _pieces(text):
-            numbers.append(number)
-            pieces.append(piece)
-            characters += len(piece)
-            if characters >= CHUNK_CHARACTERS:
-                yield numbers, pieces
-                numbers, pieces, characters = [], [], 0
-    if pieces:
-        yield numbers, pieces
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > CHUNK_CHARACTERS:
-        end = text.rfind(" ", start, start + CHUNK_CHARACTERS)
-        end = end if end > start else text.find(" ", start + CHUNK_CHARACTERS)
-        if end < 0:
-            break
-        yield text[start:end]
-        start = end
-    yield text[start:]

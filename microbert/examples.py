@@ -34,8 +34,9 @@ class Example:
     guesses: list[tuple[str, float]]
 
     def lines(self) -> tuple[str, str]:
-        guesses = "  ".join(f"{token} {probability:.1%}" for token, probability in self.guesses)
-        return self.text, f"   was: {self.word} {self.probability:.1%}   guesses: {guesses}"
+        probability = f"{self.probability:.1%}" if self.probability >= 0.0005 else "below 0.1%"
+        guesses = "  ".join(f"{token} {share:.1%}" for token, share in self.guesses)
+        return self.text, f"   was: {self.word} {probability}   guesses: {guesses}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,19 +6,16 @@ stops at a later row of another type, takes words such as NA for missing values,
 and can hang a process that leaves one unfinished.
 """
 
-import contextlib
 import functools
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
-import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet
-
 from .columns import (
     A_LIST,
+    LABEL_COLUMNS,
     NOTHING,
     NUMBERS,
     OTHER,
@@ -33,13 +30,15 @@ from .columns import (
 )
 from .config import InputError
 from .dataset_names import file_kind
-from .delimited import SAMPLE_LINES, SEPARATORS, read_delimited, separator_of, usual_separator
+from .delimited import SAMPLE_LINES, SAVE_WITH_LF, SEPARATORS, read_delimited, separator_of, usual_separator
 from .documents import READ_CHARACTERS, READ_ROWS
-from .file_kinds import errors_of_reading, kind_of, open_file
+from .file_kinds import HEAD_BYTES, errors_of_reading, kind_of, open_file
+from .tables import DEEPEST, class_name, parquet_columns, read_labelled_parquet, read_parquet
 
 BYTE_ORDER_MARK = "\ufeff"
-DEEPEST = 5  # levels of nested columns that are listed
 MOST_WORDS_OF_A_NAME = 4  # of a column; a first line with more words is a row
+CLASS_NUMBER = re.compile(r"-?\d{1,9}", re.ASCII)
+MISSING = object()
 
 
 def read_rows(path: str, column: str, row: int = 0) -> Iterator[list[str | None]]:
@@ -67,21 +66,24 @@ def read_labelled_rows(
     """
     with errors_of_reading(path), open_file(path) as file:
         if (kind := kind_of(path, file)) == "parquet":
-            values = _parquet_values(file, path, (text_column, label_column), classes)
+            values = read_labelled_parquet(file, text_column, label_column, classes, path)
+        elif kind == "text":
+            raise InputError(f"{path}: a text file has no labels: give csv, jsonl or parquet files")
         else:
             values = READERS[kind](file, path, (text_column, label_column), True)
             if classes:
-                values = (
-                    (
-                        text,
-                        _class_name(int(label), classes)
-                        if isinstance(label, str) and label.strip("-").isdecimal()
-                        else label,
-                    )
-                    for text, label in values
-                )
+                values = ((text, _as_class(label, kind, classes)) for text, label in values)
         for number, (text, label) in enumerate(values, 1):
             yield as_text(text, path, text_column, number), as_label(label, path, label_column, number)
+
+
+def _as_class(label: object, kind: str, classes: list[str]) -> object:
+    """The name of the class that a number stands for.
+
+    In JSON a text is a label as it is; CSV has no numbers but texts.
+    """
+    is_number = isinstance(label, WrittenNumber) or (kind == "csv" and isinstance(label, str))
+    return class_name(int(label), classes) if is_number and CLASS_NUMBER.fullmatch(label) else label
 
 
 def find_text_column(path: str, wanted: str | None) -> str | None:
@@ -104,7 +106,8 @@ def find_labelled_columns(path: str, text_column: str | None, label_column: str 
     with errors_of_reading(path), open_file(path) as file:
         if (kind := kind_of(path, file)) == "text":
             raise InputError(f"{path}: a text file has no labels: give csv, jsonl or parquet files")
-        found = _columns(file, path, kind, [text_column, label_column, "text"], n_rows=None)  # labels may begin late
+        known = [text_column, label_column, "text", *LABEL_COLUMNS]
+        found = _columns(file, path, kind, known, n_objects=None)  # labels may begin late
         if found is None:
             return None
         columns, sample = found
@@ -144,28 +147,31 @@ def is_json_object(text: str) -> bool:
 
 
 def _columns(
-    file: BinaryIO, path: str, kind: str, known: list[str | None], n_rows: int | None = READ_ROWS
+    file: BinaryIO, path: str, kind: str, known: list[str | None], n_objects: int | None = READ_ROWS
 ) -> tuple[list[Column], Callable[[str], list[object]]] | None:
     """The columns of a table, with a function that returns the first values of one; None where it holds no row.
 
-    known: names that show that a first line is a header. n_rows: rows to look at, None for all.
+    known: names that show that a first line is a header. n_objects: objects of JSON to look at, None for all.
     """
     if kind == "parquet":
-        with _parquet_errors(path):
-            table = pa.parquet.ParquetFile(file)
-            columns = table_columns(table.schema_arrow)
-            return (columns, functools.partial(_first_of_parquet, table, path)) if table.metadata.num_rows else None
+        return parquet_columns(file, path)
+    values: dict[str, list[object]] = {}
     if kind == "csv":
         names, records = read_delimited(_lines(file, path), path)
-        rows = list(itertools.islice(records, n_rows))
+        rows = list(itertools.islice(records, READ_ROWS))
         if rows and not {name.strip().lower() for name in filter(None, known)} & {name.lower() for name in names}:
             _check_header(names, rows, path)
-        values = {name: [row[number] for row in rows] for number, name in enumerate(names)}
+        values = {name: [row[number] for row in rows] for number, name in enumerate(names)} if rows else {}
+        columns = [Column(name, _holds_in_csv(name, values[name])) for name in values]
     else:
-        rows = list(itertools.islice(_json_objects(file, path), n_rows))
-        names = list(dict.fromkeys(name for fields in rows for name in _nested_names(fields)))
-        values = {name: [_value_at(fields, name) for fields in rows] for name in names}
-    return ([Column(name, _holds(values[name], kind)) for name in names], values.__getitem__) if rows else None
+        holds: dict[str, set[str]] = {}
+        for number, fields in enumerate(itertools.islice(_json_objects(file, path), n_objects)):
+            for name, value in _nested_values(fields):
+                holds.setdefault(name, set()).add(_holds(value))
+                if number < READ_ROWS:
+                    values.setdefault(name, []).append(value)
+        columns = [Column(name, _holds_of_all(kinds)) for name, kinds in holds.items()]
+    return (columns, lambda name: values.get(name, [])) if columns else None
 
 
 def _check_header(names: list[str], rows: Sequence[Sequence[str | None]], path: str) -> None:
@@ -173,174 +179,41 @@ def _check_header(names: list[str], rows: Sequence[Sequence[str | None]], path: 
     looks_like_data = [
         name
         for number, name in enumerate(names)
-        if name
-        and (_is_number(name) or len(name.split()) > MOST_WORDS_OF_A_NAME or any(row[number] == name for row in rows))
+        if name and (_is_number(name) or _is_sentence(name) or any(row[number] == name for row in rows))
     ]
     if looks_like_data:
         raise InputError(
             f"{path}: the first line should name the columns, and looks like a row "
-            f"({looks_like_data[0][:40]!r}). Add a first line such as text,label, or set "
-            f"text_column to one of: {listed(Column(name, TEXT) for name in names)}"
+            f"({looks_like_data[0][:40]!r}). Add a first line such as text,label; or, if these "
+            f"are names, set text_column to one of them: {listed(Column(name, TEXT) for name in names)}"
         )
 
 
-def parquet_text_column(file: BinaryIO, wanted: str | None, where: str) -> str:
-    """The column to train on. Reads the file's footer, and the first rows where names alone do not tell."""
-    with _parquet_errors(where):
-        table = pa.parquet.ParquetFile(file, pre_buffer=False)
-        return choose_text_column(
-            table_columns(table.schema_arrow), wanted, where, functools.partial(_first_of_parquet, table, where)
-        )
+def _is_sentence(name: str) -> bool:
+    """Whether a name is too long for one, and no question of a survey."""
+    return len(name.split()) > MOST_WORDS_OF_A_NAME and not name.endswith(("?", ":"))
 
 
-def table_text_column(table: pa.Table, wanted: str | None, where: str, without: str | None = None) -> str:
-    """The column to train on.
-
-    table: the first rows. where: its name in errors. without: a column that it is not. Raises as `choose_text_column`
-    does.
-    """
-    columns = [column for column in table_columns(table.schema) if column.name != without]
-    return choose_text_column(columns, wanted, where, lambda name: _table_values(table, name, where))
-
-
-def read_parquet(file: BinaryIO, column: str, row: int, where: str) -> Iterator[list[str | None]]:
-    """By row group, that column alone, in the calling thread. Errors of `file` itself pass as they are."""
-    with _parquet_errors(where):
-        table = pa.parquet.ParquetFile(file, pre_buffer=False)
-        names = _stored_names(table.schema_arrow, (column,), where)
-        for group in range(table.num_row_groups):
-            n_rows = table.metadata.row_group(group).num_rows
-            if row < n_rows:
-                for batch in table.iter_batches(READ_ROWS, row_groups=[group], columns=names, use_threads=False):
-                    if row < len(batch):
-                        yield table_rows(pa.table(batch.slice(row)) if row else pa.table(batch), column, where)
-                    row = max(0, row - len(batch))
-            else:
-                row -= n_rows
-
-
-def table_rows(table: pa.Table, column: str, where: str) -> list[str | None]:
-    """The values of the text column. Raises InputError where it is missing or holds anything but text."""
-    values = _table_array(table, column, where)
-    if not _is_text(values.type) and not pa.types.is_null(values.type):
-        raise InputError(f'{where}: text_column "{column}" holds {values.type}, not text')
-    return values.to_pylist()
-
-
-def table_labels(table: pa.Table, column: str, where: str, classes: list[str]) -> list[object]:
-    """The values of the label column as Python has them, with the names of classes in place of their numbers.
-
-    classes: these names, where the table itself has none. A number without a name, such as -1, means that a row has no
-    label.
-    """
-    names = class_names(table.schema, column) or classes
-    values = _table_values(table, column, where)
-    return [_class_name(value, names) if isinstance(value, int) else value for value in values] if names else values
-
-
-def _class_name(number: int, names: list[str]) -> str | None:
-    return names[number] if 0 <= number < len(names) else None
-
-
-def class_names(schema: pa.Schema, column: str) -> list[str]:
-    """What the numbers of a column stand for, where `datasets` has written that into the schema; else none."""
-    try:
-        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
-        return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else []
-    except (KeyError, TypeError, ValueError):
-        return []
-
-
-def _parquet_values(
-    file: BinaryIO, path: str, columns: tuple[str, str], classes: list[str]
-) -> Iterator[tuple[object, object]]:
-    """Text and label of every row."""
-    text_column, label_column = columns
-    with _parquet_errors(path):
-        parquet = pa.parquet.ParquetFile(file)
-        names = _stored_names(parquet.schema_arrow, columns, path)
-        for batch in parquet.iter_batches(READ_ROWS, columns=names, use_threads=False):
-            table = pa.table(batch).replace_schema_metadata(parquet.schema_arrow.metadata)
-            yield from zip(table_rows(table, text_column, path), table_labels(table, label_column, path, classes))
-
-
-def _first_of_parquet(table: pa.parquet.ParquetFile, where: str, column: str) -> list[object]:
-    batches = table.iter_batches(READ_ROWS, columns=[_stored_name(table.schema_arrow, column)], use_threads=False)
-    return _table_values(pa.table(next(batches)), column, where) if table.metadata.num_rows else []
-
-
-def table_columns(schema: pa.Schema) -> list[Column]:
-    """The columns of a table, with the fields of nested ones in their place."""
-
-    def columns(fields: Sequence[pa.Field], prefix: str, depth: int) -> Iterator[Column]:
-        for field in fields:
-            if pa.types.is_struct(field.type) and depth < DEEPEST:
-                yield from columns(list(field.type), f"{prefix}{field.name}.", depth + 1)
-            else:
-                yield Column(prefix + field.name, _holds_type(field.type))
-
-    return list(columns(list(schema), "", 1))
-
-
-def _holds_type(kind: pa.DataType) -> str:
-    if _is_text(kind):
-        return TEXT
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return A_LIST
-    return (
-        NOTHING
-        if pa.types.is_null(kind)
-        else NUMBERS
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        else OTHER
-    )
-
-
-def _stored_name(schema: pa.Schema, column: str) -> str:
-    """Under which name a parquet file has a column that is wanted, outer spaces aside."""
-    if column in schema.names:
-        return column
-    return next((name for name in schema.names if name.strip() == column.strip()), column)
-
-
-def _stored_names(schema: pa.Schema, columns: tuple[str, ...], where: str) -> list[str]:
-    """The same for several. Raises InputError, with the columns that there are, where one is missing."""
-    for column in columns:
-        _table_array(schema.empty_table(), column, where)
-    return [_stored_name(schema, column) for column in columns]
-
-
-def _table_values(table: pa.Table, column: str, where: str) -> list[object]:
-    return _table_array(table, column, where).to_pylist()
-
-
-def _table_array(table: pa.Table, column: str, where: str) -> pa.ChunkedArray:
-    """A column, or the field of a nested one. Raises InputError where there is none."""
-    name = _stored_name(table.schema, column)
-    first, *fields = [name] if name in table.column_names else name.split(".")
-    if first in table.column_names:
-        with contextlib.suppress(pa.ArrowException, KeyError):  # no such field
-            return pa.compute.struct_field(table.column(first), fields) if fields else table.column(first)
-    raise InputError(f'{where} has no column "{column}"; it has: {listed(table_columns(table.schema))}')
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _holds(values: list[object], kind: str) -> str:
-    """What a column with these first values holds; in CSV all is text, and what looks like numbers is taken for
-    numbers."""
-    filled = [value for value in values if value not in (None, "")]
-    if not filled:
+def _holds(value: object) -> str:
+    if value is None or value == "":
         return NOTHING
-    if all(isinstance(value, str) for value in filled):
-        return NUMBERS if kind == "csv" and all(map(_is_number, filled)) else TEXT
-    if any(isinstance(value, list) for value in filled):
-        return A_LIST
-    return NUMBERS if all(isinstance(value, int | float) for value in filled) else OTHER
+    if isinstance(value, str):
+        return TEXT
+    return A_LIST if isinstance(value, list) else NUMBERS if isinstance(value, int | float) else OTHER
+
+
+def _holds_of_all(kinds: set[str]) -> str:
+    """What a column holds, by what its values are."""
+    filled = kinds - {NOTHING}
+    return next(iter(filled or kinds)) if len(filled) < 2 else A_LIST if A_LIST in filled else OTHER
+
+
+def _holds_in_csv(name: str, values: list[str | None]) -> str:
+    """The same for a column in which all is text: what looks like numbers is taken for numbers, unless it is called
+    text."""
+    filled = [value for value in values if value]
+    is_text = name.lower() == "text" or not all(map(_is_number, filled))
+    return NOTHING if not filled else TEXT if is_text else NUMBERS
 
 
 def _is_number(text: str) -> bool:
@@ -351,17 +224,10 @@ def _is_number(text: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _parquet_errors(where: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise  # of the file, not of its content
-        raise InputError(f"{where}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
-
-
 def _lines(file: BinaryIO, path: str) -> Iterator[str]:
+    head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
+    if b"\r" in head[:-1] and b"\n" not in head and len(head) < HEAD_BYTES:
+        raise InputError(f"{path}: its lines end with a carriage return (CR) alone. {SAVE_WITH_LF}")
     for number, line in enumerate(file, 1):
         try:
             text = line.decode("utf-8")
@@ -382,23 +248,28 @@ def _json_objects(file: BinaryIO, path: str, as_written: bool = False) -> Iterat
 
     as_written: numbers are WrittenNumber.
     """
-    parse = (
-        functools.partial(json.loads, parse_float=WrittenNumber, parse_int=WrittenNumber) if as_written else json.loads
-    )
-    lines = ((number, line) for number, line in enumerate(_lines(file, path), 1) if line.strip())
-    first_number, first = next(lines, (1, ""))
-    if first.lstrip().startswith("["):
-        lines = iter([(first_number, first + "".join(line for _, line in lines))])
-    elif first:
-        lines = itertools.chain([(first_number, first)], lines)
+    written = {"parse_float": WrittenNumber, "parse_int": WrittenNumber, "parse_constant": WrittenNumber}
+    parse = functools.partial(json.loads, **written) if as_written else json.loads
+    lines = enumerate(_lines(file, path), 1)
+    first = next(((number, line) for number, line in lines if line.strip()), None)
+    if first is None:
+        return
+    is_array = first[1].lstrip().startswith("[")
+    if is_array:
+        lines = iter([(first[0], first[1] + "".join(line for _, line in lines))])
+    else:
+        lines = itertools.chain([first], lines)
     for number, line in lines:
+        if not line.strip():
+            continue
         try:
             value = parse(line)
         except (ValueError, RecursionError) as error:
+            number += getattr(error, "lineno", 1) - 1
             raise InputError(f"{path}: line {number} is not JSON: {getattr(error, 'msg', error)}") from None
-        for fields in value if isinstance(value, list) and number == first_number else [value]:
+        for item, fields in enumerate(value if is_array and isinstance(value, list) else [value], 1):
             if not isinstance(fields, dict):
-                raise InputError(f"{path}: line {number} is not a JSON object")
+                raise InputError(f"{path}: {f'item {item:,}' if is_array else f'line {number}'} is not a JSON object")
             yield fields
 
 
@@ -410,40 +281,44 @@ def _json_values(file: BinaryIO, path: str, columns: tuple[str, ...], as_written
     unseen, names, number = set(columns), {}, 0  # the columns that no row had so far, and those that rows had
     for number, fields in enumerate(_json_objects(file, path, as_written), 1):
         if unseen:
-            names |= dict.fromkeys(_nested_names(fields))
+            names |= dict.fromkeys(name for name, _ in _nested_values(fields))
             unseen = {column for column in unseen if not _has(fields, column)}
             if unseen and number == READ_ROWS and not as_written:
                 break
         yield tuple(fields[column] if column in fields else _value_at(fields, column) for column in columns)
     if unseen and number:
         raise InputError(
-            f'{path} has no column "{min(unseen)}"; it has: {listed(Column(name, OTHER) for name in names)}'
+            f'{path} has no column "{min(unseen)}"; it has: {listed(Column(name, TEXT) for name in names)}'
         )
 
 
 def _value_at(fields: dict[str, object], column: str) -> object:
     """The value of a column, or of a field of a nested one, as in `data.text`; None where an object lacks it."""
-    if column in fields:
-        return fields[column]
-    for name, value in fields.items():
-        if name.strip() == column.strip():
-            return value
-        if isinstance(value, dict) and column.startswith(name + "."):
-            return _value_at(value, column[len(name) + 1 :])
-    return None
+    return next(_found(fields, column), None)
 
 
 def _has(fields: dict[str, object], column: str) -> bool:
-    return column in fields or column.strip() in map(str.strip, _nested_names(fields))
+    return next(_found(fields, column), MISSING) is not MISSING
 
 
-def _nested_names(fields: dict[str, object], depth: int = 1) -> Iterator[str]:
-    """The columns of an object, with the fields of nested ones in their place."""
+def _found(fields: dict[str, object], column: str) -> Iterator[object]:
+    """The values under a name, outer spaces aside: names of nested columns may have points themselves."""
+    if column in fields:
+        yield fields[column]
+    for name, value in fields.items():
+        if name != column and name.strip() == column.strip():
+            yield value
+        elif isinstance(value, dict) and column.startswith(name + "."):
+            yield from _found(value, column[len(name) + 1 :])
+
+
+def _nested_values(fields: dict[str, object], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, object]]:
+    """The columns of an object and their values, with the fields of nested ones in their place."""
     for name, value in fields.items():
         if isinstance(value, dict) and value and depth < DEEPEST:
-            yield from (f"{name}.{inner}" for inner in _nested_names(value, depth + 1))
+            yield from _nested_values(value, f"{prefix}{name}.", depth + 1)
         else:
-            yield name
+            yield prefix + name, value
 
 
 def _csv_values(

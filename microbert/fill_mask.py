@@ -1,15 +1,14 @@
 """Fill the [MASK] of a text: `python -m microbert.fill_mask runs/v1 "this movie is [MASK] ."`"""
 
-import argparse
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from .config import InputError
+from .config import InputError, Parser
 from .examples import N_GUESSES, likeliest, probabilities_at
-from .files import read_json
+from .files import read_json, system_trouble
 from .hugging_face import model_from_hugging_face, one_line, read_hugging_face_config
 from .layers import MaskedLanguageModel
 from .run import plain_errors
@@ -50,11 +49,14 @@ def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model yet: give a finished run's folder, or a checkpoint in it")
     try:
+        open(folder / "model.safetensors", "rb").close()  # load_file calls a file missing when too many are open
         config = read_hugging_face_config(read_json(folder / "config.json"))
         model = model_from_hugging_face(config, load_file(folder / "model.safetensors"))
     except KeyError as error:
         raise InputError(f"{folder} cannot be loaded: {one_line(error)} is missing") from error
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        if system_trouble(error):
+            raise
         raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.get_vocab_size() != config.vocab_size:
@@ -65,7 +67,7 @@ def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
 
 @plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m microbert.fill_mask", description="Fills each [MASK] of a text.")
+    parser = Parser(prog="python -m microbert.fill_mask", description="Fills each [MASK] of a text.")
     parser.add_argument("folder", type=Path, help="a finished run, such as runs/v1, or a checkpoint in it")
     parser.add_argument("text", nargs="+", help='such as "this movie is [MASK] ."')
     arguments = parser.parse_args()

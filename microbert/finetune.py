@@ -29,13 +29,13 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from .classifier import WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
-from .config import DEVICES, InputError, whole_number
+from .config import DEVICES, InputError, Parser, whole_number
 from .counter_rng import random_bits
 from .device import NARROWEST_IN_BF16, choose_device, fastest_dtype, multiplying_in, out_of_memory
 from .distributed import World
 from .documents import HELD_OUT_SHARE, split_hash
 from .export import MODEL_FILES
-from .files import read_json
+from .files import read_json, system_trouble
 from .fill_mask import load_run
 from .labelled import LabelledTexts, read_labelled
 from .layers import MaskedLanguageModel
@@ -105,6 +105,8 @@ def held_out(texts: LabelledTexts, folder: Path) -> np.ndarray:
         seed, below = 42, int(HELD_OUT_SHARE * 2**64)
         print(f"warning: {folder} does not tell which documents its run held out ({HELD_OUT}): a tenth is held out by the seed 42")
     except (OSError, ValueError, KeyError) as error:
+        if system_trouble(error):
+            raise
         raise InputError(f"{path} is damaged ({error})") from error
     return np.array([split_hash(text, seed) < below for text in texts.texts])
 
@@ -273,7 +275,7 @@ def _save(model: TextClassifier, tokenizer: Tokenizer, names: list[str], checked
 
 def _read_flags() -> tuple[Path, Settings]:
     comments = _comments()
-    parser = argparse.ArgumentParser(prog="python -m microbert.finetune", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m microbert.finetune", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="a finished run, such as runs/v4, or a checkpoint in it")
     for field in dataclasses.fields(Settings):
         flag, hint = "--" + field.name.replace("_", "-"), typing.get_type_hints(Settings)[field.name]

@@ -18,9 +18,10 @@ from pathlib import Path
 from .config import InputError
 from .dataset_names import FILE_KINDS, file_kind
 from .documents import READ_ROWS, Part
-from .file_formats import find_text_column, parquet_text_column, read_parquet, read_rows, table_rows, table_text_column
+from .file_formats import find_text_column, read_rows
 from .files import read_json, write_json
-from .run import Failed, Stopped, full_disk_behind
+from .run import Failed, Stopped, shortage_behind
+from .tables import parquet_text_column, read_parquet, table_rows, table_text_column
 
 TRIES = 8  # in a row without a single row read, each of which waits twice as long as the one before it
 LONGEST_WAIT = 60.0
@@ -151,8 +152,8 @@ class HubReader:
         """Waits after trouble with the network, longer each time, and raises Failed when that was long enough. Raises any other error."""
         if isinstance(error, (InputError, Failed, Stopped, MemoryError)):
             raise error
-        if full := full_disk_behind(error):
-            raise full
+        if shortage := shortage_behind(error):
+            raise shortage
         if refused := refusal(error, self.where):
             raise refused from None
         if not is_network_trouble(error):

@@ -9,18 +9,12 @@ import numpy as np
 from .columns import as_label, choose_label_column, sorted_labels
 from .config import InputError
 from .corpus import imdb_file, labelled_imdb
-from .dataset_names import hub_id
+from .dataset_names import file_kind, hub_id, some_names
 from .documents import clean
-from .file_formats import (
-    find_labelled_columns,
-    read_labelled_rows,
-    table_columns,
-    table_labels,
-    table_rows,
-    table_text_column,
-)
+from .file_formats import find_labelled_columns, read_labelled_rows
 from .hub_reader import first_line, is_network_trouble, labelled_files
 from .local_files import readable_files
+from .tables import table_columns, table_labels, table_rows, table_text_column
 
 MOST_LABELS = 1000
 READ_ROWS = 1000  # of a table of the Hub at a time
@@ -73,8 +67,11 @@ def read_labelled(
     if dataset == "imdb":
         description, rows = "imdb (film reviews, bundled)", iter(labelled_imdb(imdb_file()))
     elif (files := readable_files(dataset)).paths:
-        description, rows = _of_files(dataset, files.paths, text_column, label_column, {})
+        tables = [path for path in files.paths if file_kind(path) != "text"]
+        texts = [path for path in files.paths if file_kind(path) == "text"] if tables else []
+        description, rows = _of_files(dataset, tables or files.paths, text_column, label_column, {})
         description += f"; {files.left_out}" if files.left_out else ""
+        description += f"; text files, which have no labels, left out: {some_names(texts)}" if texts else ""
     elif hub_id(dataset):
         description, rows = _of_hub(dataset, text_column, label_column)
     else:
@@ -142,7 +139,7 @@ def _of_hub(dataset: str, text_column: str | None, label_column: str | None) -> 
         for start in range(0, len(table), READ_ROWS):
             part = table[start : start + READ_ROWS]
             for written, value in zip(
-                table_rows(part, text, dataset), table_labels(part, label, dataset, classes.get(label, []))
+                table_rows(part, text, dataset), table_labels(part, label, classes.get(label, []), dataset)
             ):
                 number += 1
                 yield written, as_label(value, dataset, label, number)

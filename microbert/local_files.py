@@ -10,7 +10,7 @@ from .config import Config, InputError
 from .dataset_names import COMPRESSIONS, KNOWN_KINDS, file_kind, find_files, has_ending, some_names
 from .documents import Corpus, Estimate, Part, clean
 from .file_formats import describe_column, find_text_column, is_json_object, read_rows, reading_of
-from .file_kinds import errors_of_reading, is_pointer, is_text
+from .file_kinds import errors_of_reading, is_pointer, is_readable
 from .files import fingerprint, read_json, sha256, write_json
 
 EXPANSION = 2.5  # of compressed text, for the estimate
@@ -37,17 +37,19 @@ def readable_files(dataset: str, *own_folders: str) -> LocalFiles:
     does, and for Git LFS pointers, for an unknown ending, and where no file is left.
     """
     found, unknown = find_files(dataset, *own_folders)
-    with errors_of_reading(dataset):
-        for path in found:
+    for path in found:
+        with errors_of_reading(path):
             if is_pointer(path):
                 raise InputError(
                     f"{path} is a Git LFS pointer, not the file that it stands for: "
                     "run git lfs pull where it comes from"
                 )
-            if has_ending(path) and file_kind(path) is None:
-                raise InputError(f"{path}: unknown kind of file. {KNOWN_KINDS}")
+        if has_ending(path) and file_kind(path) is None:
+            raise InputError(f"{path}: unknown kind of file. {KNOWN_KINDS}")
     has_tables = any(file_kind(path) not in (None, "text") for path in found)
-    paths = [path for path in found if has_ending(path) or not (len(found) > 1 and (has_tables or not is_text(path)))]
+    paths = [
+        path for path in found if has_ending(path) or not (len(found) > 1 and (has_tables or not is_readable(path)))
+    ]
     without = [path for path in found if path not in set(paths)]
     if found and not paths:
         raise InputError(f"{dataset} holds no file of a known kind: {some_names(without)}. {KNOWN_KINDS}")

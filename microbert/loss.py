@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .device import is_for_kernels
-from .kernels import address, compiled_kernel, n_threads
+from .kernels import address, compiled, compiled_kernel, n_threads
 from .masking import IGNORED
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -152,7 +152,7 @@ def _softmax(logits: Tensor, bias_2: Tensor, labels: Tensor) -> tuple[Tensor, Te
 @functools.cache
 def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Made when it is first needed: torch's compiler takes a second to load."""
-    return torch.compile(_softmax, dynamic=False)
+    return compiled(_softmax, dynamic=False)
 
 
 class _KernelSoftmax:

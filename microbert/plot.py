@@ -7,7 +7,6 @@
 Shapes: L layers, H heads, T tokens, W words, D = n_embed.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
-from .config import InputError
+from .config import InputError, Parser
 from .files import write_atomic
 from .fill_mask import encode, load_run
 from .hugging_face import RUNS_NOTHING, errors_of_loading
@@ -128,7 +127,7 @@ def _load(folder: Path) -> tuple[torch.nn.Module, Tokenizer]:
 
 @plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m microbert.plot", description="Draws attention, embeddings and curves of runs.")
+    parser = Parser(prog="python -m microbert.plot", description="Draws attention, embeddings and curves of runs.")
     parser.add_argument("folders", nargs="+", type=Path, help="runs, such as runs/v1")
     parser.add_argument("--text", default=TEXT, help=f'whose attention is drawn, "{TEXT}" unless you say another')
     parser.add_argument("--output-dir", type=Path, default=Path("plots"), help="where the pictures go, plots unless you say another")

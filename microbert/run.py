@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import filelock
 from .config import Config, InputError, dataset_files
 from .device import out_of_memory
 from .distributed import World, lost_process
-from .files import read_json, remove, remove_stale, write_json
+from .files import DISK_FULL, read_json, remove, remove_stale, system_trouble, write_json
 from .output import flush_or_discard, outlasting_readers
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -27,8 +28,8 @@ STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # the last when a terminal close
 STATUS, LOCK = "status.json", ".lock"
 TENSORBOARD = "tensorboard"  # the folder of its files
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last where `ulimit -f` says how large a file may be; Python ignores its signal
 CONSTANTS = "constants.json"  # of a finished run, and which text it was trained on
+SHORTAGES = DISK_FULL | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 HELD_OUT = "held_out.json"  # which documents the run has never trained on: those whose hash of (seed, text) is below a number
 RUN_FILES = (*MODEL_FILES, "vocab.txt", CONSTANTS, HELD_OUT, "metrics.jsonl", "training_curve.png", STATUS)
 
@@ -58,8 +59,11 @@ def plain_errors() -> Iterator[None]:
     with outlasting_readers():
         try:
             yield
-        except (InputError, Failed) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (InputError, Failed, OSError, MemoryError) as error:
+            trouble = system_trouble(error)
+            if not trouble and isinstance(error, OSError):
+                raise
+            print(f"error: {trouble or error}", file=sys.stderr)
             raise SystemExit(BAD_INPUT if isinstance(error, InputError) else FAILED) from None
 
 
@@ -89,6 +93,14 @@ class Run:
 
         Raises Failed when another process has ended, or cannot stop with this one.
         """
+        try:
+            self._check_stop()
+        except RuntimeError as error:
+            if self.stop_signal and lost_process(error):  # it may have stopped, too
+                raise Stopped(stopped_by(self.stop_signal)) from error
+            raise
+
+    def _check_stop(self) -> None:
         if self.world.has_ended():
             raise Failed("another process ended")
         if self.stop_signal:
@@ -100,6 +112,11 @@ class Run:
             if not self.world.wait_for_all_to_stop():
                 raise Failed(f"told to stop by {self.stop_signal}, and another process was killed or did not stop in time. What is prepared stays: the same command "
                              "goes on")
+            raise Stopped(stopped_by(self.stop_signal))
+
+    def give_up(self) -> None:
+        """Raise Stopped where this process was told to stop: to be called before training, where other processes do not answer."""
+        if self.stop_signal:
             raise Stopped(stopped_by(self.stop_signal))
 
     def write_status(self, story: dict[str, object]) -> None:
@@ -129,13 +146,13 @@ def _hold(config: Config) -> Iterator[Run]:
     folder = Path(config.output_dir)
     run = Run(config, folder, World())
     world = run.world
+    world.give_up = run.give_up
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = filelock.FileLock(folder / LOCK)
-    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name)) for name in STOP_SIGNALS
-               if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN}  # nohup ignores SIGHUP
+    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name)) for name in handled_signals()}
     owns_folder = False  # this process, or the first one for it
     try:
-        with _full_disk_told(config), _quiet_but_first(world):
+        with _shortage_told(config), _quiet_but_first(world):
             world.watch_parent(lambda: _note_stop(run, "the end of torchrun"))
             world.meet(run.check_stop)
             world.first_does("folder", lambda: _take_folder(run, lock), run.check_stop)
@@ -214,7 +231,7 @@ def _known_failure(error: Exception) -> str:
     """What a person needs to hear of it, "" where only the error itself tells."""
     if shortage := out_of_memory(error):
         return f"out of memory ({shortage}). Where nothing else holds it, a smaller micro_batch_size, vocab_size, n_embed or n_layers takes less"
-    return lost_process(error)
+    return lost_process(error) or system_trouble(error)
 
 
 def _tell(story: dict[str, object], world: World) -> None:
@@ -266,12 +283,15 @@ def hub_folder(config: Config) -> Path | None:
     return Path(HF_HOME)
 
 
-def full_disk_behind(error: BaseException) -> OSError | None:
-    """The error itself or one that it came from. Libraries raise their own for it, and some put `from None` behind them."""
+def shortage_behind(error: BaseException) -> OSError | None:
+    """Return the error itself or one that it came from, where the disk, the memory or the open files ran out.
+
+    Libraries raise errors of their own for it, some of them with `from None`.
+    """
     waiting, seen = [error], set()
     while waiting:
         error = waiting.pop()
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, OSError) and error.errno in SHORTAGES:
             return error
         seen.add(id(error))
         waiting += [before for before in (error.__context__, error.__cause__) if before is not None and id(before) not in seen]
@@ -279,20 +299,29 @@ def full_disk_behind(error: BaseException) -> OSError | None:
 
 
 @contextlib.contextmanager
-def _full_disk_told(config: Config) -> Iterator[None]:
-    """Raises Failed, with the places to look at, for any error behind which a full disk stands."""
+def _shortage_told(config: Config) -> Iterator[None]:
+    """Raise Failed, with what to look at, for any error that came from a shortage."""
     try:
         yield
     except Stopped:
         raise
     except Exception as error:
-        full = full_disk_behind(error)
+        full = shortage_behind(error)
         if full is None:
             raise
+        if full.errno not in DISK_FULL:
+            raise Failed(f"{system_trouble(full)}. What is saved stays: the same command resumes") from error
         places = [full.filename] if full.filename else [config.output_dir, config.cache_dir, hub_folder(config)]
         why = "a file is larger than ulimit -f allows" if full.errno == errno.EFBIG else "the disk is full"
         raise Failed(f"{why} ({' or '.join(str(place) for place in places if place)}). What is saved stays: free some space, and the same command "
                      "goes on") from error
+
+
+def handled_signals() -> list[str]:
+    """Those of STOP_SIGNALS that this process can handle and does not ignore, as nohup lets it ignore SIGHUP. Python handles none in another than the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [name for name in STOP_SIGNALS if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
 
 
 def _note_stop(run: Run, name: str) -> None:

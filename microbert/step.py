@@ -20,6 +20,7 @@ from .counter_rng import random_bits
 from .cuda_graph import Recorded
 from .device import Fetched, compute_dtype, free_memory, is_compiled, is_recorded, multiplying_in, out_of_memory, send
 from .distributed import World
+from .kernels import compiled
 from .layers import MaskedLanguageModel
 from .loss import masked_loss
 from .masking import IGNORED, MaskedBatch
@@ -85,7 +86,7 @@ class Learner:
         if not self._is_compiled:
             return self.model
         torch.compiler.reset()
-        return torch.compile(self.model, dynamic=False)
+        return compiled(self.model, dynamic=False)
 
     def hidden(self, masked: MaskedBatch, dropout_keys: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the loss functions take: hidden [B * M, D], weight [V, D], bias [V], labels [B * M]. dropout_keys: int64 [B].
@@ -124,7 +125,7 @@ class Learner:
             self._halve(number, np.flatnonzero(short).tolist())
         self.world.add_up(flat)
         self._take_gradients(flat)
-        numbers = torch.tensor([masked.labels.size / n_masked.sum(), learning_rate], dtype=torch.float64)
+        numbers = torch.tensor([masked.labels.size / max(1, n_masked.sum()), learning_rate], dtype=torch.float64)
         losses, grad_norm = self._update((flat[-self.world.size :], send(numbers.float().numpy(), self.device) if self._is_recorded else numbers))
         return Step(number, losses, grad_norm, np.flatnonzero(stopping).tolist(), times[0])
 

@@ -1,17 +1,16 @@
 """Train, save and load a WordPiece tokenizer. The special ids are decided here and nowhere else."""
 
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from .config import Config, InputError
 from .documents import HELD_OUT_SHARE, Corpus, clean, split_hash
-from .files import fingerprint, write_json, write_text
+from .files import fingerprint, system_trouble, write_json, write_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
@@ -20,8 +19,9 @@ VOCABULARY = "vocab.txt"  # one token per line, by id: all that the Python BertT
 
 SAMPLE_CHARACTERS = 16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
 PIECE_CHARACTERS = 100_000  # of a text that the library gets at once: it takes some 50 bytes a character
+LONGEST_WORD = 100  # characters; longer words are cut: the library calls them unknown, and its search takes cubic time
 LONGEST_REASON = 300  # characters of what the library says about a file that it cannot read
-FORMAT = 3  # raise it whenever the same corpus would give another tokenizer
+FORMAT = 4  # raise it whenever the same corpus would give another tokenizer
 
 
 def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -> Tokenizer:
@@ -61,14 +61,15 @@ def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, low
     characters = Counter()
     for text in sample():
         characters.update(normalizer.normalize_str(text))
-    frequent = sorted((c for c in characters if not c.isspace()), key=lambda c: (-characters[c], c))[: max(1, (vocab_size - N_SPECIAL) // 2)]
+    by_frequency = sorted((c for c in characters if not c.isspace()), key=lambda c: (-characters[c], c))
+    frequent = by_frequency[: largest_alphabet(vocab_size)]
     alphabet = sorted(frequent)
     alphabet += ["##" + c for c in alphabet if _continues_a_word(c)]
     alphabet = alphabet[: vocab_size - N_SPECIAL]
 
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     trained.normalizer = normalizer
-    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trained.pre_tokenizer = _pre_tokenizer()
     named = [*SPECIAL_TOKENS, *alphabet]
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=named, limit_alphabet=len(frequent), min_frequency=2,
                                         show_progress=False)
@@ -80,11 +81,27 @@ def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, low
     # rebuilt, because the trainer marked every named character as a special token
     tokenizer = Tokenizer(models.WordPiece(vocab={token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = _post_processor()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Split like BERT, then cut words after every LONGEST_WORD characters: for text without spaces."""
+    cut = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    return pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), cut])
+
+
+def largest_alphabet(vocab_size: int) -> int:
+    """The most characters that a vocabulary has room for: most take two tokens, for the start of a word and inside."""
+    return max(1, (vocab_size - N_SPECIAL) // 2)
+
+
+def alphabet_of(tokenizer: Tokenizer) -> set[str]:
+    """The characters that the vocabulary holds, at the start of a word or inside."""
+    return {text for text in (token.removeprefix("##") for token in tokenizer.get_vocab()) if len(text) == 1}
 
 
 def _post_processor() -> processors.TemplateProcessing:
@@ -93,10 +110,12 @@ def _post_processor() -> processors.TemplateProcessing:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises InputError when the file is not a tokenizer with this suite's special ids."""
+    """Raises InputError when the file is missing, or not a tokenizer with this suite's special ids."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
+        if system_trouble(error):
+            raise
         raise InputError(f"{path} is not a tokenizer: {' '.join(str(error).split())[:LONGEST_REASON]}") from error
     for token_id, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != token_id:
@@ -120,8 +139,11 @@ def _difference(tokenizer: Tokenizer) -> str:
         return "it is no WordPiece model with [UNK] in its vocabulary"
     if not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         return "its normalizer is not BERT's"
-    if not _splits_like_ours(tokenizer.pre_tokenizer):
-        return "its pre-tokenizer is not BERT's"
+    known = _state(_pre_tokenizer()), _state(pre_tokenizers.BertPreTokenizer())  # the latter before FORMAT 4
+    if tokenizer.pre_tokenizer is None or _state(tokenizer.pre_tokenizer) not in known:
+        return "its pre-tokenizer is not BERT's"  # another regular expression may take forever
+    if tokenizer.model.max_input_chars_per_word > LONGEST_WORD:
+        return f"it looks up words of more than {LONGEST_WORD} characters, which takes too long"
     if sorted(ids.values()) != list(range(len(ids))):
         return f"the ids of its {len(ids):,} tokens are not the numbers from 0 to {len(ids) - 1:,}"
     if added != set(SPECIAL_TOKENS):
@@ -129,17 +151,6 @@ def _difference(tokenizer: Tokenizer) -> str:
     if tokenizer.post_processor is None or _state(tokenizer.post_processor) != _state(_post_processor()):
         return "it does not put a text between [CLS] and [SEP]"
     return ""
-
-
-def _splits_like_ours(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> bool:
-    """Whether it is BERT's, or BERT's with a cut after so many characters. Another regular expression may take forever."""
-    if pre_tokenizer is None:
-        return False
-    state = _state(pre_tokenizer)
-    parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    cuts = [part["pattern"].get("Regex", "") for part in parts[1:] if part["type"] == "Split"]
-    return (parts[:1] == [{"type": "BertPreTokenizer"}] and len(parts) == 1 + len(cuts) <= 2
-            and all(re.fullmatch(r"\.\{\d{1,4}\}", cut) for cut in cuts))
 
 
 def _state(part: pre_tokenizers.PreTokenizer | processors.PostProcessor) -> dict:

@@ -1,28 +1,43 @@
 """torchrun that ends as its script ends: `python -m microbert.torchrun --standalone --nproc-per-node=8 mlm_pretrain_v3.py --epochs 3`
 
 It takes torchrun's own arguments, and torchrun does the work. What is added: the constants are checked once, before any process starts; the exit
-code is that of the run, as its status.json tells it (torchrun's is 1 whatever happened); and a failure is told in one line.
+code is that of the run, as its status.json tells it (torchrun's is 1 whatever happened); a failure is told in one line; and on one machine nothing
+listens on the network.
 """
 
 import argparse
 import contextlib
+import functools
 import logging
 import signal
 import socket
 import sys
+import uuid
 from pathlib import Path
 
 import filelock
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import RendezvousError
-from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes, run
+from torch.distributed.elastic.rendezvous import (
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+from torch.distributed.run import determine_local_world_size, get_args_parser, get_rdzv_endpoint, parse_min_max_nnodes, run
 
 from .config import Config, InputError, read_script
+from .distributed import in_background, loopback_store
 from .files import read_json, write_json
 from .output import outlasting_readers
-from .run import BAD_INPUT, DONE, FAILED, LOCK, STATUS, STOP_SIGNALS, STOPPED, check_folder, take_lock
+from .run import BAD_INPUT, DONE, FAILED, LOCK, STATUS, STOPPED, check_folder, handled_signals, take_lock
+
+ONE_MACHINE, SEVERAL_MACHINES = "microbert-one", "microbert-several"  # names for torchrun's --rdzv-backend
+STATIC_PORT = 29500  # torchrun's own default
 
 
 def main() -> None:
@@ -39,15 +54,19 @@ def _launch() -> None:
         if config.device == "cuda" and torch.cuda.device_count() < n_processes:
             raise InputError(f"{n_processes} GPUs are asked for, and PyTorch sees {torch.cuda.device_count()} on this machine. Ask for fewer (NUM_GPUS of a "
                              "launcher), or train on the CPU (DEVICE=cpu)")
+        is_one_machine = parse_min_max_nnodes(arguments.nnodes)[1] == 1
+        if arguments.standalone and not is_one_machine:
+            raise InputError(f"--standalone is for one machine, and --nnodes = {arguments.nnodes}: leave one of them out")
         meeting_place = arguments.rdzv_endpoint.rpartition(":")[0]
-        if meeting_place:
+        if meeting_place and not is_one_machine:
             _check_host(meeting_place)
             print(f"meeting the other machines at {arguments.rdzv_endpoint} ...", flush=True)
         if not config.dry_run:
-            _clear_status(Path(config.output_dir), is_one_machine=parse_min_max_nnodes(arguments.nnodes)[1] == 1)
-    except (InputError, ValueError) as error:  # the latter of torchrun's own arguments
+            _clear_status(Path(config.output_dir), is_one_machine)
+    except (InputError, RuntimeError, ValueError) as error:  # the latter two of torchrun's own arguments
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
+    _choose_rendezvous(arguments, is_one_machine)
     signals = _handle_signals()
     arguments.signals_to_handle = ",".join(signals)
     exit_code, how_it_ended = _run(arguments)
@@ -67,9 +86,67 @@ def _run(arguments: argparse.Namespace) -> tuple[int, str]:
     except SignalException as error:
         return STOPPED, f"stopped by {error.sigval.name}"
     except (RendezvousError, OSError, RuntimeError, ValueError) as error:
-        several = " Of several machines one may have left, or not have been reached" if arguments.rdzv_backend == "c10d" and not arguments.standalone else ""
+        several = " Of several machines one may have left, or not have been reached" if arguments.rdzv_backend == SEVERAL_MACHINES else ""
         return FAILED, f"torchrun cannot go on ({type(error).__name__}: {error}).{several}"
     return DONE, ""
+
+
+class _OneMachine(RendezvousHandler):
+    """The meeting of the one torchrun of a launch with itself.
+
+    torchrun's own listens on all interfaces, on one machine too, and unpickles what comes in. This one listens on the loopback interface alone, and nothing
+    is unpickled.
+    """
+
+    use_agent_store = True
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        self._run_id, self._store, self._n_attempts = parameters.run_id, loopback_store(wait_for_workers=False), 0
+
+    def get_backend(self) -> str:
+        return ONE_MACHINE
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._n_attempts += 1
+        store = dist.PrefixStore(f"torchrun/{self._n_attempts}", self._store)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self._store.host, self._store.port))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nobody else comes."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def _choose_rendezvous(arguments: argparse.Namespace, is_one_machine: bool) -> None:
+    """Make torchrun meet as above on one machine, and elsewhere in a way that signals interrupt: it waits for the other machines in C++."""
+    backend, node_rank = arguments.rdzv_backend, arguments.node_rank
+
+    def several_machines(parameters: RendezvousParameters) -> RendezvousHandler:
+        parameters.backend = backend
+        parameters.config.setdefault("rank", node_rank)  # as torchrun does for the backend "static"
+        handler = in_background(lambda: rendezvous_handler_registry.create_handler(parameters), lambda: None)
+        handler.next_rendezvous = functools.partial(in_background, handler.next_rendezvous, lambda: None)
+        return handler
+
+    if is_one_machine:
+        rendezvous_handler_registry.register(ONE_MACHINE, _OneMachine)
+        arguments.standalone, arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = False, ONE_MACHINE, "localhost", str(uuid.uuid4())
+    else:
+        rendezvous_handler_registry.register(SEVERAL_MACHINES, several_machines)
+        if arguments.master_port is None:
+            arguments.master_port = STATIC_PORT
+        arguments.rdzv_endpoint = get_rdzv_endpoint(arguments)  # of "static" the master's
+        arguments.rdzv_backend = SEVERAL_MACHINES
 
 
 def _handle_signals() -> list[str]:
@@ -78,7 +155,7 @@ def _handle_signals() -> list[str]:
     def stop(number: int, _: object) -> None:
         raise SignalException(f"signal {number}", signal.Signals(number))
 
-    names = [name for name in STOP_SIGNALS if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+    names = handled_signals()
     for name in names:
         signal.signal(getattr(signal, name), stop)
     return names

@@ -254,4 +254,6 @@ def evaluate(learner: Learner, held_out: Sequences, run: Run,
     losses, corrects, counts, stopping, seconds = run.world.gather(loss, n_correct, n_masked, run.stop_signal is not None, time.perf_counter() - start).T
     if stopping.any():
         return None, np.flatnonzero(stopping).tolist()
+    if not counts.sum():
+        raise Failed(f"no held-out token can be masked: delete {run.config.cache_dir} and start again")
     return Evaluation(losses.sum() / counts.sum(), corrects.sum() / counts.sum(), seconds[0]), []

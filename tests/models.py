@@ -36,10 +36,8 @@ def token_rows(n, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, shortest=1):
     return rows
 
 
-def in_shards(rows, sizes):
-    """The rows as Sequences in shards of these sizes."""
-    starts = np.cumsum([0, *sizes])
-    return Sequences([rows[a:b].astype(np.uint16) for a, b in zip(starts, starts[1:])], starts[:-1])
+def as_sequences(rows):
+    return Sequences(rows.astype(np.uint16))
 
 
 def as_batch(rows, sequence_ids=None, epoch=0, real=True):

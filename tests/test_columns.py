@@ -73,6 +73,17 @@ def test_the_only_column_of_text_is_chosen(name, values):
     assert choose(["n", name], holds_n=NUMBERS, **{name: values}) == name
 
 
+def test_a_name_that_seems_to_be_several_is_not_chosen_silently():
+    for name in ("text,label", "text::label", "text^label"):
+        with pytest.raises(InputError, match="looks like several names"):
+            choose([name])
+        assert choose([name], name) == name
+
+
+def test_the_exact_name_wins():
+    assert choose(["Text", "text"]) == "text" and choose(["text", "Text "]) == "text"
+
+
 def test_several_columns_of_text_are_a_question_with_all_names():
     with pytest.raises(InputError, match=r"set text_column .* it has: a, data.text, tokens \(a list\)"):
         choose(["a", "data.text", "tokens"], holds_tokens=A_LIST)
@@ -129,4 +140,5 @@ def test_a_text_is_a_text():
 
 def test_labels_are_sorted_as_numbers_where_all_are():
     assert sorted_labels(["10", "9", "01", "1", "9", "-2", "1.5", "1e1"]) == ["-2", "01", "1", "1.5", "9", "10", "1e1"]
+    assert sorted_labels(["1e99999999999999999999", "5"]) == ["1e99999999999999999999", "5"]
     assert sorted_labels(["10", "9", "nan"]) == ["10", "9", "nan"] and sorted_labels([]) == []

@@ -1,6 +1,8 @@
 """Mistakes in the block or in a flag are answered in under a second, in plain words, with nothing created."""
 
 import dataclasses
+import importlib
+import re
 import resource
 import runpy
 import subprocess
@@ -9,7 +11,7 @@ import sys
 import pytest
 from helpers import ROOT, SCRIPT
 
-from microbert.config import InputError, read_config, settle_batch_size, whole_number
+from microbert.config import InputError, explain_learning_rate, read_config, read_script, settle_batch_size, whole_number
 
 
 def constants(script=SCRIPT):
@@ -42,6 +44,63 @@ def test_a_flag_wins_over_the_constant_and_the_constant_over_nothing():
                                             (["--packing", "false"], False), (["--packing=True"], True)])
 def test_booleans_take_every_usual_form(flags, packing):
     assert configure(*flags, packing=not packing).packing is packing
+
+
+@pytest.mark.parametrize(
+    "flags, name, value",
+    [
+        (["--batch_size", "8"], "batch_size", 8),
+        (["--batch_size=8"], "batch_size", 8),
+        (["--no_packing"], "packing", False),
+        (["--output_dir=my_runs/a_b"], "output_dir", "my_runs/a_b"),
+        (["--cache_dir", "my_cache"], "cache_dir", "my_cache"),
+        (["--max_samples", "5_000"], "max_samples", 5000),
+        (["--learning_rate", "1e-4"], "learning_rate", 1e-4),
+    ],
+)
+def test_flags_may_have_underscores_and_values_keep_theirs(flags, name, value):
+    assert getattr(configure(*flags), name) == value
+
+
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        ("finetune run --max_samples 1", "max_samples = 1 must be"),
+        ("finetune run --no_such_flag", "--no-such-flag"),
+        ("advise --num_gpus many", "--num-gpus"),
+        ("plot run --output_dir", "expected one argument"),
+        ("fill_mask", "folder, text"),
+    ],
+)
+def test_flags_of_commands_may_have_underscores_and_mistakes_are_one_line(command, told, monkeypatch, capsys):
+    name, *flags = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"microbert.{name}").main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and told in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "script, flags, times",
+    [
+        ("mlm_pretrain_v4.py", ["--lr", "1e-3", "--batch-size", "32"], "17 times .* 0.012 at this batch .*learning_rate = 6e-05"),
+        ("mlm_pretrain_v3.py", ["--lr", "1e-2"], "167 times"),
+        ("mlm_pretrain_v1.py", ["--lr", "1e-3"], "5 times .* 0.095 at this batch"),
+        ("mlm_pretrain_v1.py", ["--lr", "1", "--lr-scaling", "none"], "10 times"),
+    ],
+)
+def test_a_peak_far_above_those_that_were_swept_is_a_warning_that_says_which(script, flags, times):
+    explained = explain_learning_rate(read_script(ROOT / script, flags))
+    assert re.search(f"\nwarning: that is {times}", explained)
+
+
+@pytest.mark.parametrize("flags", [[], ["--preset", "large"], ["--preset", "large", "--global-batch-size", "768"], ["--lr", "1e-4"]])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_usual_peaks_are_no_warning(version, flags):
+    if version == 4 or "--preset" not in flags:
+        config = read_script(ROOT / f"mlm_pretrain_v{version}.py", flags)
+        assert "warning" not in explain_learning_rate(dataclasses.replace(config, batch_size=config.batch_size or 32))
 
 
 @pytest.mark.parametrize("text, number", [("500K", 500_000), ("10m", 10_000_000), ("5000", 5000), ("1.5k", 1500), (7, 7), ("1e6", 1_000_000)])

@@ -214,6 +214,41 @@ def test_the_column_and_an_unusual_separator_are_in_the_description(tmp_path, ca
     assert re.search(r"warning: .*a.txt looks like JSON lines.*\n.*one document a line", capsys.readouterr().out)
 
 
+def test_a_glob_takes_files_and_folders(tmp_path):
+    for name in ("ex/AA/wiki_00", "ex/README", "ex/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"from {name[-2:]}\n")
+    (tmp_path / "ex" / "c.txt").symlink_to(tmp_path / "ex" / "b.txt")  # the same file
+    for dataset in (tmp_path / "ex" / "*", tmp_path / "ex", f"{tmp_path}/ex/b.txt,{tmp_path}/ex/../ex/*"):
+        assert sorted(read(dataset, tmp_path)) == ["from 00", "from ME", "from xt"]
+
+
+def test_names_with_commas_and_outer_spaces_among_others(tmp_path):
+    for name in ("my, folder/a.txt", "b, c.txt", " d.txt", "e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"from {name[-5]}\n")
+    assert read(tmp_path / "my, folder", tmp_path) == ["from a"]
+    names = [f"{tmp_path}/{name}" for name in ("e.txt", "my, folder", "b, c.txt", " d.txt")]
+    assert dataset_files(configure("--dataset", *names)) == [names[0], f"{names[1]}/a.txt", *names[2:]]
+
+
+def test_a_loop_of_links_never_goes_to_the_hub(tmp_path, monkeypatch, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        open_dataset("loop/x", tmp_path)
+    assert "loop/x cannot be read" in capsys.readouterr().err
+
+
+def test_a_folder_that_datasets_has_saved_holds_no_file_of_a_known_kind(tmp_path, capsys):
+    (tmp_path / "saved").mkdir()
+    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+        (tmp_path / "saved" / name).write_text("{}")
+    with pytest.raises(SystemExit):
+        open_dataset(tmp_path / "saved", tmp_path)
+    assert re.search(r"no file of a known kind: .*\.arrow", capsys.readouterr().err)
+
+
 def test_a_later_file_without_the_column_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("text,n\nx,1\n")
     (tmp_path / "b.csv").write_text("body,n\ny,2\n")

@@ -1,4 +1,4 @@
-"""The examples that a run ends with: spans of its own held-out text, whatever that is, which no model card shows as anything but text."""
+"""The examples at the end of a run: spans of its own held-out text, of any kind, shown as text by the model card."""
 
 import random
 import re
@@ -24,7 +24,8 @@ def documents(kind, n=60):
     """Text of a kind, the same at each call."""
     rng = random.Random(0)
     if kind == "english":
-        return [" . ".join(" ".join(rng.choices(WORDS, k=rng.randint(4, 12))) for _ in range(6)) + " ." for _ in range(n)]
+        sentences = [" ".join(rng.choices(WORDS, k=rng.randint(4, 12))) + " ." for _ in range(6 * n)]
+        return [" ".join(sentences[start : start + 6]) for start in range(0, 6 * n, 6)]
     if kind == "dna":
         return ["".join(rng.choices("ACGT", k=90)) for _ in range(n)]
     if kind == "thai":
@@ -57,7 +58,8 @@ def prepared(texts, vocab_size=300, max_seq_len=32, packing=False):
     sequences = layout(np.concatenate(ids), lengths, max_seq_len)
     counts = np.bincount(sequences.reshape(-1), minlength=tokenizer.get_vocab_size())
     counts[:N_SPECIAL] = 0
-    model = build_model(ModelConfig(vocab_size=len(counts), n_layers=1, n_heads=2, n_embed=4, max_seq_len=max_seq_len, dropout=0.0), 0)
+    shape = ModelConfig(len(counts), n_layers=1, n_heads=2, n_embed=4, max_seq_len=max_seq_len, dropout=0.0)
+    model = build_model(shape, 0)
     return model, tokenizer, types.SimpleNamespace(held_out=HeldOut(sequences), token_counts=counts), sequences
 
 
@@ -77,7 +79,8 @@ def test_examples_are_spans_of_the_held_out_text(kind, packing):
         assert example.text.count("[MASK]") == 1
         assert filled(example).replace(" ", "") in "".join(texts).lower().replace(" ", "")
         assert 2 <= len(tokenizer.encode(filled(example), add_special_tokens=False).ids) <= 30
-        assert tokenizer.token_to_id(example.word) >= N_SPECIAL and 0 < example.probability < 1 and len(example.guesses) == 5
+        assert tokenizer.token_to_id(example.word) >= N_SPECIAL
+        assert 0 < example.probability < 1 and len(example.guesses) == 5
         assert not any("\n" in line for line in example.lines())
 
 
@@ -157,7 +160,8 @@ def test_a_model_card_shows_any_text_as_text(text, tmp_path):
     compile(blocks[0][2], "card", "exec")
     assert repr(text) in blocks[0][2]
     assert r"| trained on | texts\|more # x \`y\` \<b\> \[z\] |" in card
-    assert re.findall(r"^#+ .*", re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.MULTILINE | re.DOTALL), re.MULTILINE) == ["# runs", "## Examples"]
+    outside = re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^#+ .*", outside, re.MULTILINE) == ["# runs", "## Examples"]
     assert "private" in card
 
 

@@ -6,6 +6,7 @@ import json
 import lzma
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from helpers import ROOT, TIME_LIMIT
 
 from microbert.config import InputError
 from microbert.documents import clean
-from microbert.file_formats import find_text_column, read_rows
+from microbert.file_formats import find_labelled_columns, find_text_column, read_rows
 
 TEXTS = ["the first document", 'größer, "quoted", naïve', "中文 and emoji 🙂", "NA", "12345", "2024-01-01", "the last one"]
 
@@ -122,7 +123,8 @@ DAMAGED = {
     "fields.csv": ("text,n\na,1\nb,c,2\n", "line 3 has 3 fields"),
     "number.jsonl": ('{"text": "a"}\n{"text": [1, 2]}\n', r"row 2: .* holds \[1, 2\], not text"),
     "half.jsonl": ('{"text": "a"}\n{"text": "b', "line 2 is not JSON"),
-    "lines.json": ('[{"text": "a"},\n{"text": ]', "is not JSON"),
+    "lines.json": ('\n[{"text": "a"},\n\n{"text": ]', "line 4 is not JSON"),
+    "item.json": ('[{"text": "a"},\n5]', "item 2 is not a JSON object"),
     "deep.jsonl": ("[" * 100_000, "is not JSON"),
     "latin.txt.gz": (gzip.compress(b"fine\nbroken \xff line\n"), "line 2 is not UTF-8"),
     "short.jsonl.gz": (gzip.compress(CONTENTS[".jsonl"].encode() * 9)[:-20], "cannot be read"),
@@ -148,6 +150,9 @@ def test_damaged_parquet_is_told_with_its_file(tmp_path):
     pa.parquet.write_table(pa.table({"text": texts}), path)
     with pytest.raises(InputError, match=r"a\.parquet.*utf-8"):
         list(read_rows(str(path), "text"))
+    pa.parquet.write_table(pa.table({"words": texts}), path)
+    with pytest.raises(InputError, match=r"a\.parquet.*utf-8"):
+        find_text_column(str(path), None)
     pa.parquet.write_table(pa.table({"text": [str(n) * 50 for n in range(5000)]}), path, compression="snappy", use_dictionary=False)
     data = bytearray(path.read_bytes())
     data[2000:60_000] = bytes(58_000)
@@ -171,6 +176,29 @@ def test_a_first_line_that_is_a_row_is_no_header(tmp_path):
             find_text_column(write(tmp_path / "a.csv", content), None)
     path = write(tmp_path / "a.csv", "0,it was a film of some kind\n1,and another one\n")
     assert find_text_column(path, "it was a film of some kind") == "it was a film of some kind"
+
+
+def test_long_questions_and_usual_names_are_a_header(tmp_path):
+    assert find_text_column(write(tmp_path / "a.csv", "n,How satisfied are you with the service?\n1,not at all\n"), None)
+    labelled = write(tmp_path / "b.csv", "review,sentiment\n" + "so so,x\n" * 300 + "review,y\n")
+    assert find_labelled_columns(labelled, None, None) == ("review", "sentiment")
+
+
+def test_names_with_points_in_nested_columns(tmp_path):
+    rows = [{"data": [{"a": 1}], "meta": {"a.b": "one", "data": {"text": "two"}}, "c.d": {"e": "three"}}]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (path, str(tmp_path / "a.parquet")):
+        for column, text in (("meta.a.b", "one"), ("meta.data.text", "two"), ("c.d.e", "three")):
+            assert list(read_rows(path, find_text_column(path, column))) == [[text]]
+
+
+def test_looking_for_columns_takes_time_in_proportion_to_the_values(tmp_path):
+    rows = [{"text": f"t {n}", "label": n % 2, "meta": {f"k{n}": 1}} for n in range(20_000)]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    begin = time.perf_counter()
+    assert find_labelled_columns(path, None, None) == ("text", "label")
+    assert time.perf_counter() - begin < 20
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

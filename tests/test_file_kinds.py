@@ -1,9 +1,11 @@
 """Files whose content is not what their name says."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
+import os
 import zipfile
 
 import pyarrow as pa
@@ -12,7 +14,7 @@ import pytest
 
 from microbert.config import InputError
 from microbert.file_formats import find_text_column, read_rows
-from microbert.file_kinds import is_pointer, is_text
+from microbert.file_kinds import is_pointer, is_readable
 
 LINES = b'{"text": "one text"}\n{"text": "another one"}\n'
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
@@ -72,17 +74,48 @@ def test_a_file_that_is_not_compressed_as_its_name_says_is_refused(ending, tmp_p
         read(write(tmp_path / f"a.jsonl.{ending}", LINES))
 
 
+@pytest.mark.parametrize(
+    "text", ["BZhang wrote this", "Rar! it said", "%PDF is a format", "PAR1 is a magic word", "PK is Pakistan"]
+)
+def test_text_that_begins_as_other_files_do_is_text(text, tmp_path):
+    assert read(write(tmp_path / "a.txt", text.encode())) == [text]
+
+
+def test_lines_that_end_with_a_carriage_return_alone_are_refused(tmp_path):
+    for name in ("a.csv", "a.tsv", "a.jsonl"):
+        with pytest.raises(InputError, match="its lines end with a carriage return"):
+            read(write(tmp_path / name, b"text\rone\rtwo\r"))
+    with pytest.raises(InputError, match="its lines end with a carriage return"):
+        list(read_rows(write(tmp_path / "a.txt", b"one\rtwo\r"), "text"))
+    assert read(write(tmp_path / "a.txt", b"one\r\ntwo\rhalves\n")) == ["one", "two\rhalves"]
+
+
 def test_a_file_without_an_ending_is_lines_of_text_or_of_json(tmp_path):
     assert read(write(tmp_path / "wiki_00", b"<doc>\nsome text\n</doc>\n")) == ["<doc>", "some text", "</doc>"]
-    assert read(write(tmp_path / "wiki_01", LINES)) == ["one text", "another one"]
+    for content in (LINES, b'[{ "text": "one text"},\n{"text": "another one"}]'):
+        assert read(write(tmp_path / "wiki_01", content)) == ["one text", "another one"]
+
+
+def test_too_many_open_files_are_no_fault_of_the_file(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", b"text\n")
+    monkeypatch.setattr("microbert.file_kinds.open", lambda *_: os.open("/", os.O_WRONLY | os.O_DIRECTORY), raising=False)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read(path)
+
+    def no_more(*_):
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr("microbert.file_kinds.open", no_more, raising=False)
+    with pytest.raises(OSError, match="Too many open files"):
+        read(path)
 
 
 def test_text_is_told_by_its_first_bytes(tmp_path):
     euro = "€".encode()
     for content in (b"", b"text", b"x" * 4095 + euro, b"x" * 4094 + euro, b"x" * 9000, gzip.compress(b"text")):
-        assert is_text(write(tmp_path / "a", content))
+        assert is_readable(write(tmp_path / "a", content))
     for content in (b"caf\xe9\n", b"x" * 100 + b"\xff" + b"x" * 5000, archive(), euro[:2]):
-        assert not is_text(write(tmp_path / "a", content))
+        assert not is_readable(write(tmp_path / "a", content))
     assert (
         is_pointer(write(tmp_path / "a", POINTER))
         and not is_pointer(write(tmp_path / "a", POINTER * 99))

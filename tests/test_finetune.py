@@ -88,7 +88,7 @@ def test_it_judges_by_the_documents_that_the_run_has_held_out(finished_run):
     [tokens] = finished_run.glob("cache/*/tokens-*")
     [tokenizer] = finished_run.glob("cache/*/tokenizer-*.json")
     _, tokenizer = load_run(finished_run / "run")
-    on_disk = np.load(tokens / "held_out-00000.npy")
+    on_disk = np.fromfile(tokens / "held_out.bin", np.uint16).reshape(-1, 32)
     assert is_held_out.sum() == json.loads((tokens / "manifest.json").read_text())["report"]["held_out"] == len(on_disk)  # not packed: a sequence each
     expected = {tuple(tokenizer.encode(rows[number]).ids[:5]) for number in np.flatnonzero(is_held_out)}
     assert {tuple(row[:5]) for row in on_disk.tolist()} == expected

@@ -103,7 +103,7 @@ def is_plain(done, *words):
 
 
 def shards(folder):
-    return {path.name: path.read_bytes() for path in folder.rglob("*.npy")}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".bin", ".npy")}
 
 
 def report(done):

@@ -1,17 +1,24 @@
 """Kernels are compiled where they can be, for constants of their own, and change nothing else in the process."""
 
 import ctypes
+import getpass
+import os
 import platform
+import stat
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import LARGEST_FILE
+from helpers import LARGEST_FILE, ROOT, TIME_LIMIT, listing
 
 import microbert.kernels
 from microbert import attention, gelu, loss, norm
+from microbert.config import COMPILER_CACHES
 from microbert.device import find_compiler, is_for_kernels
-from microbert.kernels import address, compiled_kernel, n_threads
+from microbert.files import private_folder
+from microbert.kernels import address, compiled, compiled_kernel, n_threads
 
 ALL = [(attention.SOURCE, {"HEAD": 3}), (gelu.SOURCE, {}), (loss.SOURCE, {}), (norm.SOURCE, {"D": 5})]
 needs_compiler = pytest.mark.skipif(compiled_kernel(loss.SOURCE) is None, reason="no C compiler with OpenMP")
@@ -118,3 +125,122 @@ def test_what_a_kernel_is_given():
     x = torch.arange(3.0)
     assert ctypes.cast(address(x[1:]), ctypes.POINTER(ctypes.c_float))[0] == 1.0 and address(None).value is None
     assert n_threads().value == torch.get_num_threads()
+
+
+def mode_of(folder):
+    return stat.S_IMODE(folder.stat().st_mode)
+
+
+def test_a_private_folder_is_made_for_its_owner_alone_and_used_again(tmp_path):
+    before = os.umask(0)  # under which a folder would be open to everybody
+    try:
+        assert private_folder(tmp_path / "a" / "b") == (tmp_path / "a" / "b").resolve()
+    finally:
+        os.umask(before)
+    assert mode_of(tmp_path / "a") == mode_of(tmp_path / "a" / "b") == 0o700
+    (tmp_path / "a" / "b").chmod(0o755)  # others may read what is in it
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert private_folder(tmp_path / "link" / "b") == (tmp_path / "a" / "b").resolve()
+
+
+def make_link(folder):
+    (folder.parent / "elsewhere").mkdir()
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def make_file(folder):
+    folder.write_text("")
+
+
+def make_with_mode(mode):
+    def make(folder):
+        folder.mkdir()
+        folder.chmod(mode)
+    return make
+
+
+def make_of_somebody_else(folder):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows protects folders by access lists")
+@pytest.mark.parametrize("make, told", [(make_link, "is a link"), (make_file, "not a folder|exists"), (make_with_mode(0o770), "written to by other"), (make_with_mode(0o1777), "written to by other"),
+                                        (make_of_somebody_else, "belongs to another user")])
+def test_a_folder_that_another_user_can_write_to_is_refused(make, told, tmp_path):
+    make(tmp_path / "folder")
+    with pytest.raises(OSError, match=told):
+        private_folder(tmp_path / "folder")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows protects folders by access lists")
+@pytest.mark.parametrize("make, told", [(make_with_mode(0o777), "written to by other"), (make_with_mode(0o1777), ""), (make_of_somebody_else, "belongs to another user")])
+def test_a_folder_that_another_user_can_replace_is_refused(make, told, tmp_path):
+    """Where folders above it are another user's, or may be written to by others and are not sticky, as /tmp is."""
+    make(tmp_path / "above")
+    (tmp_path / "above" / "folder").mkdir(mode=0o700)
+    if told:
+        with pytest.raises(OSError, match=told):
+            private_folder(tmp_path / "above" / "folder")
+    else:
+        private_folder(tmp_path / "above" / "folder")
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Calls `compiled` with these variables in the environment, and returns the folders that it set. It compiles nothing."""
+    import torch._inductor.config  # sets a variable itself
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(sys, "platform", "linux")
+
+    def compile_with(**variables):
+        for name, value in ({name: "" for name in COMPILER_CACHES} | {"XDG_CACHE_HOME": tmp_path / "cache"} | variables).items():
+            monkeypatch.setenv(name, str(value))
+        microbert.kernels._use_private_caches.cache_clear()
+        torch._inductor.config.cpp_cache_precompile_headers = True
+        compiled(abs)
+        assert not torch._inductor.config.cpp_cache_precompile_headers  # they would stay in /tmp
+        return [Path(os.environ[name]) for name in COMPILER_CACHES]
+
+    yield compile_with
+    microbert.kernels._use_private_caches.cache_clear()
+
+
+def test_compiled_kernels_are_saved_in_the_users_cache(caches, tmp_path, capsys):
+    own = [tmp_path / "cache" / "microbert" / name for name in ("torchinductor", "triton")]
+    assert caches() == own and {mode_of(folder) for folder in own} == {0o700}
+    default = Path(microbert.kernels.tempfile.gettempdir()) / "torchinductor_somebody"  # torch sets this one when its compiler is imported
+    assert caches(TORCHINDUCTOR_CACHE_DIR=default) == own and not default.exists()
+    (tmp_path / "mine").mkdir()
+    assert caches(TORCHINDUCTOR_CACHE_DIR=tmp_path / "mine", TRITON_CACHE_DIR=tmp_path / "new") == [tmp_path / "mine", tmp_path / "new"]
+    assert mode_of(tmp_path / "new") == 0o700 and capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows protects folders by access lists")
+def test_a_cache_that_is_not_private_is_named_and_another_one_used(caches, tmp_path, capsys):
+    make_with_mode(0o777)(tmp_path / "open")
+    assert caches(TRITON_CACHE_DIR=tmp_path / "open")[1] == tmp_path / "cache" / "microbert" / "triton"
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and f"TRITON_CACHE_DIR = {tmp_path / 'open'} is not used" in told and "other users" in told
+    folders = caches(XDG_CACHE_HOME=tmp_path / "open")
+    assert all(mode_of(folder.parent) == 0o700 and folder.parent.name.startswith("microbert-") for folder in folders)
+    told = capsys.readouterr().out
+    assert told.count("warning: no compiled kernels are saved") == len(told.splitlines()) > 0
+    assert not list((tmp_path / "open").iterdir())
+
+
+@pytest.mark.slow
+def test_what_lies_where_torch_would_look_for_compiled_kernels_is_not_touched(tmp_path):
+    hostile = tmp_path / "tmp" / f"torchinductor_{getpass.getuser()}"
+    for name in ("fxgraph", "aotautograd", "precompiled_headers"):
+        (hostile / name).mkdir(parents=True)
+        (hostile / name / "planted").write_text("")
+    before = listing(hostile)
+    program = "import torch; from microbert.kernels import compiled; print(compiled(lambda x: x.sin() + 1)(torch.ones(3)))"
+    environment = {**os.environ, "TMPDIR": str(hostile.parent), "XDG_CACHE_HOME": str(tmp_path / "cache"), **dict.fromkeys(COMPILER_CACHES, "")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 0 and "1.8415" in done.stdout, done.stderr
+    assert listing(hostile) == before and listing(tmp_path / "cache" / "microbert" / "torchinductor")

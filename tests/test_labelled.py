@@ -11,6 +11,7 @@ import pytest
 
 from microbert.config import InputError
 from microbert.corpus import IMDB_DOCUMENTS
+from microbert.file_formats import read_labelled_rows
 from microbert.labelled import read_labelled
 
 ROWS = [("a good film", "good"), ("a bad film", "bad"), ("", "good"), ("no label", None), ("the end", "bad")]
@@ -80,13 +81,23 @@ def test_labels_are_what_is_written_in_every_format(name, tmp_path):
 
 
 def test_numbers_stay_as_they_are_written_whatever_rows_lack_one(tmp_path):
-    values = "3 null 3.10 10 9 NaN 1e3 -0 true false".split()
+    values = "3 null 3.10 10 9 NaN 1e3 -0 Infinity true false".split()
     (tmp_path / "a.jsonl").write_text(
         "".join(f'{{"text": "text {number}", "label": {value}}}\n' for number, value in enumerate(values))
         + '{"text": "no label"}\n'
     )
     found = read(tmp_path / "a.jsonl")
-    assert [found.names[number] for number in found.labels] == ["3", "3.10", "10", "9", "1e3", "-0", "true", "false"]
+    assert [found.names[number] for number in found.labels] == [
+        "3",
+        "3.10",
+        "10",
+        "9",
+        "1e3",
+        "-0",
+        "Infinity",
+        "true",
+        "false",
+    ]
     assert found.source.without_label == 3
     pa.parquet.write_table(
         pa.table({"text": list("abcd"), "label": pa.array([3, None, 10, 9], pa.int64())}), tmp_path / "a.parquet"
@@ -110,6 +121,44 @@ def test_the_names_of_classes_that_a_parquet_file_holds_are_its_labels(tmp_path)
     pa.parquet.write_table(table, tmp_path / "a.parquet")
     found = read(tmp_path / "a.parquet")
     assert found.names == ["bad", "good"] and found.labels.tolist() == [1, 0, 1] and found.source.without_label == 1
+
+
+def test_a_text_is_a_label_as_it_is_where_classes_have_names_that_are_numbers(tmp_path):
+    classes, ones = list("12345"), "1" * 4000
+    for value, label in (
+        ('"1"', "1"),
+        ("1", "2"),
+        ('"5"', "5"),
+        ("5", None),
+        ("-1", None),
+        ('"1-"', "1-"),
+        (ones, ones),
+    ):
+        (tmp_path / "a.jsonl").write_text(f'{{"text": "t", "label": {value}}}\n')
+        assert list(read_labelled_rows(str(tmp_path / "a.jsonl"), "text", "label", classes)) == [("t", label)]
+    (tmp_path / "a.csv").write_text("text,label\nt,1\n")
+    assert list(read_labelled_rows(str(tmp_path / "a.csv"), "text", "label", classes)) == [("t", "2")]
+
+
+def test_labels_of_every_type_of_parquet(tmp_path):
+    def labels(array):
+        pa.parquet.write_table(pa.table({"text": list("ab"), "label": array}), tmp_path / "a.parquet")
+        return [label for _, label in read_labelled_rows(str(tmp_path / "a.parquet"), "text", "label", [])]
+
+    assert labels(pa.array([0.1, None], pa.float32())) == ["0.1", None]
+    assert labels(pa.array([0.5, 3.0])) == ["0.5", "3.0"] and labels(pa.array([True, False])) == ["true", "false"]
+    assert labels(pa.array(["01", "NA"]).dictionary_encode()) == ["01", "NA"]
+    with pytest.raises(InputError, match="cannot be read as timestamp"):
+        labels(pa.array([2**60, 0], pa.timestamp("us")))
+
+
+def test_text_files_beside_a_table_are_left_out_and_named(tmp_path):
+    write_labels(tmp_path / "train.csv", ["x", "y"])
+    (tmp_path / "vocab.txt").write_text("[PAD]\n")
+    (tmp_path / "_SUCCESS").write_text("")
+    found = read(tmp_path)
+    told = found.source.description
+    assert found.names == ["x", "y"] and "vocab.txt" in told and "_SUCCESS" in told
 
 
 def test_rows_that_look_different_come_late(tmp_path):

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import VOCAB_SIZE, as_batch, in_shards, noisy_model, token_rows
+from models import VOCAB_SIZE, as_batch, as_sequences, noisy_model, token_rows
 from test_config import configure
 from test_optim import BROKEN, FINE, parameters_after, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +58,7 @@ def test_training_and_evaluation_make_no_float64_on_the_device(arch, optimizer, 
             masked = mask_batch(as_batch(rows), seed=number, probability=0.3, vocab_size=VOCAB_SIZE)
             loss, _ = learner.step(masked, number, 1e-2).read()
             assert math.isfinite(loss)
-        result, _ = evaluate(learner, in_shards(rows, [8]), Run(config, tmp_path))
+        result, _ = evaluate(learner, as_sequences(rows), Run(config, tmp_path))
     assert math.isfinite(result.loss)
     assert isinstance(learner.optimizer.members[0], GuardedAdamW)
 

@@ -84,7 +84,8 @@ def test_streams_of_any_kind_are_taken(monkeypatch):
 THAI, HARD = "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u2588 \udce9 \U0001f600"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp437", "cp874", "shift_jis", "koi8-r", "utf-16", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp437", "cp874", "shift_jis", "koi8-r", "utf-16",
+                                      "utf-8"])
 def test_what_the_encoding_lacks_is_escaped(encoding, monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding))
@@ -128,11 +129,13 @@ def test_what_cannot_be_written_can_be_discarded(monkeypatch):
         full.flush()  # raises nothing any more
 
 
-IN_ASCII = [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252:strict"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+IN_ASCII = [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252:strict"},
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 
 
 @pytest.mark.parametrize("variables", IN_ASCII, ids=lambda variables: "-".join(variables.values()))
-@pytest.mark.parametrize("command, code", [(["mlm_pretrain_v4.py", "--help"], 0), (["mlm_pretrain_v1.py", "--dataset", f"{THAI}.txt"], 2)])
+@pytest.mark.parametrize("command, code", [(["mlm_pretrain_v4.py", "--help"], 0),
+                                           (["mlm_pretrain_v1.py", "--dataset", f"{THAI}.txt"], 2)])
 def test_help_and_errors_are_printed_in_any_encoding(command, code, variables):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **variables}, capture_output=True)
     assert done.returncode == code and b"Traceback" not in done.stderr
@@ -142,7 +145,8 @@ def test_help_and_errors_are_printed_in_any_encoding(command, code, variables):
 def test_a_module_prints_in_any_encoding(finished_run):
     """fill_mask, for all of those that people start."""
     command = [sys.executable, "-m", "microbert.fill_mask", str(finished_run / "run"), f"the {THAI} was [MASK]"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True, text=True)
+    variables = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and "\\u0e2a" in done.stdout and done.stdout.count("%") == 5
 
 
@@ -150,7 +154,8 @@ def test_a_module_prints_in_any_encoding(finished_run):
 @pytest.mark.slow
 def test_a_run_on_thai_text_ends_well_whatever_the_log_can_encode(tmp_path):
     corpus = tmp_path / f"{THAI}.txt"
-    corpus.write_text("".join(f"{THAI}{chr(0xe01 + number % 40)} {THAI} {number}\n" for number in range(100)), encoding="utf-8")
+    lines = (f"{THAI}{chr(0xe01 + number % 40)} {THAI} {number}\n" for number in range(100))
+    corpus.write_text("".join(lines), encoding="utf-8")
     done = run(small_flags(tmp_path, dataset=corpus, epochs=1), env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert done.returncode == 0, done.stderr
     assert "\\u0e2a" in done.stdout and "[MASK]" in done.stdout and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""How a run ends: once its model is written nothing changes that; bad input removes no work; another run's result is not taken for this one's."""
+"""How a run ends: nothing fails once its model is written, bad input removes no work, no run is taken for another."""
 
 import contextlib
 import errno
@@ -40,8 +40,9 @@ def raising(error):
 
 @pytest.mark.fault(row=33)
 @pytest.mark.parametrize("error", [
-    InputError("the text has 14 tokens"), UnicodeEncodeError("cp1252", "\u0e17", 0, 1, "?"), OSError(errno.ENOSPC, "no space"), RuntimeError("gloo"),
-    Stopped("a signal"), MemoryError(), KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__)
+    InputError("the text has 14 tokens"), UnicodeEncodeError("cp1252", "\u0e17", 0, 1, "?"),
+    OSError(errno.ENOSPC, "no space"), RuntimeError("gloo"), Stopped("a signal"), MemoryError(),
+    KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__)
 def test_once_the_model_is_written_an_error_is_a_warning(error, tmp_path, capsys):
     code, end = finish(tmp_path / "run", is_done=True, body=raising(error))
     assert (code, end["state"], end["exit_code"]) == (0, "done", 0)
@@ -124,7 +125,8 @@ def test_an_earlier_process_is_not_named_as_the_holder_of_a_folder(tmp_path):
 def test_a_run_of_short_sequences_under_names_that_are_hard_to_print_ends_well(tmp_path, monkeypatch):
     """Names with half a formula, a table's separator, and letters that the log cannot encode."""
     corpus = tmp_path / "\u0e17|`.txt"
-    corpus.write_text("".join(f"scene {number} of the film was {word} and slow .\n" for number in range(40) for word in ("good", "bad")))
+    lines = (f"scene {number} of the film was {word} and slow .\n" for number in range(40) for word in ("good", "bad"))
+    corpus.write_text("".join(lines))
     flags = small_flags(tmp_path, dataset=corpus, output_dir=tmp_path / "x_{$\\$ \u0e17", max_seq_len=5, epochs=1)
     with open(tmp_path / "out", "w", encoding="ascii") as out:
         monkeypatch.setattr(sys, "stdout", out)
@@ -134,7 +136,8 @@ def test_a_run_of_short_sequences_under_names_that_are_hard_to_print_ends_well(t
     folder = tmp_path / "x_{$\\$ \u0e17"
     assert status(folder)["state"] == "done" and (folder / "training_curve.png").exists()
     printed = (tmp_path / "out").read_text(encoding="ascii")
-    assert "examples from held-out text" in printed and "[MASK]" in printed and "is finished" in printed and "warning: the model" not in printed
+    assert all(text in printed for text in ("examples from held-out text", "[MASK]", "is finished"))
+    assert "warning: the model" not in printed
     assert "\\|\\`.txt" in (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -176,8 +179,9 @@ def end_of(flags, monkeypatch, capfd):
 
 
 @pytest.mark.fault(row=7)
-@pytest.mark.parametrize("changed", [{}, {"save_every": 7, "keep_checkpoints": 1, "device": "cpu", "micro_batch_size": 4, "cuda_graphs": False},
-                                     {"cache_dir": "elsewhere"}], ids=["nothing", "what may change", "no cache"])
+@pytest.mark.parametrize("changed", [
+    {}, {"save_every": 7, "keep_checkpoints": 1, "device": "cpu", "micro_batch_size": 4, "cuda_graphs": False},
+    {"cache_dir": "elsewhere"}], ids=["nothing", "what may change", "no cache"])
 def test_the_same_command_on_a_finished_run_is_done_already(changed, finished, monkeypatch, capfd):
     monkeypatch.chdir(finished)
     with unchanged(finished, "run/status.json"):
@@ -186,10 +190,12 @@ def test_the_same_command_on_a_finished_run_is_done_already(changed, finished, m
 
 @pytest.mark.fault(row=7)
 @pytest.mark.parametrize("changed, told", [
-    ({"seed": 1, "epochs": 3}, ["seed = 1 (was 42)", "epochs = 3 (was 2)"]), ({"max_seq_len": 16}, ["max_seq_len = 16 (was 32)"]),
-    ({"max_samples": 100}, ["max_samples = 100 (was None)"]), ({"batch_size": 4}, ["batch_size = 4 (was 8)"]),
-    ({"dataset": "imdb"}, ["dataset = 'imdb' (was '"]), ({"dataset": "other.jsonl"}, ["dataset = 'other.jsonl' (was '"]),
-    ({"dataset": "some/where"}, ["dataset = 'some/where' (was '"]), ({"dataset": "hf", "n_layers": 2}, ["n_layers = 2 (was 1)", "dataset = 'hf' (was '"])],
+    ({"seed": 1, "epochs": 3}, ["seed = 1 (was 42)", "epochs = 3 (was 2)"]),
+    ({"max_seq_len": 16}, ["max_seq_len = 16 (was 32)"]), ({"max_samples": 100}, ["max_samples = 100 (was None)"]),
+    ({"batch_size": 4}, ["batch_size = 4 (was 8)"]), ({"dataset": "imdb"}, ["dataset = 'imdb' (was '"]),
+    ({"dataset": "other.jsonl"}, ["dataset = 'other.jsonl' (was '"]),
+    ({"dataset": "some/where"}, ["dataset = 'some/where' (was '"]),
+    ({"dataset": "hf", "n_layers": 2}, ["n_layers = 2 (was 1)", "dataset = 'hf' (was '"])],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_another_command_on_a_finished_run_names_what_differs(changed, told, finished, monkeypatch, capfd):
     monkeypatch.chdir(finished)
@@ -200,18 +206,18 @@ def test_another_command_on_a_finished_run_names_what_differs(changed, told, fin
 
 
 @pytest.mark.fault(row=7)
-@pytest.mark.parametrize("left", ["constants.json", "checkpoints", "a damaged constants.json"])
-def test_either_the_constants_or_a_checkpoint_are_enough_to_know_a_finished_run(left, finished, finished_run, monkeypatch, capfd):
+@pytest.mark.parametrize("left", ["constants.json", "checkpoints", '{"n_layers": "1"}', '{"n_layers": 1}', "[]"])
+def test_constants_or_a_checkpoint_identify_a_finished_run(left, finished, finished_run, monkeypatch, capfd):
     if left == "checkpoints":
         (finished / "run" / "constants.json").unlink()
     elif left == "constants.json":
         for path in (finished / "run").glob("checkpoint-*"):
             shutil.rmtree(path)
-    else:
-        (finished / "run" / "constants.json").write_text('{"format": 1, "corpus": "c", "config": {"n_layers": "1"}}')
-    corpus = finished_run / "corpus.jsonl"  # as it was: of an older run, which has no constants.json, the name is compared
+    else:  # damaged
+        (finished / "run" / "constants.json").write_text(f'{{"format": 1, "corpus": "c", "config": {left}}}')
+    corpus = finished_run / "corpus.jsonl"  # the name as it was: where there is no constants.json, names are compared
     code, errors = end_of(small_flags(finished, dataset=corpus), monkeypatch, capfd)
-    assert code == 0 and errors.startswith("warning: " if "damaged" in left else "")
+    assert code == 0 and ("is damaged" in errors) == (left not in ("constants.json", "checkpoints"))
     (finished / "other.jsonl").write_text('{"text": "another text"}\n')
     code, errors = end_of(small_flags(finished, dataset=finished / "other.jsonl"), monkeypatch, capfd)
     assert code == 2 and f"dataset = '{finished / 'other.jsonl'}' (was '{corpus}')" in errors
@@ -237,6 +243,18 @@ def test_text_that_has_changed_since_the_run_finished_is_noticed(finished, monke
         file.write('{"text": "one more document"}\n')
     code, errors = end_of(flags, monkeypatch, capfd)
     assert code == 2 and "held other text then" in errors
+
+
+@pytest.mark.fault(row=7)
+def test_a_dataset_of_the_hub_is_compared_by_name_without_the_network(finished, monkeypatch, capfd):
+    record = finished / "run" / "constants.json"
+    known = json.loads(record.read_text())
+    record.write_text(json.dumps(known | {"config": known["config"] | {"dataset": "org/name"}}))
+    assert end_of(small_flags(finished, dataset="org/name"), monkeypatch, capfd) == (0, "")
+    for changed, told in [({"streaming": True}, "streaming = True (was False)"),
+                          ({"dataset": "org/name:part"}, "dataset = 'org/name:part' (was 'org/name')")]:
+        code, errors = end_of(small_flags(finished, **{"dataset": "org/name", **changed}), monkeypatch, capfd)
+        assert code == 2 and told in errors
 
 
 @pytest.mark.fault(row=7)

@@ -19,6 +19,7 @@ from microbert.masking import mask_batch
 from microbert.model import ARCHITECTURES
 from microbert.run import Diverged, Failed
 from microbert.step import Learner
+from microbert.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
 
 V4 = ROOT / "mlm_pretrain_v4.py"
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB"
@@ -45,6 +46,16 @@ def run_short(monkeypatch, capacity, message=NO_MEMORY, after=0):
 
     monkeypatch.setattr(microbert.step, "masked_loss", masked_loss)
     return calls
+
+
+def test_a_step_without_a_masked_token_changes_nothing(recwarn):
+    learner = new_learner(weight_decay=0)
+    before = [parameter.clone() for parameter in learner.model.parameters()]
+    rows = np.array([[CLS_ID, UNK_ID, SEP_ID, PAD_ID]] * 8)
+    masked = mask_batch(as_batch(rows), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
+    assert learner.step(masked, 0, 1e-2).read() == (0.0, 0.0)
+    assert all(torch.equal(*pair) for pair in zip(learner.model.parameters(), before, strict=True))
+    assert not [warning for warning in recwarn if "divide" in str(warning.message)]
 
 
 def test_the_micro_batch_is_halved_until_it_fits_and_the_step_is_the_same(monkeypatch, capsys):

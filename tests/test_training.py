@@ -13,9 +13,14 @@ import numpy as np
 import pytest
 import transformers
 from helpers import ROOT, TIME_LIMIT, corpus_from, result, run_here, small_flags, write_corpus
+from models import as_sequences, noisy_model
+from test_config import configure
 
 import microbert.step
-from microbert.tokenizer import PAD_ID
+from microbert.run import Failed, Run
+from microbert.step import Learner
+from microbert.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
+from microbert.training import evaluate
 
 
 def evaluations(folder):
@@ -75,8 +80,8 @@ def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transform
     done = subprocess.run([sys.executable, str(ROOT / "mlm_pretrain_v2.py"), *flags], capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stderr
     assert "documents: 400 read" in done.stdout
-    (shard,) = tmp_path.glob("cache/*/tokens-*/train-*.npy")
-    assert (np.load(shard)[:-1] != PAD_ID).all()  # only the last sequence has room left
+    (path,) = tmp_path.glob("cache/*/tokens-*/train.bin")
+    assert (np.fromfile(path, np.uint16).reshape(-1, 32)[:-1] != PAD_ID).all()  # only the last sequence has room left
     losses = evaluations(tmp_path / "run")
     assert losses[-1] < losses[0]
 
@@ -94,6 +99,13 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(reference, finis
     assert result(tmp_path / "run") == reference
     assert run_here(small_flags(tmp_path, seed=1, output_dir=tmp_path / "other"), monkeypatch) == 0
     assert result(tmp_path / "other")["hashes"] != reference["hashes"]
+
+
+def test_held_out_text_without_a_token_to_mask_is_no_evaluation(tmp_path):
+    run = Run(configure(), tmp_path)
+    rows = np.array([[CLS_ID, UNK_ID, SEP_ID, PAD_ID]] * 3)
+    with pytest.raises(Failed, match="no held-out token can be masked"):
+        evaluate(Learner(noisy_model(), run.config, run.world), as_sequences(rows), run)
 
 
 def test_overwrite_starts_anew(finished_run, reference, tmp_path, monkeypatch):

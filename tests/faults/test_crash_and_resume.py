@@ -1,12 +1,14 @@
 """Killed, stopped, damaged: the same command comes to bitwise the run that was never disturbed."""
 
 import builtins
+import errno
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -133,6 +135,17 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert not (tmp_path / "run" / "README.md").exists()
     assert run(flags).returncode == 0
+    assert result(tmp_path / "run") == reference
+
+
+def test_a_script_that_is_not_in_the_main_thread_trains_without_handling_signals(finished_run, reference, tmp_path, monkeypatch):
+    """As a server or a notebook may call it."""
+    corpus_from(finished_run, tmp_path)
+    before, codes = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: codes.append(run_here(small_flags(tmp_path), monkeypatch)))
+    thread.start()
+    thread.join(TIME_LIMIT)
+    assert codes == [0] and signal.getsignal(signal.SIGTERM) == before
     assert result(tmp_path / "run") == reference
 
 
@@ -395,6 +408,26 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(kind, file, f
     assert run_here(small_flags(folder), monkeypatch) == 0
     assert "damaged" in capfd.readouterr().err
     assert result(folder / "run") == reference
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO])
+@pytest.mark.parametrize("function", ["sha256", "load_file"])
+@pytest.mark.fault(row=8)
+def test_a_checkpoint_that_the_system_cannot_read_is_not_called_damaged(number, function, finished_run, tmp_path, monkeypatch,
+                                                                        capfd):
+    folder = interrupted_copy(finished_run, tmp_path)
+    before = listing(folder / "run")
+
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(microbert.checkpoint, function, refuse)
+    assert run_here(small_flags(folder), monkeypatch) == 1
+    errors = capfd.readouterr().err
+    assert os.strerror(number) in errors and "damaged" not in errors and "Traceback" not in errors
+    after = listing(folder / "run")
+    before.pop("status.json"), after.pop("status.json")
+    assert after == before
 
 
 @pytest.mark.fault(row=8)

@@ -166,9 +166,9 @@ def tokens_folder(place):
     return folder, load_tokenizer(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "token_counts.npy", "train-00000.npy", "held_out-00000.npy"])
+@pytest.mark.parametrize("name", ["manifest.json", "token_counts.npy", "train.bin", "held_out.bin"])
 @given(data=st.data())
-def test_token_shards_of_any_bytes(name, tokens_folder, data):
+def test_prepared_tokens_of_any_bytes(name, tokens_folder, data):
     folder, tokenizer = tokens_folder
     whole = (folder / name).read_bytes()
     start = whole[:200]  # where the header is

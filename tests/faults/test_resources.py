@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -123,7 +124,7 @@ def as_it_is(full):
     raise full
 
 
-@pytest.mark.parametrize("number, filename", [(errno.ENOSPC, None), (errno.EDQUOT, None), (errno.ENOSPC, "/mnt/shard.npy")])
+@pytest.mark.parametrize("number, filename", [(errno.ENOSPC, None), (errno.EDQUOT, None), (errno.ENOSPC, "/mnt/x.bin")])
 @pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
 @pytest.mark.fault(row=22)
 def test_a_full_disk_is_told_with_the_places_to_look_at(raise_it, number, filename, finished_run, tmp_path, monkeypatch, capfd):
@@ -154,11 +155,43 @@ def test_for_a_dataset_of_the_hub_its_downloads_are_a_place_too(tmp_path, capfd)
     assert f"or {HF_HOME})" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_shortage_is_reported_and_nothing_is_removed(number, raise_it, tmp_path, monkeypatch, capfd):
+    import microbert.prepare
+
+    def open_tokens(folder, *_):
+        raise_it(OSError(number, os.strerror(number), str(folder / "train.bin")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(microbert.prepare, "open_tokens", open_tokens)
+        assert run_here(small_flags(tmp_path), monkeypatch) == 1
+    errors = capfd.readouterr().err
+    [path] = (tmp_path / "cache").rglob("train.bin")
+    assert f"error: {os.strerror(number)}: {path} (" in errors and "the same command resumes" in errors
+    assert "Traceback" not in errors and "damaged" not in errors
+    assert run_here([*small_flags(tmp_path), "--prepare-only"], monkeypatch) == 0
+    assert "prepared in" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_file_that_cannot_be_read_is_reported_in_a_line(number, finished_run, tmp_path, monkeypatch, capfd):
+    import microbert.prepare
+
+    corpus_from(finished_run, tmp_path)
+    error = OSError(number, os.strerror(number), "x.bin")
+    monkeypatch.setattr(microbert.prepare, "prepare_tokens", lambda *_: as_it_is(error))
+    assert run_here(small_flags(tmp_path), monkeypatch) == 1
+    errors = capfd.readouterr().err
+    assert errors.endswith(f"error: {os.strerror(number)}: x.bin\n") and "Traceback" not in errors
+
+
 def test_another_error_stays_a_bug_with_its_traceback(finished_run, tmp_path, monkeypatch, capfd):
     import microbert.prepare
 
     corpus_from(finished_run, tmp_path)
-    monkeypatch.setattr(microbert.prepare, "prepare_tokens", lambda *_: as_it_is(OSError(errno.EIO, "broken")))
+    error = FileNotFoundError(errno.ENOENT, "gone")
+    monkeypatch.setattr(microbert.prepare, "prepare_tokens", lambda *_: as_it_is(error))
     assert run_here(small_flags(tmp_path), monkeypatch) == 1
     errors = capfd.readouterr().err
     assert "Traceback" in errors and "disk is full" not in errors

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import SLOW_STEPS, TIME_LIMIT, end_tree, patched_script, result, run, wait_for_checkpoint, wait_until
 from launches import FOREVER, SCRIPT, all_gone, faulty_script, finish, flags_of, free_port, launch, ranks, start, status, wait_for_training
-from models import VOCAB_SIZE, as_batch, in_shards, noisy_model, token_rows
+from models import VOCAB_SIZE, as_batch, as_sequences, noisy_model, token_rows
 from safetensors.torch import load_file
 from test_config import configure
 
@@ -116,7 +116,7 @@ def test_one_process_of_32_four_micro_batches_of_8_and_two_processes_of_16_give_
 @pytest.mark.parametrize("n_sequences, global_batch_size, world_size", [(271, 8, 2), (100, 12, 4), (7, 8, 2), (64, 8, 8)])
 @pytest.mark.fault(row=16)
 def test_sequences_that_do_not_divide_give_equal_steps_and_each_once_an_epoch(n_sequences, global_batch_size, world_size):
-    sequences = in_shards(token_rows(n_sequences), [n_sequences])
+    sequences = as_sequences(token_rows(n_sequences))
     epochs, seen = 2, []
     for step in range(steps_in_run(n_sequences, epochs, global_batch_size)):
         for rank in range(world_size):
