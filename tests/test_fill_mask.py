@@ -9,6 +9,7 @@ from models import noisy_model
 from safetensors.torch import load_file, save_file
 
 from microbert.config import InputError
+from microbert.encoder import Encoder
 from microbert.export import save_model
 from microbert.fill_mask import fill_mask, load_run
 from microbert.layers import TABLE_NUMBERS
@@ -99,6 +100,7 @@ TOKENIZERS = {
     "another unknown token": (["model", "unk_token", "<unk>"], "[UNK]"), "no unknown token": (["model", "unk_token", None], "tokenizer"),
     "special ids elsewhere": (["model", "vocab", "[MASK]", 7], "[MASK] must have the id 4"),
     "no normalizer": (["normalizer", None], "tokenizer"), "another normalizer": (["normalizer", {"type": "NFC"}], "normalizer"),
+    "words of any length": (["model", "max_input_chars_per_word", 10**6], "takes too long"),
     "no pre-tokenizer": (["pre_tokenizer", None], "tokenizer"),
     "a pre-tokenizer that takes forever": (["pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
                                                              "invert": False}], "pre-tokenizer"),
@@ -125,6 +127,15 @@ def test_a_tokenizer_of_another_kind_is_refused(name, make_folder):
     else:
         alter(path, *change)
     assert_refused(folder, words)
+
+
+def test_a_tokenizer_from_before_words_were_cut_is_loaded(make_folder):
+    folder = make_folder()
+    alter(folder / "tokenizer.json", "pre_tokenizer", {"type": "BertPreTokenizer"})
+    _, tokenizer = load_run(folder)
+    texts = ["a great film", "a" * 150]
+    ids, _ = Encoder(tokenizer).encode(texts)
+    assert ids.tolist() == [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False).ids]
 
 
 @pytest.mark.parametrize("name", ["AutoTokenizer", "BertTokenizer"])
