@@ -40,7 +40,8 @@ T = TypeVar("T")
 
 
 class _Store:
-    """A torch store whose answers are waited for in the background: a lost one may never answer, not even within its timeout."""
+    """A torch store whose answers are waited for in the background: a lost one may never answer, not even within its
+    timeout."""
 
     def __init__(self, store: dist.Store, give_up: Callable[[], None]) -> None:
         """give_up: called where an answer takes more than ANSWER_SECONDS; may raise what ends the waiting."""
@@ -129,7 +130,10 @@ class World:
         self._store = attempt
 
     def _open_store(self, host: str, port: int) -> dist.Store:
-        """Connect to the store, trying until it answers. Without torchrun, the first process holds it, and the others' connections are not waited for."""
+        """Connect to the store, trying until it answers.
+
+        Without torchrun, the first process holds it, and the others' connections are not waited for.
+        """
         options = {"timeout": datetime.timedelta(seconds=MEETING_SECONDS), "wait_for_workers": False, "use_libuv": sys.platform != "win32"}
         if self.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return loopback_store(host, port, **options) if is_loopback(host) else dist.TCPStore(host, port, is_master=True, **options)
@@ -274,8 +278,9 @@ class World:
     def report_shortage(self) -> None:
         """Tell all processes that this one has no memory for an update, which the others have done.
 
-        The others hear of it when they gather next, whatever that is for; `on_shortage` is called in every process, and they gather again when this one
-        has repeated the update and comes to the same place. So all do the same, and a step without a shortage needs no message for it.
+        The others hear of it when they gather next, whatever that is for; `on_shortage` is called in every process, and
+        they gather again when this one has repeated the update and comes to the same place. So all do the same, and a
+        step without a shortage needs no message for it.
         """
         _, short = self._gather(True)
         self.on_shortage(short)
@@ -293,9 +298,11 @@ class World:
 
 
 def in_background(call: Callable[[], T], check: Callable[[], None], after: float = 0.0) -> T:
-    """Return what `call` returns. Where it blocks in C++, Python handles no signal; so a thread calls it, and this one calls `check` meanwhile.
+    """Return what `call` returns.
 
-    What `check` raises ends the waiting, but not the call, which ends with the process. after: the seconds until `check` is called first.
+    Where it blocks in C++, Python handles no signal; so a thread calls it, and this one calls `check` meanwhile. What
+    `check` raises ends the waiting, but not the call, which ends with the process. after: the seconds until `check` is
+    called first.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -343,7 +350,10 @@ def _is_listening(host: str, port: int) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can mean itself by that: "localhost" or an address such as 127.0.0.1. Names that lead there mean others elsewhere."""
+    """Whether only this machine can mean itself by that: "localhost" or an address such as 127.0.0.1.
+
+    Names that lead there mean others elsewhere.
+    """
     if host == "localhost":
         return True
     try:
@@ -353,7 +363,10 @@ def is_loopback(host: str) -> bool:
 
 
 def loopback_store(host: str = "127.0.0.1", port: int = 0, **options: object) -> dist.TCPStore:
-    """A store in this process, for processes of this machine: torch's own listens on all interfaces. port: 0 takes a free one. Raises InputError where it is taken."""
+    """A store in this process, for processes of this machine: torch's own listens on all interfaces.
+
+    port: 0 takes a free one. Raises InputError where it is taken.
+    """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     try:
         listening = socket.create_server(address[:2], family=family, backlog=socket.SOMAXCONN)

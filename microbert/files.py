@@ -84,8 +84,9 @@ def refuse_link(folder: Path) -> None:
 def private_folder(path: Path) -> Path:
     """Return the folder without links in its path, made with mode 0700 where it is missing.
 
-    For files that are loaded as code. Raises OSError, before anything is made, where another user could put files into the folder or replace it: where it is
-    a link, belongs to somebody else or may be written to by others, or where this holds for a folder above it.
+    For files that are loaded as code. Raises OSError, before anything is made, where another user could put files into
+    the folder or replace it: where it is a link, belongs to somebody else or may be written to by others, or where this
+    holds for a folder above it.
     """
     if path.is_symlink():
         raise PermissionError(f"{path} is a link")
@@ -101,7 +102,8 @@ def private_folder(path: Path) -> Path:
 
 
 def _check_owner(folder: Path, is_above: bool) -> None:
-    """Raise PermissionError where another user could put files into the folder; or, of one above, replace what is in it."""
+    """Raise PermissionError where another user could put files into the folder; or, of one above, replace what is in
+    it."""
     found = folder.stat()
     if found.st_uid != os.geteuid() and not (is_above and found.st_uid == 0):
         raise PermissionError(f"{folder} belongs to another user")

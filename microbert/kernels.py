@@ -1,7 +1,9 @@
-"""Compiled code: kernels in C for what PyTorch computes slowly on a CPU, each in a file .c beside the module that calls it; and torch.compile.
+"""Compiled code: kernels in C for what PyTorch computes slowly on a CPU, each in a file .c beside the module that calls
+it; and torch.compile.
 
-A kernel in C is compiled at its first use, in less than a second and anew in each process: it fits the processor that it runs on, and nothing of it stays
-on the disk. Without a compiler PyTorch computes the same. What torch.compile makes takes longer, so it stays in the user's cache.
+A kernel in C is compiled at its first use, in less than a second and anew in each process: it fits the processor that
+it runs on, and nothing of it stays on the disk. Without a compiler PyTorch computes the same. What torch.compile makes
+takes longer, so it stays in the user's cache.
 """
 
 import ctypes
@@ -41,10 +43,11 @@ def compiled_kernel(source: Path, **constants: int) -> ctypes.CDLL | None:
 
 
 def compiled(function: Callable, **options: object) -> Callable:
-    """torch.compile, which from now on saves its kernels where no other user can replace them. Use this, not torch.compile itself.
+    """torch.compile, which from now on saves its kernels where no other user can replace them.
 
-    By default PyTorch saves them in /tmp/torchinductor_<user>, and unpickles and loads whatever it finds there: who makes that folder first runs code as
-    the user. Precompiled headers are turned off, because they stay in that folder whatever TORCHINDUCTOR_CACHE_DIR says.
+    Use this, not torch.compile itself. By default PyTorch saves them in /tmp/torchinductor_<user>, and unpickles and
+    loads whatever it finds there: who makes that folder first runs code as the user. Precompiled headers are turned
+    off, because they stay in that folder whatever TORCHINDUCTOR_CACHE_DIR says.
     """
     _use_private_caches()
     import torch._inductor.config  # only here, because it takes a while to load
@@ -59,7 +62,8 @@ def _use_private_caches() -> None:
 
 
 def _private_cache(name: str) -> Path:
-    """The folder for a variable of COMPILER_CACHES: the one that the user named, if it is private; else one in the user's cache; else a temporary one."""
+    """The folder for a variable of COMPILER_CACHES: the one that the user named, if it is private; else one in the
+    user's cache; else a temporary one."""
     given = compiler_caches().get(name)
     if given is not None and not _is_torchs_own(Path(given)):
         try:
@@ -74,7 +78,8 @@ def _private_cache(name: str) -> Path:
 
 
 def _is_torchs_own(folder: Path) -> bool:
-    """Whether PyTorch itself, and not the user, chose the folder: it sets TORCHINDUCTOR_CACHE_DIR when its compiler is imported."""
+    """Whether PyTorch itself, and not the user, chose the folder: it sets TORCHINDUCTOR_CACHE_DIR when its compiler
+    is imported."""
     return folder.name.startswith("torchinductor_") and folder.parent == Path(tempfile.gettempdir()).absolute()
 
 

@@ -109,7 +109,8 @@ class Rotary(nn.Module):
             self.cos, self.sin = (table.to(self.cos.device) for table in self._tables(n_positions))
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """x: [B, Q, H, d], of all tokens, or of those at the positions: int64 [B, M]. `reserve` has been called for them."""
+        """x: [B, Q, H, d], of all tokens, or of those at the positions: int64 [B, M]. `reserve` has been called for
+        them."""
         cos, sin = (table[None, : x.shape[1]] if positions is None else table[positions] for table in (self.cos, self.sin))  # [B or 1, Q, d]
         return x * cos[:, :, None] + x.roll(x.shape[-1] // 2, dims=-1) * sin[:, :, None]
 

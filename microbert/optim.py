@@ -58,8 +58,9 @@ class Optimizer:
             member.zero_grad(set_to_none=True)
 
     def step(self, learning_rate: float | Tensor, is_broken: Tensor) -> None:
-        """learning_rate: a number, or [] on the device. is_broken: [], 1.0 where weights and moments are to stay as they are. The device need not be waited for.
+        """learning_rate: a number, or [] on the device.
 
+        is_broken: [], 1.0 where weights and moments are to stay as they are. The device need not be waited for.
         Allocates all memory before it changes anything, so it can be repeated where memory runs out.
         """
         for name in self._named:
@@ -98,12 +99,16 @@ class Optimizer:
 
 
 class Prepared(torch.optim.Optimizer):
-    """An optimizer that reads `found_inf`, and whose step has a part that allocates memory and a part that changes weights."""
+    """An optimizer that reads `found_inf`, and whose step has a part that allocates memory and a part that changes
+    weights."""
 
     found_inf: Tensor
 
     def prepare(self) -> Callable[[], None]:
-        """Allocate all memory of a step, and return what changes weights and moments. Where `found_inf`, gradients become 0."""
+        """Allocate all memory of a step, and return what changes weights and moments.
+
+        Where `found_inf`, gradients become 0.
+        """
         raise NotImplementedError
 
     def step(self) -> None:

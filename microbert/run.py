@@ -115,7 +115,8 @@ class Run:
             raise Stopped(stopped_by(self.stop_signal))
 
     def give_up(self) -> None:
-        """Raise Stopped where this process was told to stop: to be called before training, where other processes do not answer."""
+        """Raise Stopped where this process was told to stop: to be called before training, where other processes do
+        not answer."""
         if self.stop_signal:
             raise Stopped(stopped_by(self.stop_signal))
 
@@ -318,7 +319,10 @@ def _shortage_told(config: Config) -> Iterator[None]:
 
 
 def handled_signals() -> list[str]:
-    """Those of STOP_SIGNALS that this process can handle and does not ignore, as nohup lets it ignore SIGHUP. Python handles none in another than the main thread."""
+    """Those of STOP_SIGNALS that this process can handle and does not ignore, as nohup lets it ignore SIGHUP.
+
+    Python handles none in another than the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         return []
     return [name for name in STOP_SIGNALS if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]

@@ -1,9 +1,10 @@
 """One update from one batch: micro-batches, what the processes agree on, the sum of their gradients, clipping.
 
-No process sends gradients while another can still run out of memory: each adds up its micro-batches alone, then all tell how that went, then
-they reduce. A process that runs out of memory in the update has changed no weight yet: it reports that when the others gather next, all use less memory
-from then on, and it repeats the update. And none waits for its device: what a step gives is read when the next one is under way.
-Shapes: B sequences of a process's batch, T = max_seq_len, M masked slots a sequence, W processes.
+No process sends gradients while another can still run out of memory: each adds up its micro-batches alone, then all
+tell how that went, then they reduce. A process that runs out of memory in the update has changed no weight yet: it
+reports that when the others gather next, all use less memory from then on, and it repeats the update. And none waits
+for its device: what a step gives is read when the next one is under way. Shapes: B sequences of a process's batch, T =
+max_seq_len, M masked slots a sequence, W processes.
 """
 
 import dataclasses
@@ -63,9 +64,10 @@ class Step:
 class Learner:
     """A model with its optimizer, and how it learns on its device, as one of the processes of `world`.
 
-    micro_batch_size: sequences computed at a time; halved in all processes when one runs out of memory, and `ran_short` is True from then on. Then
-    nothing is recorded any more: a recording holds its memory, and evaluation needs some beside it. evaluation_batch_size: sequences evaluated at a time,
-    never more; halved alone when evaluation runs out of memory. number: of the current step, for messages.
+    micro_batch_size: sequences computed at a time; halved in all processes when one runs out of memory, and `ran_short`
+    is True from then on. Then nothing is recorded any more: a recording holds its memory, and evaluation needs some
+    beside it. evaluation_batch_size: sequences evaluated at a time, never more; halved alone when evaluation runs out
+    of memory. number: of the current step, for messages.
     """
 
     def __init__(self, model: MaskedLanguageModel, config: Config, world: World) -> None:
@@ -263,7 +265,10 @@ class Learner:
         self._forward = self._compiled()
 
     def ran_short_in_evaluation(self, ranks: list[int]) -> None:
-        """To be called in all processes: those of `ranks` have run out of memory. Raises Failed where nothing is left to give up."""
+        """To be called in all processes: those of `ranks` have run out of memory.
+
+        Raises Failed where nothing is left to give up.
+        """
         self.evaluation_batch_size = self._halved(self.evaluation_batch_size, "in evaluation ", ranks)
 
     def _halved(self, size: int, where: str, ranks: list[int]) -> int:

@@ -1,8 +1,9 @@
-"""torchrun that ends as its script ends: `python -m microbert.torchrun --standalone --nproc-per-node=8 mlm_pretrain_v3.py --epochs 3`
+"""torchrun that ends as its script ends: `python -m microbert.torchrun --standalone --nproc-per-node=8
+mlm_pretrain_v3.py --epochs 3`
 
-It takes torchrun's own arguments, and torchrun does the work. What is added: the constants are checked once, before any process starts; the exit
-code is that of the run, as its status.json tells it (torchrun's is 1 whatever happened); a failure is told in one line; and on one machine nothing
-listens on the network.
+It takes torchrun's own arguments, and torchrun does the work. What is added: the constants are checked once, before any
+process starts; the exit code is that of the run, as its status.json tells it (torchrun's is 1 whatever happened); a
+failure is told in one line; and on one machine nothing listens on the network.
 """
 
 import argparse
@@ -94,8 +95,8 @@ def _run(arguments: argparse.Namespace) -> tuple[int, str]:
 class _OneMachine(RendezvousHandler):
     """The meeting of the one torchrun of a launch with itself.
 
-    torchrun's own listens on all interfaces, on one machine too, and unpickles what comes in. This one listens on the loopback interface alone, and nothing
-    is unpickled.
+    torchrun's own listens on all interfaces, on one machine too, and unpickles what comes in. This one listens on the
+    loopback interface alone, and nothing is unpickled.
     """
 
     use_agent_store = True
@@ -128,7 +129,8 @@ class _OneMachine(RendezvousHandler):
 
 
 def _choose_rendezvous(arguments: argparse.Namespace, is_one_machine: bool) -> None:
-    """Make torchrun meet as above on one machine, and elsewhere in a way that signals interrupt: it waits for the other machines in C++."""
+    """Make torchrun meet as above on one machine, and elsewhere in a way that signals interrupt: it waits for the
+    other machines in C++."""
     backend, node_rank = arguments.rdzv_backend, arguments.node_rank
 
     def several_machines(parameters: RendezvousParameters) -> RendezvousHandler:
