@@ -25,7 +25,7 @@ SEPARATORS = {
     "\x01": "U+0001",
 }
 EXCEL_HINT = re.compile(r"sep=(.)\s*")  # the line that Excel writes and reads above the names
-SAMPLE_LINES = 200  # from which the separator is told
+SAMPLE_LINES = 200  # that show the separator
 MOST_LINES_OF_A_FIELD = 1000  # of a quoted field in TSV
 ROWS_IN_A_FIELD = {
     2: 2
@@ -105,7 +105,7 @@ def _csv_errors(path: str, line: int) -> Iterator[None]:
     except csv.Error as error:
         if "new-line" in str(error):
             raise InputError(
-                f"{path}: near line {line}: a carriage return (CR) stands in a field. {SAVE_WITH_LF}"
+                f"{path}: near line {line}: there is a carriage return (CR) in a field. {SAVE_WITH_LF}"
             ) from None
         raise InputError(
             f"{path}: line {line}: the row that begins here is not CSV ({error}): a field that begins with a "

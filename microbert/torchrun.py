@@ -3,7 +3,7 @@ mlm_pretrain_v3.py --epochs 3`
 
 It takes torchrun's own arguments, and torchrun does the work. What is added: the constants are checked once, before any
 process starts; the exit code is that of the run, as its status.json tells it (torchrun's is 1 whatever happened); a
-failure is told in one line; and on one machine nothing listens on the network.
+failure is reported in one line; and on one machine nothing listens on the network.
 """
 
 import argparse

@@ -94,7 +94,7 @@ def test_marks_and_letters_of_any_script_separate_nothing(text):
 
 
 def test_line_ends_inside_a_field_are_named():
-    with pytest.raises(InputError, match=r"a carriage return \(CR\) stands in a field"):
+    with pytest.raises(InputError, match=r"there is a carriage return \(CR\) in a field"):
         read_delimited(iter(["text;label\n", "a\rb;x\n", "c;y\n"]), "a.csv")
 
 
