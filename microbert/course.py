@@ -8,7 +8,8 @@ from .config import Config, InputError
 
 POINTS_PER_RUN = 10  # evaluations and checkpoints, where eval_every and save_every are None
 EXPORT_SECONDS = 20  # reserved for the export and its check, on a slow machine or with a large model
-EXPORT_SHARE = 0.25  # of max_minutes, at most, unless the machine takes longer to load the libraries of the export
+EXPORT_SHARE = 0.25  # of max_minutes, at most, unless that is less than
+LOADING_SHARE = 0.5  # of the time that loading the libraries of the export took: measured is a fifth of it
 EVALUATIONS_SHARE = 0.1  # of the time that max_minutes leaves, at most
 
 
@@ -25,7 +26,8 @@ class Course:
         self._config, self.eval_seconds = config, 0.0
         self._seconds, self._idle_seconds = None, 0.0
         if config.max_minutes is not None:
-            export_seconds = min(EXPORT_SECONDS, max(EXPORT_SHARE * 60 * config.max_minutes, loading_seconds))
+            needed = max(EXPORT_SHARE * 60 * config.max_minutes, LOADING_SHARE * loading_seconds)
+            export_seconds = min(EXPORT_SECONDS, needed)
             self._seconds = 60 * config.max_minutes - prepared_seconds - export_seconds
         if self._seconds is not None and self._seconds <= 0:
             raise InputError(

@@ -100,7 +100,7 @@ def test_most_of_the_time_is_spent_on_steps_and_what_is_left_is_enough_for_the_e
 
 
 def test_a_slow_machine_has_more_time_for_the_export():
-    ends = [simulate(1, 0.02, 0.1, loading_seconds=seconds)[1] for seconds in (3, 18, 1000)]
+    ends = [simulate(1, 0.02, 0.1, loading_seconds=seconds)[1] for seconds in (3, 36, 1000)]
     assert ends == pytest.approx([45, 42, 40], abs=0.1)
 
 
