@@ -296,7 +296,7 @@ def test_a_link_instead_of_the_lock_is_not_written_through(interrupted, victim):
 
 
 @pytest.mark.fault(row=31)
-@pytest.mark.parametrize("pattern", ["corpus-*", "*/tokens-*"])
+@pytest.mark.parametrize("pattern", ["files-*", "*/tokens-*"])
 def test_a_link_instead_of_a_folder_of_the_cache_is_refused(pattern, finished_run, victim, tmp_path):
     """Also of one that holds what a cache does, which a run would clean up."""
     shutil.copytree(finished_run, tmp_path / "copy")
