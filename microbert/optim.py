@@ -3,6 +3,7 @@
 Shapes: n matrices of r rows and c columns.
 """
 
+import abc
 from collections.abc import Callable
 
 import torch
@@ -98,18 +99,18 @@ class Optimizer:
         return member.state[self._named[name]]
 
 
-class Prepared(torch.optim.Optimizer):
+class Prepared(torch.optim.Optimizer, abc.ABC):
     """An optimizer that reads `found_inf`, and whose step has a part that allocates memory and a part that changes
     weights."""
 
     found_inf: Tensor
 
+    @abc.abstractmethod
     def prepare(self) -> Callable[[], None]:
         """Allocate all memory of a step, and return what changes weights and moments.
 
         Where `found_inf`, gradients become 0.
         """
-        raise NotImplementedError
 
     def step(self) -> None:
         self.prepare()()
