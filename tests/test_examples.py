@@ -13,8 +13,9 @@ from microbert.export import write_model_card
 from microbert.fill_mask import fill_mask
 from microbert.layers import ModelConfig
 from microbert.model import build_model
-from microbert.prepare import packed_sequences, truncated_sequences
+from microbert.prepare import packed_sequences, packed_text, truncated_sequences
 from microbert.tokenizer import N_SPECIAL, UNK_ID, train_tokenizer
+from microbert.tokens import Sequences
 
 WORDS = "the a film actor story was is great bad slow and it of scene music end plot never always funny".split()
 THAI = [chr(0xE01 + number) for number in range(40)]
@@ -35,32 +36,21 @@ def documents(kind, n=60):
     return [" ".join(rng.choices("|`*#<", k=20)) for _ in range(n)]  # punctuation
 
 
-class HeldOut:
-    """As Sequences, in memory."""
-
-    def __init__(self, sequences):
-        self.sequences = sequences
-
-    def __len__(self):
-        return len(self.sequences)
-
-    def read(self, numbers):
-        return self.sequences[numbers].astype(np.int64)
-
-
 def prepared(texts, vocab_size=300, max_seq_len=32, packing=False):
     """A tokenizer, tokens with all texts held out, and a model that has learnt nothing."""
     tokenizer = train_tokenizer(lambda: iter(texts), vocab_size=vocab_size, lowercase=True, strip_accents=False)
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    layout, lengths = packed_sequences if packing else truncated_sequences, np.array([len(one) for one in ids])
-    if not packing:
+    lengths = np.array([len(one) for one in ids])
+    if packing:
+        sequences = packed_sequences(packed_text(np.concatenate(ids), lengths, is_first=True), max_seq_len)
+    else:
         ids, lengths = [one[: max_seq_len - 2] for one in ids], np.minimum(lengths, max_seq_len - 2)
-    sequences = layout(np.concatenate(ids), lengths, max_seq_len)
+        sequences = truncated_sequences(np.concatenate(ids), lengths, max_seq_len)
     counts = np.bincount(sequences.reshape(-1), minlength=tokenizer.get_vocab_size())
     counts[:N_SPECIAL] = 0
     shape = ModelConfig(len(counts), n_layers=1, n_heads=2, n_embed=4, max_seq_len=max_seq_len, dropout=0.0)
     model = build_model(shape, 0)
-    return model, tokenizer, types.SimpleNamespace(held_out=HeldOut(sequences), token_counts=counts), sequences
+    return model, tokenizer, types.SimpleNamespace(held_out=Sequences(sequences), token_counts=counts), sequences
 
 
 def filled(example):
