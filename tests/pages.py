@@ -30,7 +30,7 @@ ONE_LAYER = f"{RUN} --n-layers 1 --n-embed 16 --batch-size 8"
 # tests/test_launchers.py has a stand-in, and several machines, which tests/test_commands.py starts
 SHORT = {
     r"install |-m venv|sbatch|train_multinode|microbert\.torchrun$": None,
-    r"pytest -m gpu": "--collect-only -q -n 0", r"pytest": "--collect-only -q -n 0 tests/faults", r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "", r"--dry-run": "--overwrite",
+    r"pytest -m (gpu|pages)": "--collect-only -q -n 0", r"pytest": "--collect-only -q -n 0 tests/faults", r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "", r"--dry-run": "--overwrite",
     r"--prepare-only": f"{SMALL} --output-dir runs/prepared",
     r"microbert\.finetune": "--max-samples 200 --epochs 1 --overwrite",
     r"/train_(h200_8gpu_v4|24gb)": ONE_LAYER, r"/train_": RUN, r"pretrain_v4.*--max-minutes": f"{ONE_LAYER} --max-minutes 2", r"pretrain_v4": ONE_LAYER, r"pretrain_": RUN,

@@ -8,7 +8,12 @@ from launches import finish, free_port
 from pages import MADE_BY, PAGES, SHORT, SMALL, pictures, run_page, shortened, shown, start, with_commands
 
 
-@pytest.mark.parametrize("page", with_commands(PAGES), ids=lambda page: page.name)
+def marked(page):
+    """README.md is run each time, the others when asked for: they take a quarter of an hour."""
+    return page if page == ROOT / "README.md" else pytest.param(page, marks=pytest.mark.pages)
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in with_commands(PAGES)], ids=lambda page: page.name)
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_commands_of_a_page_run_and_make_its_pictures(page, clone, hub_environment, ran):
