@@ -43,12 +43,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledTexts:
-    """labels: int64 [N], numbers of `names`."""
+    """labels: int64 [N], numbers of `names`. source: None for texts that were not read from anywhere."""
 
     texts: list[str]
     labels: np.ndarray
     names: list[str]
-    source: Source
+    source: Source | None = None
 
     def take(self, chosen: np.ndarray) -> "LabelledTexts":
         """chosen: bool [N], or numbers."""
