@@ -67,19 +67,19 @@ def main() -> None:
     config = read_config(__file__, globals())
 
     # only now what takes seconds to load, so that a mistake above is answered at once
-    from microbert.checkpoint import find_checkpoint, is_finished
-    from microbert.corpus import hold_cache, open_corpus
-    from microbert.device import choose_device
-    from microbert.dry_run import tell_plan
-    from microbert.export import export_run
-    from microbert.model import model_for_tokens
-    from microbert.prepare import prepare_tokens
-    from microbert.run import open_run
-    from microbert.tokenizer import get_tokenizer
-    from microbert.training import model_card_facts, train
+    from microbert.train.checkpoint import find_checkpoint, is_finished
+    from microbert.data.sources import lock_cache, open_corpus
+    from microbert.runtime.device import choose_device
+    from microbert.train.dry_run import print_plan
+    from microbert.model.export import export_run
+    from microbert.model.build import model_for_tokens
+    from microbert.data.prepare import prepare_tokens
+    from microbert.runtime.run import open_run
+    from microbert.data.tokenizer import get_tokenizer
+    from microbert.train.loop import model_card_facts, train
 
     if config.dry_run:
-        tell_plan(config)
+        print_plan(config)
         return
 
     with open_run(config) as run:
@@ -89,9 +89,9 @@ def main() -> None:
             return
         checkpoint = find_checkpoint(run, device)
 
-        with run.world.first_of_machine_goes_first("tokens", run.check_stop):
+        with run.world.local_rank_0_first("tokens", run.check_stop):
             corpus = open_corpus(config, run.check_stop)
-            with hold_cache(corpus, config, run.check_stop):
+            with lock_cache(corpus, config, run.check_stop):
                 tokenizer = get_tokenizer(corpus, config, run.check_stop)
                 tokens = prepare_tokens(corpus, tokenizer, config, run.check_stop)
         if config.prepare_only:

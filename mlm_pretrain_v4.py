@@ -77,20 +77,20 @@ def main() -> None:
     config = read_config(__file__, globals())
 
     # only now what takes seconds to load, so that a mistake above is answered at once
-    from microbert.checkpoint import find_checkpoint, is_finished
-    from microbert.corpus import hold_cache, open_corpus
-    from microbert.device import choose_device
-    from microbert.dry_run import tell_plan
-    from microbert.export import export_run
-    from microbert.memory import hold_to_budget
-    from microbert.model import model_for_tokens
-    from microbert.prepare import prepare_tokens
-    from microbert.run import open_run
-    from microbert.tokenizer import get_tokenizer
-    from microbert.training import model_card_facts, train
+    from microbert.train.checkpoint import find_checkpoint, is_finished
+    from microbert.data.sources import lock_cache, open_corpus
+    from microbert.runtime.device import choose_device
+    from microbert.train.dry_run import print_plan
+    from microbert.model.export import export_run
+    from microbert.train.memory import apply_memory_budget
+    from microbert.model.build import model_for_tokens
+    from microbert.data.prepare import prepare_tokens
+    from microbert.runtime.run import open_run
+    from microbert.data.tokenizer import get_tokenizer
+    from microbert.train.loop import model_card_facts, train
 
     if config.dry_run:
-        tell_plan(config)
+        print_plan(config)
         return
 
     with open_run(config) as run:
@@ -100,16 +100,16 @@ def main() -> None:
             return
         checkpoint = find_checkpoint(run, device)
 
-        with run.world.first_of_machine_goes_first("tokens", run.check_stop):
+        with run.world.local_rank_0_first("tokens", run.check_stop):
             corpus = open_corpus(config, run.check_stop)
-            with hold_cache(corpus, config, run.check_stop):
+            with lock_cache(corpus, config, run.check_stop):
                 tokenizer = get_tokenizer(corpus, config, run.check_stop)
                 tokens = prepare_tokens(corpus, tokenizer, config, run.check_stop)
         if config.prepare_only:
             print("prepared; the same command without --prepare-only trains on it")
             return
 
-        hold_to_budget(run, tokens, device)
+        apply_memory_budget(run, tokens, device)
         model = model_for_tokens(run.config, tokens).to(device)
         state = train(run, checkpoint, model, tokens, tokenizer)
         if run.world.is_first:

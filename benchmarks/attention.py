@@ -21,8 +21,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from microbert.attention import SOURCE, _NarrowAttention  # noqa: E402
-from microbert.kernels import compiled_kernel  # noqa: E402
+from microbert.kernels.attention import SOURCE, _NarrowAttention  # noqa: E402
+from microbert.kernels.compile import compiled_kernel  # noqa: E402
 
 B, T = 32, 128
 SHAPES = {"v1": (2, 2), "v2": (4, 2), "v3": (8, 2), "heads of 4": (8, 4), "heads of 8": (8, 8), "heads of 16": (8, 16)}  # heads, numbers of each

@@ -11,23 +11,23 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from microbert.batches import evaluation_batches, training_batch  # noqa: E402
-from microbert.config import Config  # noqa: E402
-from microbert.corpus import hold_cache, open_corpus  # noqa: E402
-from microbert.distributed import World  # noqa: E402
-from microbert.layers import MaskedLanguageModel  # noqa: E402
-from microbert.loss import masked_scores  # noqa: E402
-from microbert.masking import EVALUATION_PROBABILITY, MaskedBatch, mask_batch  # noqa: E402
-from microbert.model import model_for_tokens  # noqa: E402
-from microbert.prepare import prepare_tokens  # noqa: E402
-from microbert.step import Learner  # noqa: E402
-from microbert.tokenizer import get_tokenizer  # noqa: E402
-from microbert.tokens import Tokens  # noqa: E402
+from microbert.data.batches import evaluation_batches, training_batch  # noqa: E402
+from microbert.config.constants import Config  # noqa: E402
+from microbert.data.sources import lock_cache, open_corpus  # noqa: E402
+from microbert.runtime.distributed import World  # noqa: E402
+from microbert.model.layers import MaskedLanguageModel  # noqa: E402
+from microbert.model.loss import masked_scores  # noqa: E402
+from microbert.data.masking import EVALUATION_PROBABILITY, MaskedBatch, mask_batch  # noqa: E402
+from microbert.model.build import model_for_tokens  # noqa: E402
+from microbert.data.prepare import prepare_tokens  # noqa: E402
+from microbert.train.step import Learner  # noqa: E402
+from microbert.data.tokenizer import get_tokenizer  # noqa: E402
+from microbert.data.shards import Tokens  # noqa: E402
 
 
 def prepared(config: Config) -> tuple[Tokenizer, Tokens]:
     corpus = open_corpus(config, lambda: None)
-    with hold_cache(corpus, config, lambda: None):
+    with lock_cache(corpus, config, lambda: None):
         tokenizer = get_tokenizer(corpus, config, lambda: None)
         return tokenizer, prepare_tokens(corpus, tokenizer, config, lambda: None)
 

@@ -28,13 +28,14 @@ import torch
 import transformers
 from common import ROOT, new_learner, new_model, prepared, take_step
 
-from microbert.batches import training_batch
-from microbert.config import Config, read_script
-from microbert.device import compute_dtype
-from microbert.hugging_face import hugging_face_config
-from microbert.run import plain_errors
-from microbert.tokenizer import PAD_ID, save_tokenizer
-from microbert.tokens import Tokens
+from microbert.data.batches import training_batch
+from microbert.config.constants import Config
+from microbert.config.flags import read_script
+from microbert.runtime.device import compute_dtype
+from microbert.model.hugging_face import hugging_face_config
+from microbert.runtime.run import plain_errors
+from microbert.data.tokenizer import PAD_ID, save_tokenizer
+from microbert.data.shards import Tokens
 
 SHAPES = {  # n_layers, n_heads, n_embed, vocab_size; timed steps of this project and of the Trainer
     "v1": ((2, 2, 4, 10_000), 60, 5),

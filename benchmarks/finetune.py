@@ -20,13 +20,14 @@ from pathlib import Path
 import common  # noqa: F401  so that the package is found
 import numpy as np
 
-from microbert.classifier import encode_texts
-from microbert.config import InputError
+from microbert.model.classifier import encode_texts
+from microbert.errors import InputError
 from microbert.fill_mask import load_run
 from microbert.finetune import Settings, accuracy_of, epochs_of, held_out, new_classifier, tf_idf_accuracy, train
-from microbert.labelled import LabelledTexts, read_labelled
-from microbert.model import build_model, with_max_seq_len
-from microbert.run import Diverged, plain_errors
+from microbert.data.labelled import LabelledTexts, read_labelled
+from microbert.model.build import build_model, with_max_seq_len
+from microbert.errors import Diverged
+from microbert.runtime.run import plain_errors
 
 N_CHOOSING = 2_500  # training reviews to choose settings by, so that those which the runs have held out have no part in it
 

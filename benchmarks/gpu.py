@@ -23,15 +23,16 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from microbert.batches import random_batch  # noqa: E402
-from microbert.config import Config, fill_in, read_script  # noqa: E402
-from microbert.device import choose_device, compute_dtype, describe_compute, describe_device, peak_memory_gb  # noqa: E402
-from microbert.distributed import World  # noqa: E402
-from microbert.masking import mask_batch, n_slots  # noqa: E402
-from microbert.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
-from microbert.model import build_model, shape_of  # noqa: E402
-from microbert.run import plain_errors  # noqa: E402
-from microbert.step import Learner  # noqa: E402
+from microbert.data.batches import random_batch  # noqa: E402
+from microbert.config.constants import Config, fill_in  # noqa: E402
+from microbert.config.flags import read_script  # noqa: E402
+from microbert.runtime.device import choose_device, compute_dtype, describe_compute, describe_device, peak_memory_gb  # noqa: E402
+from microbert.runtime.distributed import World  # noqa: E402
+from microbert.data.masking import mask_batch, n_slots  # noqa: E402
+from microbert.train.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
+from microbert.model.build import build_model, shape_of  # noqa: E402
+from microbert.runtime.run import plain_errors  # noqa: E402
+from microbert.train.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v4.py"
 SHAPES = {"100 GB": TIERS[0], "40 GB": TIERS[1], "24 GB": TIERS[2], "large": None}

@@ -24,8 +24,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from microbert.device import peak_memory_gb  # noqa: E402
-from microbert.loss import masked_loss  # noqa: E402
+from microbert.runtime.device import peak_memory_gb  # noqa: E402
+from microbert.model.loss import masked_loss  # noqa: E402
 
 
 def dense_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_masked: int) -> Tensor:

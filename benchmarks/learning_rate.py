@@ -17,11 +17,14 @@ from pathlib import Path
 
 from common import ROOT, held_out_loss, new_learner, prepared, scored_batches, take_step
 
-from microbert.batches import steps_in_run
-from microbert.config import Config, peak_learning_rate, read_script
-from microbert.optim import learning_rate_share
-from microbert.run import Diverged, plain_errors
-from microbert.tokens import Tokens
+from microbert.data.batches import steps_in_run
+from microbert.config.constants import Config
+from microbert.config.learning_rate import peak_learning_rate
+from microbert.config.flags import read_script
+from microbert.train.optim import learning_rate_share
+from microbert.errors import Diverged
+from microbert.runtime.run import plain_errors
+from microbert.data.shards import Tokens
 
 FLAGS = {"v1": [], "v2": [], "v3": [], "v4": ["--vocab-size", "10000", "--n-layers", "4", "--batch-size", "32"]}
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)

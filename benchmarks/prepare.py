@@ -32,15 +32,15 @@ BATCH_ROWS = 1000  # the default of datasets.map
 
 
 def configure(folder: Path):
-    from microbert.config import read_script
+    from microbert.config.flags import read_script
 
     return read_script(ROOT / "mlm_pretrain_v2.py", ["--dataset", str(folder / "corpus.jsonl"), "--cache-dir", str(folder / "cache"), "--max-samples", "None"])
 
 
 def write_corpus(path: Path, megabytes: int) -> None:
     """Documents of random sentences of the bundled reviews, the same for every machine."""
-    from microbert.config import read_script
-    from microbert.corpus import open_corpus
+    from microbert.config.flags import read_script
+    from microbert.data.sources import open_corpus
 
     corpus = open_corpus(read_script(ROOT / "mlm_pretrain_v1.py", []), lambda: None)
     sentences = [sentence for rows, _ in corpus.read() for row in rows for sentence in re.split(r"(?<=[.!?])\s+", row)]
@@ -53,23 +53,23 @@ def write_corpus(path: Path, megabytes: int) -> None:
 
 
 def train_tokenizer(folder: Path) -> None:
-    from microbert.corpus import hold_cache, open_corpus
-    from microbert.tokenizer import get_tokenizer, save_tokenizer
+    from microbert.data.sources import lock_cache, open_corpus
+    from microbert.data.tokenizer import get_tokenizer, save_tokenizer
 
     config = configure(folder)
     corpus = open_corpus(config, lambda: None)
-    with hold_cache(corpus, config, lambda: None):
+    with lock_cache(corpus, config, lambda: None):
         save_tokenizer(get_tokenizer(corpus, config, lambda: None), folder, config.max_seq_len)
 
 
 def ours(folder: Path) -> float:
-    from microbert.corpus import hold_cache, open_corpus
-    from microbert.prepare import prepare_tokens
-    from microbert.tokenizer import get_tokenizer
+    from microbert.data.sources import lock_cache, open_corpus
+    from microbert.data.prepare import prepare_tokens
+    from microbert.data.tokenizer import get_tokenizer
 
     config = configure(folder)
     corpus = open_corpus(config, lambda: None)
-    with hold_cache(corpus, config, lambda: None):
+    with lock_cache(corpus, config, lambda: None):
         tokenizer = get_tokenizer(corpus, config, lambda: None)
         begin = time.perf_counter()
         tokens = prepare_tokens(corpus, tokenizer, config, lambda: None)

@@ -19,16 +19,18 @@ import torch
 from common import ROOT, held_out_loss, new_learner, prepared, scored_batches, take_step
 from torch import Tensor, nn
 
-from microbert import model as models
-from microbert import modern
-from microbert.batches import steps_in_run
-from microbert.config import Config, peak_learning_rate, read_script
-from microbert.gelu import gelu
-from microbert.layers import MaskedLanguageModel, ModelConfig, Rotary, at_positions
-from microbert.optim import learning_rate_share
-from microbert.run import plain_errors
-from microbert.step import Learner
-from microbert.tokens import Tokens
+from microbert.model import build as models
+from microbert.model import modern
+from microbert.data.batches import steps_in_run
+from microbert.config.constants import Config
+from microbert.config.learning_rate import peak_learning_rate
+from microbert.config.flags import read_script
+from microbert.kernels.gelu import gelu
+from microbert.model.layers import MaskedLanguageModel, ModelConfig, Rotary, at_positions
+from microbert.train.optim import learning_rate_share
+from microbert.runtime.run import plain_errors
+from microbert.train.step import Learner
+from microbert.data.shards import Tokens
 
 BASE = "v4 as it stands"
 SCORED_BATCHES = 32

@@ -23,13 +23,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from microbert.batches import random_batch  # noqa: E402
-from microbert.config import Config, read_script  # noqa: E402
-from microbert.distributed import World  # noqa: E402
-from microbert.masking import mask_batch  # noqa: E402
-from microbert.layers import ModelConfig  # noqa: E402
-from microbert.model import build_model  # noqa: E402
-from microbert.step import Learner  # noqa: E402
+from microbert.data.batches import random_batch  # noqa: E402
+from microbert.config.constants import Config  # noqa: E402
+from microbert.config.flags import read_script  # noqa: E402
+from microbert.runtime.distributed import World  # noqa: E402
+from microbert.data.masking import mask_batch  # noqa: E402
+from microbert.model.layers import ModelConfig  # noqa: E402
+from microbert.model.build import build_model  # noqa: E402
+from microbert.train.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v3.py"
 WARM_UP = 3

@@ -23,15 +23,17 @@ import torch
 import transformers
 from common import ROOT, held_out_loss, new_learner, new_model, prepared, scored_batches, take_step
 
-from microbert.batches import steps_in_run, training_batch
-from microbert.config import Config, peak_learning_rate, read_script
-from microbert.device import describe_compute
-from microbert.hugging_face import hugging_face_config
-from microbert.loss import masked_scores
-from microbert.optim import learning_rate_share
-from microbert.run import plain_errors
-from microbert.tokenizer import save_tokenizer
-from microbert.tokens import Tokens
+from microbert.data.batches import steps_in_run, training_batch
+from microbert.config.constants import Config
+from microbert.config.learning_rate import peak_learning_rate
+from microbert.config.flags import read_script
+from microbert.runtime.device import describe_compute
+from microbert.model.hugging_face import hugging_face_config
+from microbert.model.loss import masked_scores
+from microbert.train.optim import learning_rate_share
+from microbert.runtime.run import plain_errors
+from microbert.data.tokenizer import save_tokenizer
+from microbert.data.shards import Tokens
 
 RATES = (5e-4, 1e-3, 2e-3)
 SCORED_BATCHES = 16  # of 32 held-out sequences

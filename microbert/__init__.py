@@ -2,8 +2,8 @@
 
 import sys
 
-from .dataset_names import InputError
-from .dependencies import require_packages
+from microbert.errors import InputError
+from microbert.config.requirements import require_packages
 
 __version__ = "0.1.0"
 

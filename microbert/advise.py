@@ -18,15 +18,17 @@ from urllib.parse import urlsplit
 
 import torch
 
-from .config import Config, InputError, Parser, dataset_files, read_script, whole_number
-from .corpus import IMDB_DOCUMENTS, open_corpus
-from .device import GIB, memory_bytes, n_cores
-from .distributed import World
-from .documents import Estimate
-from .dry_run import tell_plan
-from .hub import choose_dataset
-from .prepare import estimated_megabytes
-from .run import plain_errors
+from microbert.config.constants import Config, dataset_files
+from microbert.errors import InputError
+from microbert.config.flags import Parser, read_script, whole_number
+from microbert.data.sources import IMDB_DOCUMENTS, open_corpus
+from microbert.runtime.device import GIB, memory_bytes, n_cores
+from microbert.runtime.distributed import World
+from microbert.data.corpus import Estimate
+from microbert.train.dry_run import print_plan
+from microbert.data.hub import choose_dataset
+from microbert.data.prepare import estimated_megabytes
+from microbert.runtime.run import plain_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_STEPS, VERSIONS = (7, 14, 21.5), (1, 2, 3, 4)  # GiB of a GPU, as drivers report 8, 16 and 24 GB; the version below the first, from it on, and so forth
@@ -171,10 +173,10 @@ def main() -> None:
     parser.add_argument("--gpu-memory-gb", type=float, help="of each GPU of a machine that is not at hand; 0: none")
     parser.add_argument("--num-gpus", type=int, help="of a machine that is not at hand")
     arguments = parser.parse_args()
-    _tell(arguments)
+    _print_outcome(arguments)
 
 
-def _tell(arguments: argparse.Namespace) -> None:
+def _print_outcome(arguments: argparse.Namespace) -> None:
     machine = this_machine(Path("."))
     is_at_hand = arguments.gpu_memory_gb is None and arguments.num_gpus is None
     if not is_at_hand:
@@ -204,7 +206,7 @@ def _tell(arguments: argparse.Namespace) -> None:
     plan = dataclasses.replace(_config(advice.version, [*advice.flags]), dry_run=True)
     if machine.n_gpus > 1 or not is_at_hand and machine.n_gpus:
         plan = dataclasses.replace(plan, num_gpus=machine.n_gpus, gpu_memory_gb=None if is_at_hand else machine.gpu_memory / GIB)
-    tell_plan(plan, None if arguments.samples is None else estimate)
+    print_plan(plan, None if arguments.samples is None else estimate)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from .config import InputError, Parser
-from .examples import N_GUESSES, likeliest, probabilities_at
-from .files import read_json, system_trouble
-from .hugging_face import model_from_hugging_face, one_line, read_hugging_face_config
-from .layers import MaskedLanguageModel
-from .run import plain_errors
-from .tokenizer import MASK_ID, load_tokenizer
+from microbert.errors import InputError
+from microbert.config.flags import Parser
+from microbert.model.examples import N_GUESSES, likeliest, probabilities_at
+from microbert.runtime.files import read_json, system_trouble
+from microbert.model.hugging_face import model_from_hugging_face, one_line, read_hugging_face_config
+from microbert.model.layers import MaskedLanguageModel
+from microbert.runtime.run import plain_errors
+from microbert.data.tokenizer import MASK_ID, load_tokenizer
 
 
 def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str,

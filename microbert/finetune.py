@@ -28,21 +28,24 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from .classifier import WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
-from .config import DEVICES, InputError, Parser, whole_number
-from .counter_rng import random_bits
-from .device import NARROWEST_IN_BF16, choose_device, fastest_dtype, multiplying_in, out_of_memory
-from .distributed import World
-from .documents import HELD_OUT_SHARE, split_hash
-from .export import MODEL_FILES
-from .files import read_json, system_trouble
-from .fill_mask import load_run
-from .labelled import LabelledTexts, read_labelled
-from .layers import MaskedLanguageModel
-from .model import build_model, with_max_seq_len
-from .report import progress_bar
-from .run import HELD_OUT, Diverged, Failed, plain_errors
-from .tokenizer import VOCABULARY
+from microbert.model.classifier import WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
+from microbert.config.constants import DEVICES
+from microbert.errors import InputError
+from microbert.config.flags import Parser, whole_number
+from microbert.runtime.counter_rng import random_bits
+from microbert.runtime.device import NARROWEST_IN_BF16, choose_device, fastest_dtype, multiplying_in, out_of_memory
+from microbert.runtime.distributed import World
+from microbert.data.corpus import HELD_OUT_SHARE, split_hash
+from microbert.model.export import MODEL_FILES
+from microbert.runtime.files import read_json, system_trouble
+from microbert.fill_mask import load_run
+from microbert.data.labelled import LabelledTexts, read_labelled
+from microbert.model.layers import MaskedLanguageModel
+from microbert.model.build import build_model, with_max_seq_len
+from microbert.runtime.metrics import progress_bar
+from microbert.runtime.run import HELD_OUT, plain_errors
+from microbert.errors import Diverged, Failed
+from microbert.data.tokenizer import VOCABULARY
 
 WARMUP = 0.06  # share of the steps
 EPOCHS, FEWEST_STEPS = 3, 300  # with fewer steps, few labels would be told apart by nothing that learns (Mosbach et al. 2021, arXiv:2006.04884)

@@ -15,13 +15,15 @@ import torch
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
-from .config import InputError, Parser
-from .files import write_atomic
-from .fill_mask import encode, load_run
-from .hugging_face import RUNS_NOTHING, errors_of_loading
-from .report import read_metrics, title_of
-from .run import Failed, plain_errors
-from .tokenizer import N_SPECIAL
+from microbert.errors import InputError
+from microbert.config.flags import Parser
+from microbert.runtime.files import write_atomic
+from microbert.fill_mask import encode, load_run
+from microbert.model.hugging_face import RUNS_NOTHING, errors_of_loading
+from microbert.runtime.metrics import read_metrics, title_of
+from microbert.errors import Failed
+from microbert.runtime.run import plain_errors
+from microbert.data.tokenizer import N_SPECIAL
 
 TEXT = "i have never seen such a bad film ."
 MOST_TOKENS = 24  # of a sentence, so that its words can be read

@@ -31,18 +31,20 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.run import determine_local_world_size, get_args_parser, get_rdzv_endpoint, parse_min_max_nnodes, run
 
-from .config import Config, InputError, read_script
-from .distributed import in_background, loopback_store
-from .files import read_json, write_json
-from .output import outlasting_readers
-from .run import BAD_INPUT, DONE, FAILED, LOCK, STATUS, STOPPED, check_folder, handled_signals, take_lock
+from microbert.config.constants import Config
+from microbert.errors import InputError
+from microbert.config.flags import read_script
+from microbert.runtime.distributed import in_background, loopback_store
+from microbert.runtime.files import read_json, write_json
+from microbert.config.terminal import safe_output
+from microbert.runtime.run import BAD_INPUT, DONE, FAILED, LOCK, STATUS, STOPPED, check_folder, handled_signals, take_lock
 
 ONE_MACHINE, SEVERAL_MACHINES = "microbert-one", "microbert-several"  # names for torchrun's --rdzv-backend
 STATIC_PORT = 29500  # torchrun's own default
 
 
 def main() -> None:
-    with outlasting_readers():
+    with safe_output():
         _launch()
 
 

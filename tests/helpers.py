@@ -114,12 +114,12 @@ def run_here(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return 0
 
 
-SLOW_STEPS = """import microbert.step
-real_step = microbert.step.Learner.step
+SLOW_STEPS = """import microbert.train.step
+real_step = microbert.train.step.Learner.step
 def slow(*arguments, **options):
     time.sleep(0.05)
     return real_step(*arguments, **options)
-microbert.step.Learner.step = slow"""  # a patch: so that what is done to a run after its first checkpoint does not come too late
+microbert.train.step.Learner.step = slow"""  # a patch: so that what is done to a run after its first checkpoint does not come too late
 
 
 # processes that have their libraries loaded when they begin: a run costs its own time alone, and a kill at a random time falls on what the run does

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from hypothesis import settings
 
-from microbert.batches import Batch
-from microbert.layers import ModelConfig
-from microbert.model import new_model
-from microbert.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
-from microbert.tokens import Sequences
+from microbert.data.batches import Batch
+from microbert.model.layers import ModelConfig
+from microbert.model.build import new_model
+from microbert.data.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
+from microbert.data.shards import Sequences
 
 VOCAB_SIZE = 60
 few_examples = settings(max_examples=20, deadline=None)

@@ -8,8 +8,8 @@ import pytest
 from helpers import ROOT, TIME_LIMIT, write_corpus
 
 from microbert.advise import Machine, advise
-from microbert.config import read_script
-from microbert.documents import Estimate
+from microbert.config.flags import read_script
+from microbert.data.corpus import Estimate
 
 GIB = 2**30
 

@@ -8,14 +8,14 @@ import torch
 from models import noisy_model
 from safetensors.torch import load_file, save_file
 
-from microbert.config import InputError
-from microbert.encoder import Encoder
-from microbert.export import save_model
+from microbert.errors import InputError
+from microbert.data.fast_encode import Encoder
+from microbert.model.export import save_model
 from microbert.fill_mask import fill_mask, load_run
-from microbert.layers import TABLE_NUMBERS
+from microbert.model.layers import TABLE_NUMBERS
 from microbert.plot import draw_attention, draw_curves, draw_embeddings
-from microbert.report import read_metrics
-from microbert.tokenizer import train_tokenizer
+from microbert.runtime.metrics import read_metrics
+from microbert.data.tokenizer import train_tokenizer
 
 TEXT = "a great film [MASK]"
 HUGE = 1_000_000

@@ -14,12 +14,12 @@ from helpers import ROOT, TIME_LIMIT, WORDS
 from models import noisy_model
 from safetensors.torch import load_file
 
-from microbert.classifier import TextClassifier, encode_texts, save_classifier
-from microbert.config import InputError
-from microbert.export import save_model
+from microbert.model.classifier import TextClassifier, encode_texts, save_classifier
+from microbert.errors import InputError
+from microbert.model.export import save_model
 from microbert.fill_mask import load_run
 from microbert.finetune import Settings, accuracy_of, check_output, dtype_of, epochs_of, finetune, held_out, new_classifier, train
-from microbert.labelled import LabelledTexts, read_labelled
+from microbert.data.labelled import LabelledTexts, read_labelled
 
 
 @pytest.fixture(scope="module")

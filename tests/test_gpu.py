@@ -14,13 +14,13 @@ from launches import launch
 from models import VOCAB_SIZE, as_batch, token_rows
 from test_config import configure, configure_v4
 
-from microbert.device import compute_dtype, is_compiled
-from microbert.distributed import World
-from microbert.loss import masked_scores
-from microbert.masking import mask_batch
-from microbert.memory import GB, GPU_CONTEXT_GB, MARGIN, hardware_of, plan_memory
-from microbert.model import build_model, shape_of
-from microbert.step import Learner
+from microbert.runtime.device import compute_dtype, is_compiled
+from microbert.runtime.distributed import World
+from microbert.model.loss import masked_scores
+from microbert.data.masking import mask_batch
+from microbert.train.memory import GB, GPU_CONTEXT_GB, MARGIN, hardware_of, plan_memory
+from microbert.model.build import build_model, shape_of
+from microbert.train.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 V4 = ROOT / "mlm_pretrain_v4.py"
@@ -104,8 +104,8 @@ CAPPED = """import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_gpu import CUDA, masked_rows, new_learner
 from test_config import configure
-from microbert.device import peak_memory_gb
-from microbert.memory import Hardware, cap_memory
+from microbert.runtime.device import peak_memory_gb
+from microbert.train.memory import Hardware, cap_memory
 cap_memory(configure(memory_budget_gb={budget_gb}), Hardware("cuda", None), CUDA)
 learner = new_learner(n_layers=8, n_heads=8, n_embed=256, max_seq_len=256, batch_size=96)
 for number in range(3):

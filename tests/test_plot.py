@@ -10,8 +10,8 @@ import pytest
 from helpers import ROOT, TIME_LIMIT
 from models import noisy_model
 
-from microbert.config import InputError
-from microbert.export import save_model
+from microbert.errors import InputError
+from microbert.model.export import save_model
 from microbert.fill_mask import load_run
 from microbert.plot import _planes, draw_attention, draw_curves, draw_embeddings
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers import ROOT
 
-from microbert.config import Config
+from microbert.config.constants import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OTHER_FLAGS = {"--documents", "--help", "--label-column", "--lr", "--no-lowercase", "--no-torch-compile", "--samples", "--shrink", "--use", "--standalone", "--nproc-per-node"}  # the last two are of torchrun
@@ -29,9 +29,10 @@ def test_every_file_that_it_links_or_installs_from_is_there():
         assert (ROOT / link).exists(), link
 
 
-def test_the_layout_lists_every_module():
-    for module in (ROOT / "microbert").glob("*.py"):
-        assert module.name == "__init__.py" or f"  {module.name} " in README, module.name
+def test_the_layout_lists_every_folder_and_command():
+    for path in (ROOT / "microbert").iterdir():
+        if path.name[:2] != "__":
+            assert f"\n  {path.name}{'/' if path.is_dir() else ''} " in README, path.name
 
 
 def commands(text):

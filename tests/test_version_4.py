@@ -15,8 +15,8 @@ from launches import start as start_launch
 from safetensors.torch import load_file
 from test_config import configure_v4
 
-from microbert.checkpoint import look_for_checkpoint
-from microbert.memory import GIB, Hardware
+from microbert.train.checkpoint import look_for_checkpoint
+from microbert.train.memory import GIB, Hardware
 
 V4 = ROOT / "mlm_pretrain_v4.py"
 TABLE = ("weights", "optimizer's moments", "gradients", "activations", "context and margin", "in all")

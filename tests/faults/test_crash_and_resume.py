@@ -16,13 +16,13 @@ import torch
 from helpers import (SLOW_STEPS, TIME_LIMIT, corpus_from, end_of, fork, interrupted_copy, listing, newest_step, patched_script, result, run, run_here,
                      small_flags, start, wait_for_checkpoint, wait_until, write_corpus)
 
-import microbert.checkpoint
-import microbert.files
-import microbert.kernels
-import microbert.prepare
-import microbert.step
-import microbert.training
-from microbert.checkpoint import verify
+import microbert.train.checkpoint
+import microbert.runtime.files
+import microbert.kernels.compile
+import microbert.data.prepare
+import microbert.train.step
+import microbert.train.loop
+from microbert.train.checkpoint import verify
 
 KILLS_A_SERIES = 10
 
@@ -153,7 +153,7 @@ def test_a_script_that_is_not_in_the_main_thread_trains_without_handling_signals
 @pytest.mark.slow
 def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tmp_path, monkeypatch, capfd):
     write_corpus(tmp_path / "corpus.jsonl", n_documents=1200)
-    monkeypatch.setattr(microbert.prepare, "BLOCK_ROWS", 200)
+    monkeypatch.setattr(microbert.data.prepare, "BLOCK_ROWS", 200)
     written = []
 
     def write_block(*arguments):
@@ -163,8 +163,8 @@ def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tm
             os.kill(os.getpid(), signal.SIGTERM)
         return block
 
-    real = microbert.prepare._write_block
-    monkeypatch.setattr(microbert.prepare, "_write_block", write_block)
+    real = microbert.data.prepare._write_block
+    monkeypatch.setattr(microbert.data.prepare, "_write_block", write_block)
     assert run_here(small_flags(tmp_path), monkeypatch) == 75
     stopped = capfd.readouterr()
     assert "SIGTERM" in stopped.err and "Traceback" not in stopped.err
@@ -182,7 +182,7 @@ def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tm
 @pytest.mark.fault(row=6)
 def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeypatch, reference, finished_run):
     corpus_from(finished_run, tmp_path)
-    real = microbert.training.masked_scores
+    real = microbert.train.loop.masked_scores
     calls = 0
 
     def scores(*arguments):
@@ -192,7 +192,7 @@ def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(microbert.training, "masked_scores", scores)
+    monkeypatch.setattr(microbert.train.loop, "masked_scores", scores)
     assert run_here(small_flags(tmp_path), monkeypatch) == 75
     monkeypatch.undo()
     assert run_here(small_flags(tmp_path), monkeypatch) == 0
@@ -215,14 +215,14 @@ def kill() -> None:
 
 def without_kernels():
     """Which take longer to compile than a run of seconds gains by them."""
-    microbert.kernels.find_compiler = lambda: None
+    microbert.kernels.compile.find_compiler = lambda: None
 
 
 def die_in_second_save(kill_at, points):
     """Patches what a save asks of the disk, so that call number `kill_at` of the second save kills the process: a write in its middle, everything
     else before it is done. Their names are written to the file `points`."""
     without_kernels()
-    real_save, calls = microbert.checkpoint.save_checkpoint, 0
+    real_save, calls = microbert.train.checkpoint.save_checkpoint, 0
     is_second, seen = False, open(points, "w", buffering=1)
 
     def point(name):
@@ -264,8 +264,8 @@ def die_in_second_save(kill_at, points):
         real_save(*arguments)
         is_second = False
 
-    microbert.training.save_checkpoint = save
-    microbert.files.open = lambda path, mode="r", **options: HalfWritten(builtins.open(path, mode, **options)) if mode == "wb" else builtins.open(path, mode, **options)
+    microbert.train.loop.save_checkpoint = save
+    microbert.runtime.files.open = lambda path, mode="r", **options: HalfWritten(builtins.open(path, mode, **options)) if mode == "wb" else builtins.open(path, mode, **options)
     for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
         setattr(os, name, pointed(name, getattr(os, name)))
 
@@ -290,7 +290,7 @@ def test_a_kill_at_every_point_inside_a_save_changes_nothing(tmp_path):
 
 
 def die_in_micro_batch(number):
-    real, calls = microbert.step.masked_loss, 0
+    real, calls = microbert.train.step.masked_loss, 0
 
     def loss(*arguments):
         nonlocal calls
@@ -299,7 +299,7 @@ def die_in_micro_batch(number):
             kill()
         return real(*arguments)
 
-    microbert.step.masked_loss = loss
+    microbert.train.step.masked_loss = loss
 
 
 @pytest.mark.fault(row=3)
@@ -314,7 +314,7 @@ def test_a_kill_between_the_micro_batches_of_a_step_changes_nothing(tmp_path):
 
 
 def stop_in_second_save():
-    real_save, real_fsync = microbert.checkpoint.save_checkpoint, os.fsync
+    real_save, real_fsync = microbert.train.checkpoint.save_checkpoint, os.fsync
     saves = 0
 
     def save(*arguments):
@@ -327,7 +327,7 @@ def stop_in_second_save():
             os.kill(os.getpid(), signal.SIGTERM)
         real_fsync(descriptor)
 
-    microbert.training.save_checkpoint, os.fsync = save, fsync
+    microbert.train.loop.save_checkpoint, os.fsync = save, fsync
 
 
 @pytest.mark.fault(row=6)
@@ -345,7 +345,7 @@ def test_a_stop_during_a_save_lets_it_end_and_the_same_command_goes_on(tmp_path,
 
 def plant_incomplete_folders_and_die():
     """Before each save after the first: some that are newer than it, and older, and where it writes. Dies after the fourth save."""
-    real_save, saves = microbert.checkpoint.save_checkpoint, 0
+    real_save, saves = microbert.train.checkpoint.save_checkpoint, 0
 
     def save(run, state, *arguments):
         nonlocal saves
@@ -358,7 +358,7 @@ def plant_incomplete_folders_and_die():
         if saves == 4:
             kill()
 
-    microbert.training.save_checkpoint = save
+    microbert.train.loop.save_checkpoint = save
 
 
 @pytest.mark.fault(row=9)
@@ -420,7 +420,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(number, function
     def refuse(path):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(microbert.checkpoint, function, refuse)
+    monkeypatch.setattr(microbert.train.checkpoint, function, refuse)
     assert run_here(small_flags(folder), monkeypatch) == 1
     errors = capfd.readouterr().err
     assert os.strerror(number) in errors and "damaged" not in errors and "Traceback" not in errors

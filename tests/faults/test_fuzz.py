@@ -20,18 +20,20 @@ from test_config import V4, configure
 from test_config import constants as constants_of
 from test_hostile_input import FINE, seal
 
-from microbert.checkpoint import load_checkpoint, look_for_checkpoint
-from microbert.config import Config, InputError, read_config
-from microbert.encoder import Encoder
-from microbert.file_formats import find_text_column, read_rows
+from microbert.train.checkpoint import load_checkpoint, look_for_checkpoint
+from microbert.config.constants import Config
+from microbert.errors import InputError
+from microbert.config.flags import read_config
+from microbert.data.fast_encode import Encoder
+from microbert.data.file_formats import find_text_column, read_rows
 from microbert.fill_mask import fill_mask, load_run
-from microbert.memory import Hardware
-from microbert.model import new_model, shape_of
-from microbert.optim import Optimizer
+from microbert.train.memory import Hardware
+from microbert.model.build import new_model, shape_of
+from microbert.train.optim import Optimizer
 from microbert.plot import draw_curves
-from microbert.report import Metrics
-from microbert.tokenizer import load_tokenizer
-from microbert.tokens import open_tokens
+from microbert.runtime.metrics import Metrics
+from microbert.data.tokenizer import load_tokenizer
+from microbert.data.shards import open_tokens
 
 CPU = Hardware("cpu", None)
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([0, -1, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf")]))

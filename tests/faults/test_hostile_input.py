@@ -11,8 +11,8 @@ import sys
 import pytest
 from helpers import ROOT, TIME_LIMIT, interrupted_copy, listing, result, run, small_flags
 
-from microbert.checkpoint import verify
-from microbert.files import sha256, write_json
+from microbert.train.checkpoint import verify
+from microbert.runtime.files import sha256, write_json
 
 FINE = b'{"text": "a good film"}\n{"text": "a bad film"}\n{"text": "the end"}\n'
 

@@ -15,10 +15,10 @@ from small_disk import SmallDisk, has_small_disks
 from safetensors.torch import load_file
 from test_config import configure
 
-import microbert.training
-from microbert.checkpoint import verify
-from microbert.config import InputError
-from microbert.run import open_run
+import microbert.train.loop
+from microbert.train.checkpoint import verify
+from microbert.errors import InputError
+from microbert.runtime.run import open_run
 
 
 @pytest.mark.parametrize("learning_rate", ["1e20", "1e38"])
@@ -59,7 +59,7 @@ def run_on(disk, flags, script=SCRIPT):
     return subprocess.run(disk.command([sys.executable, str(script), *flags]), capture_output=True, text=True, timeout=TIME_LIMIT)
 
 
-FILLED_AT_THE_SECOND_SAVE = """import microbert.training as training
+FILLED_AT_THE_SECOND_SAVE = """import microbert.train.loop as training
 sys.path.insert(0, {tests!r})
 from small_disk import BALLAST, fill
 real, saves = training.save_checkpoint, []
@@ -128,14 +128,14 @@ def as_it_is(full):
 @pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
 @pytest.mark.fault(row=22)
 def test_a_full_disk_is_told_with_the_places_to_look_at(raise_it, number, filename, finished_run, tmp_path, monkeypatch, capfd):
-    import microbert.prepare
+    import microbert.data.prepare
 
     corpus_from(finished_run, tmp_path)
 
     def prepare_tokens(*arguments):
         raise_it(OSError(number, "full", filename) if filename else OSError(number, "full"))
 
-    monkeypatch.setattr(microbert.prepare, "prepare_tokens", prepare_tokens)
+    monkeypatch.setattr(microbert.data.prepare, "prepare_tokens", prepare_tokens)
     assert run_here(small_flags(tmp_path), monkeypatch) == 1
     errors = capfd.readouterr().err
     places = [filename] if filename else [str(tmp_path / "run"), str(tmp_path / "cache")]
@@ -159,13 +159,13 @@ def test_for_a_dataset_of_the_hub_its_downloads_are_a_place_too(tmp_path, capfd)
 @pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_a_shortage_is_reported_and_nothing_is_removed(number, raise_it, tmp_path, monkeypatch, capfd):
-    import microbert.prepare
+    import microbert.data.prepare
 
     def open_tokens(folder, *_):
         raise_it(OSError(number, os.strerror(number), str(folder / "train.bin")))
 
     with monkeypatch.context() as patch:
-        patch.setattr(microbert.prepare, "open_tokens", open_tokens)
+        patch.setattr(microbert.data.prepare, "open_tokens", open_tokens)
         assert run_here(small_flags(tmp_path), monkeypatch) == 1
     errors = capfd.readouterr().err
     [path] = (tmp_path / "cache").rglob("train.bin")
@@ -178,11 +178,11 @@ def test_a_shortage_is_reported_and_nothing_is_removed(number, raise_it, tmp_pat
 @pytest.mark.fault(row=34)
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
 def test_a_file_that_cannot_be_read_is_reported_in_a_line(number, finished_run, tmp_path, monkeypatch, capfd):
-    import microbert.prepare
+    import microbert.data.prepare
 
     corpus_from(finished_run, tmp_path)
     error = OSError(number, os.strerror(number), "x.bin")
-    monkeypatch.setattr(microbert.prepare, "prepare_tokens", lambda *_: as_it_is(error))
+    monkeypatch.setattr(microbert.data.prepare, "prepare_tokens", lambda *_: as_it_is(error))
     assert run_here(small_flags(tmp_path), monkeypatch) == 1
     errors = capfd.readouterr().err
     assert errors.endswith(f"error: {os.strerror(number)}: x.bin\n") and "Traceback" not in errors
@@ -199,11 +199,11 @@ def test_a_folder_name_that_is_too_long_is_reported_in_a_line(constant, finished
 
 
 def test_another_error_stays_a_bug_with_its_traceback(finished_run, tmp_path, monkeypatch, capfd):
-    import microbert.prepare
+    import microbert.data.prepare
 
     corpus_from(finished_run, tmp_path)
     error = FileNotFoundError(errno.ENOENT, "gone")
-    monkeypatch.setattr(microbert.prepare, "prepare_tokens", lambda *_: as_it_is(error))
+    monkeypatch.setattr(microbert.data.prepare, "prepare_tokens", lambda *_: as_it_is(error))
     assert run_here(small_flags(tmp_path), monkeypatch) == 1
     errors = capfd.readouterr().err
     assert "Traceback" in errors and "disk is full" not in errors
@@ -214,7 +214,7 @@ def test_memory_that_runs_out_beside_steps_and_evaluation_is_told_in_one_line(tm
     def save_checkpoint(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
 
-    monkeypatch.setattr(microbert.training, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(microbert.train.loop, "save_checkpoint", save_checkpoint)
     assert run_here(small_flags(tmp_path), monkeypatch) == 1
     err = capfd.readouterr().err
     assert "error: out of memory (CUDA out of memory. Tried to allocate 3.00 GiB)" in err and "Traceback" not in err

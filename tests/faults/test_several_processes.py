@@ -18,10 +18,10 @@ from models import VOCAB_SIZE, as_batch, as_sequences, noisy_model, token_rows
 from safetensors.torch import load_file
 from test_config import configure
 
-from microbert.batches import steps_in_run, training_batch
-from microbert.distributed import World
-from microbert.masking import mask_batch
-from microbert.step import Learner
+from microbert.data.batches import steps_in_run, training_batch
+from microbert.runtime.distributed import World
+from microbert.data.masking import mask_batch
+from microbert.train.step import Learner
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_group_for
 @pytest.mark.slow
 def test_preparation_that_takes_longer_than_the_group_waits_is_waited_for(two, tmp_path):
     shutil.copy(two / "corpus.jsonl", tmp_path)
-    patch = """import microbert.prepare as prepare
+    patch = """import microbert.data.prepare as prepare
 real = prepare.prepare_tokens
 def slow(*arguments):
     if rank == 0:
@@ -275,7 +275,7 @@ prepare.prepare_tokens = slow"""
 @pytest.mark.fault(row=18)
 def test_preparation_that_crashes_ends_every_process(two, tmp_path):
     shutil.copy(two / "corpus.jsonl", tmp_path)
-    patch = """import microbert.prepare as prepare
+    patch = """import microbert.data.prepare as prepare
 def crash(*arguments):
     raise RuntimeError("out of luck")
 prepare.prepare_tokens = crash"""
@@ -293,7 +293,7 @@ prepare.prepare_tokens = crash"""
 @pytest.mark.slow
 def test_a_process_killed_while_another_prepares_ends_both(two, tmp_path):
     shutil.copy(two / "corpus.jsonl", tmp_path)
-    patch = f"""import microbert.distributed as distributed, microbert.prepare as prepare
+    patch = f"""import microbert.runtime.distributed as distributed, microbert.data.prepare as prepare
 distributed.STOP_SECONDS = 3.0
 def long(corpus, tokenizer, config, check_stop):
     open({str(tmp_path / "preparing")!r}, "w")
@@ -367,7 +367,7 @@ def test_a_second_launch_in_the_folder_is_refused_and_torchruns_death_orphans_no
 @pytest.mark.slow
 def test_numbers_that_break_down_in_one_process_stop_all_before_the_step_is_applied(two, tmp_path):
     beside(two, tmp_path)
-    patch = """import microbert.step as step
+    patch = """import microbert.train.step as step
 real, calls = step.masked_loss, []
 def broken(*arguments):
     calls.append(1)

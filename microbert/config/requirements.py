@@ -1,0 +1,28 @@
+"""Which of the packages in requirements.txt are missing. Imports none of them."""
+
+import importlib.util
+import sys
+
+from microbert.errors import InputError
+
+# the modules of requirements.txt, but that of the bundled reviews, which not every run reads
+REQUIRED = (
+    "torch",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "tqdm",
+    "filelock",
+    "matplotlib",
+)
+
+
+def require_packages() -> None:
+    """Raises InputError, with the command that installs them, where packages are missing."""
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        names = f"the package {missing[0]} is" if len(missing) == 1 else f"the packages {', '.join(missing)} are"
+        raise InputError(f"{names} not installed for {sys.executable}: run pip install -r requirements.txt")

@@ -1,0 +1,1 @@
+"""Kernels in C, for what PyTorch computes slowly on a CPU."""

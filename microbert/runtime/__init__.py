@@ -1,0 +1,1 @@
+"""What a run stands on: its folder, processes, devices and files."""

@@ -1,0 +1,1 @@
+"""From batches and a model to a trained run."""

@@ -1,0 +1,71 @@
+"""Where the processes of a run come together: each has prepared its tokens, and from here on they act as one."""
+
+import dataclasses
+import hashlib
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from microbert.train.checkpoint import State, load_checkpoint, remove_others
+from microbert.errors import InputError
+from microbert.model.layers import MaskedLanguageModel
+from microbert.train.optim import Optimizer
+from microbert.runtime.run import Run, checkpoint_folders
+from microbert.data.shards import Tokens
+
+# constants that may differ between machines; of the dataset the tokens are compared, of the device its kind
+OF_THE_MACHINE = {"dataset", "output_dir", "cache_dir", "device"}
+
+
+def resume_together(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, optimizer: Optimizer, tokens: Tokens) -> State:
+    """Where the run goes on, with model and optimizer as they are in the checkpoint, in every process alike.
+
+    The first process reads the checkpoint, so only its machine needs to hold it, and removes those that the run does not need. Raises InputError where a process has other constants or
+    tokens than the first, or a newer checkpoint; and what `load_checkpoint` raises.
+    """
+    world = run.world
+    device = next(model.parameters()).device
+
+    def begin() -> dict[str, object]:
+        if checkpoint is None:
+            state = State(tokens.key, prepared_seconds=time.perf_counter() - run.started)
+        else:
+            state = load_checkpoint(checkpoint, model, optimizer, tokens.key)
+            remove_others(checkpoint, run.config.keep_checkpoints)
+        return {"state": dataclasses.asdict(state), "facts": _facts(run, device, tokens)}
+
+    first = world.on_rank_0("start", begin, run.check_stop)
+    _compare(run, first["facts"], _facts(run, device, tokens), first["state"]["step"])
+    state = State(**first["state"])
+    world.form_group(device, run.config.group_timeout, run.check_stop)
+    world.broadcast(list(model.parameters()))
+    if state.step:
+        if not world.is_first:
+            optimizer.begin_after(state.step)
+        world.broadcast(list(optimizer.tensors().values()))
+    if state.micro_batch_size != run.config.micro_batch_size:  # another was asked for, or planned
+        state.micro_batch_size = None
+    return state
+
+
+def _facts(run: Run, device: torch.device, tokens: Tokens) -> dict[str, object]:
+    """What has to be the same everywhere."""
+    constants = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in OF_THE_MACHINE}
+    contents = hashlib.sha256(tokens.token_counts.tobytes()).hexdigest()
+    return {**constants, "device": device.type, "tokens": [tokens.key, len(tokens.train), len(tokens.held_out), contents]}
+
+
+def _compare(run: Run, first: dict[str, object], here: dict[str, object], step: int) -> None:
+    where = f"on {socket.gethostname()}"
+    different = [f"{name} = {here[name]!r}, and the first process has {first[name]!r}" for name in here if name != "tokens" and here[name] != first[name]]
+    if different:
+        raise InputError(f"{where}: {'; '.join(different)}. Start every machine with the same constants")
+    if here["tokens"] != first["tokens"]:
+        raise InputError(f"{where} the tokens are not those of the first process: the dataset, its files, the tokenizer or a library differs. Give every "
+                         "machine the same files, or let them share cache_dir")
+    newest = next((int(path.name[11:]) for path in checkpoint_folders(run.folder)), 0)
+    if newest > step:
+        raise InputError(f"{where}, {run.folder} holds checkpoint-{newest}, which is newer than what the first process has found (step {step}): put "
+                         "output_dir where all machines see it, or move that checkpoint to the first process's machine")

@@ -1,0 +1,284 @@
+"""Mistakes in the block or in a flag are answered in under a second, in plain words, with nothing created."""
+
+import dataclasses
+import importlib
+import re
+import resource
+import runpy
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, SCRIPT
+
+from microbert.errors import InputError
+from microbert.config.learning_rate import explain_learning_rate
+from microbert.config.flags import read_config, read_script, whole_number
+from microbert.config.constants import resolve_batch_size
+
+
+def constants(script=SCRIPT):
+    return {name: value for name, value in runpy.run_path(str(script)).items() if not name.startswith("__")}
+
+
+def configure(*flags, **changed):
+    return read_config(str(SCRIPT), constants() | changed, list(flags))
+
+
+@pytest.mark.parametrize("script, shape, training, data", [
+    ("mlm_pretrain_v1.py", (2, 2, 4), (3, 5e-5), (False, None)), ("mlm_pretrain_v2.py", (4, 4, 8), (5, 3e-5), (True, 500_000)),
+    ("mlm_pretrain_v3.py", (6, 8, 16), (5, 3e-5), (True, 5_000_000))])
+def test_each_version_has_the_reference_configuration(script, shape, training, data):
+    config = read_config(str(ROOT / script), constants(ROOT / script), [])
+    assert (config.n_layers, config.n_heads, config.n_embed) == shape
+    assert (config.epochs, config.learning_rate) == training
+    assert (config.packing, config.max_samples) == data
+    assert (config.dataset, config.max_seq_len, config.vocab_size, config.batch_size) == ("imdb", 128, 10000, 32)
+
+
+def test_a_flag_wins_over_the_constant_and_the_constant_over_nothing():
+    assert configure("--n-layers", "3").n_layers == 3
+    assert configure("--n-layers", "3", n_layers=7).n_layers == 3
+    assert configure(n_layers=7).n_layers == 7
+    assert configure("--lr", "1e-3").learning_rate == configure("--learning-rate=1e-3").learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("flags, packing", [(["--packing"], True), (["--no-packing"], False), (["--packing", "true"], True),
+                                            (["--packing", "false"], False), (["--packing=True"], True)])
+def test_booleans_take_every_usual_form(flags, packing):
+    assert configure(*flags, packing=not packing).packing is packing
+
+
+@pytest.mark.parametrize(
+    "flags, name, value",
+    [
+        (["--batch_size", "8"], "batch_size", 8),
+        (["--batch_size=8"], "batch_size", 8),
+        (["--no_packing"], "packing", False),
+        (["--output_dir=my_runs/a_b"], "output_dir", "my_runs/a_b"),
+        (["--cache_dir", "my_cache"], "cache_dir", "my_cache"),
+        (["--max_samples", "5_000"], "max_samples", 5000),
+        (["--learning_rate", "1e-4"], "learning_rate", 1e-4),
+    ],
+)
+def test_flags_may_have_underscores_and_values_keep_theirs(flags, name, value):
+    assert getattr(configure(*flags), name) == value
+
+
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        ("finetune run --max_samples 1", "max_samples = 1 must be"),
+        ("finetune run --no_such_flag", "--no-such-flag"),
+        ("advise --num_gpus many", "--num-gpus"),
+        ("plot run --output_dir", "expected one argument"),
+        ("fill_mask", "folder, text"),
+    ],
+)
+def test_flags_of_commands_may_have_underscores_and_mistakes_are_one_line(command, told, monkeypatch, capsys):
+    name, *flags = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"microbert.{name}").main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and told in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "script, flags, times",
+    [
+        ("mlm_pretrain_v4.py", ["--lr", "1e-3", "--batch-size", "32"], "17 times .* 0.012 at this batch .*learning_rate = 6e-05"),
+        ("mlm_pretrain_v3.py", ["--lr", "1e-2"], "167 times"),
+        ("mlm_pretrain_v1.py", ["--lr", "1e-3"], "5 times .* 0.095 at this batch"),
+        ("mlm_pretrain_v1.py", ["--lr", "1", "--lr-scaling", "none"], "10 times"),
+    ],
+)
+def test_a_peak_far_above_those_that_were_swept_is_a_warning_that_says_which(script, flags, times):
+    explained = explain_learning_rate(read_script(ROOT / script, flags))
+    assert re.search(f"\nwarning: that is {times}", explained)
+
+
+@pytest.mark.parametrize("flags", [[], ["--preset", "large"], ["--preset", "large", "--global-batch-size", "768"], ["--lr", "1e-4"]])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_usual_peaks_are_no_warning(version, flags):
+    if version == 4 or "--preset" not in flags:
+        config = read_script(ROOT / f"mlm_pretrain_v{version}.py", flags)
+        assert "warning" not in explain_learning_rate(dataclasses.replace(config, batch_size=config.batch_size or 32))
+
+
+@pytest.mark.parametrize("text, number", [("500K", 500_000), ("10m", 10_000_000), ("5000", 5000), ("1.5k", 1500), (7, 7), ("1e6", 1_000_000)])
+def test_sample_counts_take_k_and_m(text, number):
+    assert whole_number("max_samples", text) == number
+    assert configure("--max-samples", str(text)).max_samples == number
+
+
+def test_none_is_understood_where_it_means_something():
+    assert configure("--max-samples", "None", max_samples=5).max_samples is None
+    with pytest.raises(SystemExit):
+        configure("--n-layers", "None")
+
+
+@pytest.mark.parametrize("text", ["1.5", "many", "K", "", "1e-3", "nan"])
+def test_what_is_no_whole_number_is_refused(text):
+    with pytest.raises(InputError):
+        whole_number("epochs", text)
+
+
+BAD = [
+    (["--n-layer", "4"], ["--n-layer", "did you mean --n-layers"]),
+    (["--n-embed", "5"], ["n_embed = 5", "divisible by n_heads = 2"]),
+    (["--vocab-size", "5"], ["vocab_size = 5", "too small"]),
+    (["--lr", "nan"], ["learning_rate", "finite"]),
+    (["--lr", "-1"], ["learning_rate", "above 0"]),
+    (["--lr", "0"], ["learning_rate", "above 0"]),
+    (["--max-seq-len", "2"], ["max_seq_len = 2", "at least 3"]),
+    (["--mlm-probability", "0"], ["mlm_probability"]),
+    (["--mlm-probability", "1.01"], ["mlm_probability"]),
+    (["--epochs", "1.5"], ["epochs", "whole number"]),
+    (["--batch-size", "0"], ["batch_size"]),
+    (["--grad-clip", "0"], ["grad_clip"]),
+    (["--packing", "maybe"], ["packing", "true or false"]),
+    (["--dataset", "no/such/file.txt"], ["no/such/file.txt"]),
+    (["--device", "tpu"], ["device"]),
+    (["--lr-scaling", "often"], ["lr_scaling"]),
+    (["--optimizer", "sgd"], ["optimizer", '"adamw" or "muon"']),
+    (["--schedule", "cosine"], ["schedule", '"linear" or "wsd"']),
+    (["--decay-ratio", "0"], ["decay_ratio"]),
+    (["--decay-ratio", "0.95"], ["decay_ratio", "warmup_ratio"]),
+    (["--warmup-ratio", "0.8", "--decay-ratio", "0.2001"], ["decay_ratio", "warmup_ratio"]),
+    (["--max-minutes", "0"], ["max_minutes"]),
+    (["--seed", "-1"], ["seed"]),
+    (["--output-dir", ""], ["output_dir"]),
+    (["--n-layers"], ["--n-layers"]),
+    (["stray"], ["stray"]),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_flags_exit_with_2_and_one_line_that_names_them(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure(*flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words)
+
+
+def test_two_ratios_whose_sum_is_1_are_accepted_however_they_round():
+    config = configure()
+    for hundredths in range(1, 100):
+        warmup, decay = hundredths / 100, (100 - hundredths) / 100
+        assert dataclasses.replace(config, warmup_ratio=warmup, decay_ratio=decay).decay_ratio == decay
+
+
+def test_a_ratio_that_the_schedule_does_not_use_is_not_compared():
+    assert configure("--schedule", "linear", "--warmup-ratio", "0.9").warmup_ratio == 0.9
+
+
+def test_a_misspelt_constant_is_refused_and_the_right_one_suggested(capsys):
+    block = constants()
+    block["n_layer"] = block.pop("n_layers")
+    with pytest.raises(SystemExit):
+        read_config(str(SCRIPT), block, [])
+    assert "unknown constant n_layer; did you mean n_layers?" in capsys.readouterr().err
+
+
+V4 = ROOT / "mlm_pretrain_v4.py"
+
+
+def configure_v4(*flags, **changed):
+    return read_config(str(V4), constants(V4) | changed, list(flags))
+
+
+@pytest.mark.parametrize("preset, shape, batch_size", [("auto", (None, 8, 128, 128, 50_000), None), ("large", (8, 8, 256, 256, 25_000), 96)])
+def test_a_preset_gives_what_is_none_and_what_is_set_wins(preset, shape, batch_size):
+    config = configure_v4("--preset", preset)
+    assert (config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.vocab_size) == shape
+    assert config.batch_size == batch_size
+    config = configure_v4("--preset", preset, "--n-layers", "3", "--vocab-size", "9000", n_embed=64, batch_size=5)
+    assert (config.n_layers, config.vocab_size, config.n_embed, config.batch_size, config.n_heads) == (3, 9000, 64, 5, 8)
+    assert (config.memory_budget_gb, config.epochs, config.learning_rate, config.max_samples, config.packing) == (24, 5, 3e-5, 10_000_000, True)
+
+
+def test_version_4_has_the_constants_of_version_3_and_more():
+    v3, v4 = set(constants(ROOT / "mlm_pretrain_v3.py")), set(constants(V4))
+    assert v4 - v3 == {"arch", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"} and v3 < v4
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--preset", "huge"], 'preset = \'huge\' must be "auto" or "large"'), (["--preset", "none"], "must not be None without a preset"),
+    (["--memory-budget-gb", "0"], "memory_budget_gb"), (["--dtype", "float16"], "dtype"), (["--gpu-memory-gb", "24"], "goes with --dry-run"),
+    (["--num-gpus", "8"], "goes with --dry-run"), (["--arch", "gpt"], 'arch = \'gpt\' must be "bert" or "modern"'),
+    (["--n-heads", "128"], "n_embed / n_heads = 128 / 128 must be even"), (["--dry-run", "--num-gpus", "0"], "num_gpus"), (["--batch-size", "auto"], "batch_size")])
+def test_mistakes_in_what_version_4_adds(flags, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure_v4(*flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and told in error
+
+
+@pytest.mark.parametrize("flags, value", [([], None), (["--torch-compile"], True), (["--no-torch-compile"], False), (["--torch-compile", "none"], None)])
+def test_a_boolean_may_also_be_left_open(flags, value):
+    assert configure_v4(*flags, torch_compile=None).torch_compile is value
+
+
+def test_a_flag_of_another_version_is_told_as_such(capsys):
+    with pytest.raises(SystemExit):
+        configure("--preset", "large")
+    assert "a constant of another version" in capsys.readouterr().err
+
+
+def test_a_constant_that_was_deleted_is_named(capsys):
+    block = constants()
+    del block["seed"]
+    with pytest.raises(SystemExit):
+        read_config(str(SCRIPT), block, [])
+    assert "seed is missing" in capsys.readouterr().err
+
+
+def test_help_shows_every_constant_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in configure().__dataclass_fields__.keys() & constants():
+        assert "--" + name.replace("_", "-") in text
+    assert "transformer layers" in text
+
+
+@pytest.mark.parametrize("flags, code", [(["--help"], 0), (["--n-layer", "4"], 2), (["--lr", "nan"], 2)])
+def test_the_script_answers_in_under_a_second_and_creates_nothing(flags, code, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, str(SCRIPT), *flags], cwd=tmp_path, capture_output=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == code
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of a core: a busy machine may take longer
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault(row=28)
+def test_a_misspelt_constant_in_the_script_itself_is_found(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT.read_text().replace("n_layers = 2", "n_layer = 2"))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "did you mean n_layers?" in done.stderr
+
+
+TRAINED = {"batch_size": 16, "global_batch_size": 32}
+
+
+@pytest.mark.parametrize("constants, world_size, trained, settled", [
+    ({"batch_size": 16}, 4, None, (16, 64)), ({"batch_size": 16, "global_batch_size": 32}, 4, None, (8, 32)),
+    ({"batch_size": 16}, 1, TRAINED, (32, 32)), ({"batch_size": 16}, 8, TRAINED, (4, 32)), ({"batch_size": 8}, 4, TRAINED, (8, 32)),
+    ({"batch_size": 16, "global_batch_size": 32}, 2, TRAINED, (16, 32))])
+def test_the_batch_of_all_processes_is_kept(constants, world_size, trained, settled):
+    config = resolve_batch_size(configure(**constants), world_size, trained)
+    assert (config.batch_size, config.global_batch_size) == settled
+
+
+@pytest.mark.parametrize("constants, world_size, trained, told", [
+    ({"batch_size": 8}, 1, TRAINED, "batch_size = 8 (was 16)"), ({"global_batch_size": 64}, 2, TRAINED, "global_batch_size = 64 (was 32)"),
+    ({"batch_size": 16}, 5, TRAINED, "5 processes"), ({"global_batch_size": 10}, 4, None, "4 processes")])
+def test_another_batch_is_refused(constants, world_size, trained, told):
+    with pytest.raises(InputError) as caught:
+        resolve_batch_size(configure(**constants), world_size, trained)
+    assert told in str(caught.value)

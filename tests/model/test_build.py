@@ -1,0 +1,81 @@
+"""A new model: a function of the seed, which starts at unigram entropy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import VOCAB_SIZE, as_batch, few_examples, token_rows
+
+from microbert.errors import InputError
+from microbert.model.layers import ModelConfig
+from microbert.model.loss import masked_scores
+from microbert.data.masking import mask_batch
+from microbert.model.build import build_model, count_parameters, new_model, unigram_entropy, with_max_seq_len
+from microbert.data.tokenizer import N_SPECIAL
+
+
+def zipf_counts(vocab_size=VOCAB_SIZE):
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    counts[N_SPECIAL:] = (1e6 / torch.arange(1, vocab_size - N_SPECIAL + 1)).long()
+    return counts
+
+
+def test_the_output_bias_starts_at_the_unigram_distribution():
+    counts = zipf_counts()
+    bias = build_model(ModelConfig(VOCAB_SIZE, 1, 2, 4, 16), 0, counts).output_bias
+    assert torch.isfinite(bias).all()  # also for tokens that never occur
+    assert torch.allclose(bias.softmax(dim=0), counts / counts.sum(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["bert", "modern"])
+def test_the_first_loss_is_the_unigram_entropy(arch):
+    counts = zipf_counts()
+    share = (counts / counts.sum()).numpy()
+    rows = token_rows(2000, shortest=14)
+    rows[:, 1:15] = np.random.default_rng(0).choice(VOCAB_SIZE, (2000, 14), p=share / share.sum())
+    masked = mask_batch(as_batch(rows), seed=0, probability=0.5, vocab_size=VOCAB_SIZE)
+    model = build_model(ModelConfig(VOCAB_SIZE, 2, 2, 4, 16, arch=arch), 0, counts).eval()
+    hidden = model(torch.from_numpy(masked.input_ids), None, torch.from_numpy(masked.positions))
+    loss, _ = masked_scores(hidden, model.output_weight, model.output_bias, torch.from_numpy(masked.labels).reshape(-1))
+    entropy = unigram_entropy(counts)
+    assert entropy < math.log(VOCAB_SIZE) - 0.5
+    assert loss / masked.n_masked == pytest.approx(entropy, abs=0.05)
+
+
+def test_unigram_entropy_is_that_of_the_shares():
+    assert unigram_entropy(torch.tensor([0, 0, 3, 3, 3, 3])) == pytest.approx(math.log(4))
+    assert unigram_entropy(torch.tensor([0, 1, 3])) == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+
+
+@pytest.mark.parametrize("arch", ["bert", "modern"])
+def test_the_weights_are_a_function_of_the_seed(arch):
+    def weights(seed):
+        torch.rand(1)  # the global generator has no part in it
+        return list(build_model(ModelConfig(VOCAB_SIZE, 2, 2, 4, 16, arch=arch), seed).parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(3), weights(3), strict=True))
+    different = [not torch.equal(a, b) for a, b in zip(weights(3), weights(4), strict=True) if a.ndim == 2]
+    assert all(different) and different
+
+
+@few_examples
+@given(heads=st.integers(1, 4), half=st.integers(1, 4), layers=st.integers(1, 4), vocab_size=st.integers(6, 500), arch=st.sampled_from(["bert", "modern"]))
+def test_parameters_are_counted_without_a_model(heads, half, layers, vocab_size, arch):
+    config = ModelConfig(vocab_size, layers, heads, 2 * heads * half, 16, arch=arch)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in new_model(config).parameters())
+
+
+@pytest.mark.parametrize("arch", ["bert", "modern"])
+def test_fewer_positions_compute_the_same(arch):
+    model = build_model(ModelConfig(VOCAB_SIZE, 2, 2, 4, 16, arch=arch), 0).eval()
+    shorter, input_ids = with_max_seq_len(model, 6).eval(), torch.from_numpy(token_rows(3, shortest=6)[:, :6].astype(np.int64))
+    assert shorter.config.max_seq_len == 6 and with_max_seq_len(model, None) is model is with_max_seq_len(model, 16)
+    assert torch.equal(shorter.hidden_states(input_ids, None, None), model.hidden_states(input_ids, None, None))
+
+
+def test_more_positions_than_a_model_has_weights_for_are_refused():
+    with pytest.raises(InputError, match="16 positions"):
+        with_max_seq_len(build_model(ModelConfig(VOCAB_SIZE, 1, 2, 4, 16), 0), 17)

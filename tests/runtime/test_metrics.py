@@ -1,0 +1,50 @@
+"""What a run reports: metrics that go on where its checkpoint stands, and the same for TensorBoard where that is asked for."""
+
+import importlib.util
+import json
+
+import pytest
+from helpers import corpus_from, result, run_here, small_flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_config import configure
+
+from microbert.runtime.metrics import Metrics
+
+
+def scalars(folder):
+    """By name: step and value."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_metrics_after_the_checkpoint_are_dropped_when_a_run_goes_on(tmp_path):
+    metrics = Metrics(tmp_path, 0, for_tensorboard=True)
+    for step in (10, 20, 30):
+        metrics.write({"step": step, "seconds": 1.0, "train/loss": float(step)})
+    again = Metrics(tmp_path, 20, for_tensorboard=True)
+    again.write({"step": 30, "seconds": 2.0, "train/loss": 31.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(10, 10.0), (20, 20.0), (30, 31.0)]
+    assert scalars(tmp_path / "tensorboard") == {"train/loss": [(10, 10.0), (20, 20.0), (30, 31.0)]}
+
+
+def test_tensorboard_gets_what_metrics_jsonl_gets_and_changes_nothing_else(finished_run, reference, tmp_path, monkeypatch):
+    corpus_from(finished_run, tmp_path)
+    assert run_here(small_flags(tmp_path, report_to="tensorboard"), monkeypatch) == 0
+    assert result(tmp_path / "run") == reference
+    found = scalars(tmp_path / "run" / "tensorboard")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("train/loss", "eval/loss", "train/learning_rate"):
+        assert found[name] == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines if name in line]
+    assert run_here(small_flags(tmp_path, overwrite=True), monkeypatch) == 0
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_without_its_package_the_constant_is_refused_at_once(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name))
+    with pytest.raises(SystemExit) as stop:
+        configure("--report-to", "tensorboard")
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit):
+        configure("--report-to", "wandb")

@@ -1,0 +1,181 @@
+"""--dry-run tells what the run would do, ends as it would end, and writes nothing."""
+
+import collections
+import json
+import shutil
+import time
+import types
+
+import pytest
+from helpers import run, run_here, small_flags
+
+import microbert.train.dry_run
+
+
+@pytest.fixture
+def dry(monkeypatch, capfd, tmp_path):
+    """Tells the plan of the flags: the exit code, what it printed, its last line, its errors. Fails where a file or a folder changes."""
+
+    def tell(folder, flags):
+        before = everything(folder)
+        capfd.readouterr()
+        code = run_here([*flags, "--dry-run"], monkeypatch)
+        out, err = capfd.readouterr()
+        assert everything(folder) == before
+        assert "Traceback" not in err
+        return types.SimpleNamespace(code=code, out=out, err=err, plan=json.loads(out.splitlines()[-1]) if code == 0 else None)
+
+    return tell
+
+
+def everything(folder):
+    """Every path below, folders as well, with size and time of change."""
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns, path.is_dir()) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def copy(finished_run, tmp_path):
+    """The finished run in a folder of its own."""
+    shutil.copytree(finished_run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def interrupt(folder):
+    (folder / "run" / "README.md").unlink()
+
+
+def newest(folder):
+    return max((folder / "run").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+
+
+def test_before_preparing_it_tells_everything_and_writes_nothing(tmp_path):
+    """In a process of its own, with an empty HF_HOME and an empty home."""
+    import os
+
+    home = tmp_path / "home"
+    home.mkdir()
+    flags = small_flags(tmp_path)
+    before = everything(tmp_path)
+    done = run([*flags, "--dry-run"], cwd=home, env={**os.environ, "HF_HOME": str(home), "HOME": str(home)})
+    assert done.returncode == 0, done.stderr
+    assert everything(tmp_path) == before
+    assert "to be prepared from" in done.stdout and "twice that meanwhile" in done.stdout
+    assert str(tmp_path / "cache") in done.stdout and str(tmp_path / "run") in done.stdout
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert {"n_layers": 1, "n_heads": 2, "n_embed": 4, "max_seq_len": 32, "vocab_size": 300, "batch_size": 8, "micro_batch_size": 8,
+            "steps_done": 0, "tokens_known": False}.items() <= plan.items()
+    assert plan["peak_learning_rate"] == pytest.approx(5e-5 * 128 * (768 / 4) ** 0.25 * (8 * 32 / 4096) ** 0.5)
+    assert 0 < plan["planned_peak_gb"] < 2 and plan["planned_seconds"] > 0
+
+
+def test_the_steps_are_about_right_before_and_exact_after_preparing(dry, copy, reference):
+    flags = small_flags(copy)
+    steps = int(reference["checkpoint"][11:])
+    shutil.rmtree(copy / "run")
+    after = dry(copy, flags)
+    assert after.plan["tokens_known"] and after.plan["steps"] == steps and "nothing more in" in after.out
+    shutil.rmtree(copy / "cache")
+    before = dry(copy, flags)
+    assert not before.plan["tokens_known"] and before.plan["steps"] == pytest.approx(steps, rel=0.1)
+
+
+def test_of_a_finished_run_nothing_is_left_to_do(dry, copy, reference):
+    told = dry(copy, small_flags(copy))
+    steps = int(reference["checkpoint"][11:])
+    assert told.code == 0 and "is finished" in told.out and "training:" not in told.out
+    assert (told.plan["steps"], told.plan["steps_done"], told.plan["planned_seconds"]) == (steps, steps, 0)
+    overwritten = dry(copy, [*small_flags(copy), "--overwrite"])
+    assert "would be removed" in overwritten.out and overwritten.plan["steps_done"] == 0 and overwritten.plan["steps"] == steps
+
+
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_a_run_with_a_checkpoint_would_go_on_from_there(is_prepared, dry, copy, reference):
+    steps = int(reference["checkpoint"][11:])
+    interrupt(copy)
+    shutil.rmtree(newest(copy))
+    done = int(newest(copy).name[11:])
+    (copy / "run" / ".checkpoint.tmp").mkdir()  # of a kill inside a save
+    if not is_prepared:
+        shutil.rmtree(copy / "cache")
+    told = dry(copy, small_flags(copy))
+    assert told.plan["steps_done"] == done
+    assert f"going on after step {done}: " in told.out and str(newest(copy)) in told.out
+    if is_prepared:
+        assert told.plan["steps"] == steps and f": {steps - done} steps remain" in told.out
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_stays(dry, copy):
+    interrupt(copy)
+    bad = newest(copy)
+    (bad / "model.safetensors").write_bytes(b"")
+    told = dry(copy, small_flags(copy))
+    assert "damaged" in told.err and bad.exists()
+    assert 0 < told.plan["steps_done"] < int(bad.name[11:])
+    for checkpoint in (copy / "run").glob("checkpoint-*"):
+        (checkpoint / "model.safetensors").write_bytes(b"")
+    told = dry(copy, small_flags(copy))
+    assert told.code == 2 and "--overwrite" in told.err
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_changed_constants_are_refused_as_by_the_run(is_finished, dry, copy, monkeypatch, capfd):
+    if not is_finished:
+        interrupt(copy)
+    flags = small_flags(copy, n_layers=2, epochs=5)
+    told = dry(copy, flags)
+    assert told.code == 2 and "n_layers = 2 (was 1)" in told.err and "epochs = 5 (was 2)" in told.err
+    assert run_here(flags, monkeypatch) == 2
+    assert capfd.readouterr().err == told.err
+
+
+def test_other_tokens_than_the_checkpoints_are_refused_where_they_are_known(dry, copy, monkeypatch, capfd):
+    interrupt(copy)
+    with open(copy / "corpus.jsonl", "a") as file:
+        file.write('{"text": "one more document"}\n')
+    assert run_here(small_flags(copy, output_dir=copy / "other", prepare_only=True), monkeypatch) == 0
+    told = dry(copy, small_flags(copy))
+    assert told.code == 2 and "other tokens" in told.err
+
+
+def test_a_folder_that_is_none_for_a_run_is_refused(dry, tmp_path):
+    flags = small_flags(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("")
+    told = dry(tmp_path, flags)
+    assert told.code == 2 and "holds other files" in told.err
+    told = dry(tmp_path, small_flags(tmp_path, output_dir=tmp_path / "corpus.jsonl"))
+    assert told.code == 2 and "not a folder" in told.err
+
+
+def test_a_run_that_holds_the_folder_is_not_disturbed(dry, copy):
+    import filelock
+
+    interrupt(copy)
+    with filelock.FileLock(copy / "run" / ".lock"):
+        assert dry(copy, small_flags(copy)).code == 0
+
+
+@pytest.mark.parametrize("full", ["cache", "run"])
+def test_a_disk_too_small_is_warned_of_for_either_folder(full, dry, tmp_path, monkeypatch):
+    flags = small_flags(tmp_path)
+    for name in ("cache", "run"):
+        (tmp_path / name).mkdir()
+    assert "may be too small" not in dry(tmp_path, flags).out
+    usage = collections.namedtuple("usage", "free")
+    monkeypatch.setattr(microbert.train.dry_run.shutil, "disk_usage", lambda path: usage(10 if path.name == full else 10**12))
+    assert "may be too small" in dry(tmp_path, flags).out
+
+
+@pytest.mark.parametrize("recorded, n_slow", [(False, 1), (True, 3)])
+def test_steps_that_compile_and_record_are_left_out_of_the_time(recorded, n_slow, dry, tmp_path, monkeypatch):
+    real, calls = microbert.train.dry_run.Learner.step, []
+
+    def step(self, *arguments):
+        calls.append(None)
+        time.sleep(6 if len(calls) == 1 else 1 if len(calls) <= n_slow else 0)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(microbert.train.dry_run, "is_captured", lambda *_: recorded)
+    monkeypatch.setattr(microbert.train.dry_run.Learner, "step", step)
+    plan = dry(tmp_path, small_flags(tmp_path)).plan
+    assert len(calls) > n_slow + 1 and plan["planned_seconds"] < 0.5 * plan["steps"]

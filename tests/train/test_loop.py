@@ -1,0 +1,116 @@
+"""What a run learns, and what it warns of."""
+
+import gzip
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import transformers
+from helpers import ROOT, TIME_LIMIT, corpus_from, result, run_here, small_flags, write_corpus
+from models import as_sequences, noisy_model
+from test_config import configure
+
+import microbert.train.step
+from microbert.errors import Failed
+from microbert.runtime.run import Run
+from microbert.train.step import Learner
+from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
+from microbert.train.loop import evaluate
+
+
+def evaluations(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["eval/loss"] for line in lines if "eval/loss" in line]
+
+
+def alternating_corpus(folder):
+    """Text in which each word follows from its neighbours: three words in a fixed round."""
+    words = ["alpha", "beta", "gamma"]
+    lines = [json.dumps({"text": " ".join(words[(start + i) % 3] for i in range(25 + start % 4))}) for start in range(300)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.slow
+def test_a_run_learns_what_there_is_to_learn(tmp_path, monkeypatch, capfd):
+    alternating_corpus(tmp_path)
+    flags = small_flags(tmp_path, n_embed=16, n_layers=2, epochs=60, vocab_size=40, eval_every=500, save_every=1000)
+    assert run_here(flags, monkeypatch) == 0
+    losses = evaluations(tmp_path / "run")
+    assert losses[0] == pytest.approx(math.log(3), abs=0.1)  # three equally frequent words: unigram entropy
+    assert losses[-1] < 0.3
+    assert "warning" not in capfd.readouterr().out
+
+
+def test_a_rate_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, monkeypatch, capfd):
+    alternating_corpus(tmp_path)
+    assert run_here([*small_flags(tmp_path), "--lr-scaling", "none"], monkeypatch) == 0
+    out = capfd.readouterr().out
+    assert "cannot learn" in out and 'lr_scaling = "auto"' in out
+    assert "no better than guessing by word frequency" in out
+
+
+@pytest.mark.slow
+def test_a_first_step_that_compiles_is_left_out_of_the_time_that_is_told_for_the_rest(tmp_path, monkeypatch, capfd):
+    real, ends = microbert.train.step.Learner.step, []
+
+    def slow_at_first(self, masked, number, *others):
+        time.sleep(0 if ends else 6)
+        step = real(self, masked, number, *others)
+        ends.append(time.perf_counter())
+        return step
+
+    monkeypatch.setattr(microbert.train.step.Learner, "step", slow_at_first)
+    assert run_here(small_flags(tmp_path), monkeypatch) == 0
+    minutes, seconds = map(int, re.findall(r"100%.*\[(\d+):(\d+)<", capfd.readouterr().err)[-1])
+    assert 60 * minutes + seconds < ends[-1] - ends[0] + 4
+
+
+@pytest.mark.slow
+def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transformers_loads(tmp_path):
+    lines = write_corpus(tmp_path / "plain.txt", n_documents=400).read_bytes().splitlines(keepends=True)
+    (tmp_path / "plain.txt").unlink()
+    for number in range(4):
+        (tmp_path / f"part-{number}.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[number * 100 : (number + 1) * 100])))
+    flags = small_flags(tmp_path, dataset=tmp_path / "part-*.jsonl.gz", n_layers=2, packing=True)
+    done = subprocess.run([sys.executable, str(ROOT / "mlm_pretrain_v2.py"), *flags], capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert "documents: 400 read" in done.stdout
+    (path,) = tmp_path.glob("cache/*/tokens-*/train.bin")
+    assert (np.fromfile(path, np.uint16).reshape(-1, 32)[:-1] != PAD_ID).all()  # only the last sequence has room left
+    losses = evaluations(tmp_path / "run")
+    assert losses[-1] < losses[0]
+
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert (model.config.num_hidden_layers, model.config.num_attention_heads, model.config.hidden_size) == (2, 4, 8)
+    batch = tokenizer("the film was [MASK] and slow", return_tensors="pt")
+    logits = model(**batch).logits
+    assert logits.shape == (1, batch["input_ids"].shape[1], len(tokenizer)) and logits.isfinite().all()
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(reference, finished_run, tmp_path, monkeypatch):
+    corpus_from(finished_run, tmp_path)
+    assert run_here(small_flags(tmp_path), monkeypatch) == 0
+    assert result(tmp_path / "run") == reference
+    assert run_here(small_flags(tmp_path, seed=1, output_dir=tmp_path / "other"), monkeypatch) == 0
+    assert result(tmp_path / "other")["hashes"] != reference["hashes"]
+
+
+def test_held_out_text_without_a_token_to_mask_is_no_evaluation(tmp_path):
+    run = Run(configure(), tmp_path)
+    rows = np.array([[CLS_ID, UNK_ID, SEP_ID, PAD_ID]] * 3)
+    with pytest.raises(Failed, match="no held-out token can be masked"):
+        evaluate(Learner(noisy_model(), run.config, run.world), as_sequences(rows), run)
+
+
+def test_overwrite_starts_anew(finished_run, reference, tmp_path, monkeypatch):
+    shutil.copytree(finished_run, tmp_path / "copy")
+    flags = small_flags(tmp_path / "copy", n_layers=2)
+    assert run_here([*flags, "--overwrite"], monkeypatch) == 0
+    assert result(tmp_path / "copy" / "run")["hashes"] != reference["hashes"]

@@ -1,0 +1,96 @@
+"""Processes begin alike, or say in what they differ."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import small_flags
+from models import noisy_model
+from safetensors.torch import load_file
+from test_config import configure
+
+from microbert.train.checkpoint import find_checkpoint
+from microbert.errors import InputError
+from microbert.runtime.distributed import World
+from microbert.train.optim import Optimizer
+from microbert.runtime.run import Run
+from microbert.train.resume import resume_together
+
+
+class Second(World):
+    """The second of two processes, which hears from the first what `said` makes of what this one would have found."""
+
+    def __init__(self, said):
+        super().__init__({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
+        self.said = said
+
+    def on_rank_0(self, name, work, check_stop):
+        return self.said(json.loads(json.dumps(work())))
+
+    def form_group(self, device, timeout_seconds, check_stop):
+        raise AssertionError("the group must not form")
+
+
+@pytest.fixture
+def prepared(finished_run, tmp_path):
+    """The finished run's flags as a Config, its tokens, and a copy of its newest checkpoint in another folder."""
+    from microbert.data.sources import open_corpus
+    from microbert.data.prepare import find_tokens
+    from microbert.data.tokenizer import find_tokenizer
+
+    config = configure(*small_flags(finished_run, output_dir=tmp_path / "run"))
+    corpus = open_corpus(config, lambda: None)
+    tokens = find_tokens(corpus, find_tokenizer(corpus, config), config)
+    newest = max((finished_run / "run").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    shutil.copytree(newest, tmp_path / "run" / newest.name)
+    return config, tokens, tmp_path / "run" / newest.name
+
+
+def begin(config, tokens, checkpoint, world):
+    run = Run(config, checkpoint.parent, world)
+    found = find_checkpoint(run, torch.device("cpu"))
+    model = noisy_model(config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, len(tokens.token_counts))
+    return run, model, Optimizer(model, run.config), found
+
+
+def test_a_process_that_is_alone_starts_as_the_checkpoint_is(prepared):
+    config, tokens, checkpoint = prepared
+    run, model, optimizer, found = begin(*prepared, World({}))
+    state = resume_together(run, found, model, optimizer, tokens)
+    assert state.step == int(checkpoint.name[11:]) and found == checkpoint
+    stored = load_file(checkpoint / "optimizer.safetensors")
+    moments = optimizer.tensors()
+    assert moments.keys() == stored.keys() and all(torch.equal(moments[name], stored[name]) for name in stored)
+    assert {float(of_one["step"]) for of_one in optimizer.members[0].state.values()} == {state.step}
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda first: first["facts"].update(epochs=7), "epochs = 2, and the first process has 7"),
+    (lambda first: first["facts"].update(eval_every=None), "eval_every = 20, and the first process has None"),
+    (lambda first: first["facts"]["tokens"].__setitem__(0, "other"), "the tokens are not those of the first process"),
+    (lambda first: first["facts"]["tokens"].__setitem__(3, "other"), "the tokens are not those of the first process"),
+    (lambda first: first["state"].update(step=5), "is newer than what the first process has found (step 5)")])
+def test_a_process_that_differs_says_in_what(change, told, prepared):
+    config, tokens, checkpoint = prepared
+    run, model, optimizer, found = begin(*prepared, World({}))
+
+    def said(first):
+        change(first)
+        return first
+
+    run.world = Second(said)
+    with pytest.raises(InputError) as caught:
+        resume_together(run, found, model, optimizer, tokens)
+    assert told in str(caught.value)
+
+
+def test_what_belongs_to_a_machine_is_not_compared(prepared):
+    config, tokens, checkpoint = prepared
+    run, model, optimizer, found = begin(*prepared, World({}))
+    facts = {}
+    run.world = Second(lambda first: facts.update(first["facts"]) or first)
+    with pytest.raises(AssertionError, match="group"):  # all was well up to there
+        resume_together(run, found, model, optimizer, tokens)
+    assert not {"dataset", "output_dir", "cache_dir"} & set(facts)
+    assert facts["device"] == "cpu" and facts["seed"] == config.seed
