@@ -50,12 +50,16 @@ grad_clip = 1.0  # largest norm of the gradient; None leaves it
 seed = 42  # another seed: other weights, order, masks and held-out documents
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is
 cuda_graphs = True  # on CUDA, a step is recorded once and played back; False starts each kernel from Python
-max_minutes = None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
+max_minutes = (
+    None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
+)
 group_timeout = 600  # seconds that a process waits for the others before it gives up
 eval_every = None  # steps between evaluations; None: ten in a run
 save_every = None  # steps between checkpoints; None: ten in a run
 keep_checkpoints = 2  # newest checkpoints to keep
-report_to = None  # "tensorboard" (pip install tensorboard) writes its files to output_dir too; nothing is ever sent anywhere
+report_to = (
+    None  # "tensorboard" (pip install tensorboard) writes its files to output_dir too; nothing is ever sent anywhere
+)
 output_dir = "runs/v2"  # everything that the run leaves
 cache_dir = "cache"  # prepared tokens, used again by the next run
 overwrite = False  # True removes an earlier run in output_dir and starts anew
@@ -67,15 +71,15 @@ def main() -> None:
     config = read_config(__file__, globals())
 
     # only now what takes seconds to load, so that a mistake above is answered at once
-    from microbert.train.checkpoint import find_checkpoint, is_finished
-    from microbert.data.sources import lock_cache, open_corpus
-    from microbert.runtime.device import choose_device
-    from microbert.train.dry_run import print_plan
-    from microbert.model.export import export_run
-    from microbert.model.build import model_for_tokens
     from microbert.data.prepare import prepare_tokens
-    from microbert.runtime.run import open_run
+    from microbert.data.sources import lock_cache, open_corpus
     from microbert.data.tokenizer import get_tokenizer
+    from microbert.model.build import model_for_tokens
+    from microbert.model.export import export_run
+    from microbert.runtime.device import choose_device
+    from microbert.runtime.run import open_run
+    from microbert.train.checkpoint import find_checkpoint, is_finished
+    from microbert.train.dry_run import print_plan
     from microbert.train.loop import model_card_facts, train
 
     if config.dry_run:

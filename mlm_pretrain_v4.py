@@ -58,12 +58,16 @@ device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there i
 dtype = "auto"  # of matrix products: "float32", "bfloat16"; "auto" takes bfloat16 where the device has units for it
 torch_compile = None  # True or False; None compiles the model on CUDA alone
 cuda_graphs = True  # on CUDA, a step is recorded once and played back; False starts each kernel from Python
-max_minutes = None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
+max_minutes = (
+    None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
+)
 group_timeout = 600  # seconds that a process waits for the others before it gives up
 eval_every = None  # steps between evaluations; None: ten in a run
 save_every = None  # steps between checkpoints; None: ten in a run
 keep_checkpoints = 2  # newest checkpoints to keep
-report_to = None  # "tensorboard" (pip install tensorboard) writes its files to output_dir too; nothing is ever sent anywhere
+report_to = (
+    None  # "tensorboard" (pip install tensorboard) writes its files to output_dir too; nothing is ever sent anywhere
+)
 output_dir = "runs/v4"  # everything that the run leaves
 cache_dir = "cache"  # prepared tokens, used again by the next run
 overwrite = False  # True removes an earlier run in output_dir and starts anew
@@ -77,17 +81,17 @@ def main() -> None:
     config = read_config(__file__, globals())
 
     # only now what takes seconds to load, so that a mistake above is answered at once
-    from microbert.train.checkpoint import find_checkpoint, is_finished
-    from microbert.data.sources import lock_cache, open_corpus
-    from microbert.runtime.device import choose_device
-    from microbert.train.dry_run import print_plan
-    from microbert.model.export import export_run
-    from microbert.train.memory import apply_memory_budget
-    from microbert.model.build import model_for_tokens
     from microbert.data.prepare import prepare_tokens
-    from microbert.runtime.run import open_run
+    from microbert.data.sources import lock_cache, open_corpus
     from microbert.data.tokenizer import get_tokenizer
+    from microbert.model.build import model_for_tokens
+    from microbert.model.export import export_run
+    from microbert.runtime.device import choose_device
+    from microbert.runtime.run import open_run
+    from microbert.train.checkpoint import find_checkpoint, is_finished
+    from microbert.train.dry_run import print_plan
     from microbert.train.loop import model_card_facts, train
+    from microbert.train.memory import apply_memory_budget
 
     if config.dry_run:
         print_plan(config)

@@ -25,7 +25,14 @@ from microbert.kernels.attention import SOURCE, _NarrowAttention  # noqa: E402
 from microbert.kernels.compile import compiled_kernel  # noqa: E402
 
 B, T = 32, 128
-SHAPES = {"v1": (2, 2), "v2": (4, 2), "v3": (8, 2), "heads of 4": (8, 4), "heads of 8": (8, 8), "heads of 16": (8, 16)}  # heads, numbers of each
+SHAPES = {
+    "v1": (2, 2),
+    "v2": (4, 2),
+    "v3": (8, 2),
+    "heads of 4": (8, 4),
+    "heads of 8": (8, 8),
+    "heads of 16": (8, 16),
+}  # heads, numbers of each
 
 
 def seconds(attention: Callable[[], Tensor], tensors: list[Tensor], output_grad: Tensor) -> tuple[float, float]:
@@ -40,16 +47,23 @@ def seconds(attention: Callable[[], Tensor], tensors: list[Tensor], output_grad:
 def compare(name: str, n_queries: int, is_masked: bool, rounds: int) -> str:
     n_heads, d = SHAPES[name]
     generator = torch.Generator().manual_seed(0)
-    query, key, value, output_grad = (torch.randn(B, n, n_heads, d, generator=generator).transpose(1, 2) for n in (n_queries, T, T, n_queries))
+    query, key, value, output_grad = (
+        torch.randn(B, n, n_heads, d, generator=generator).transpose(1, 2) for n in (n_queries, T, T, n_queries)
+    )
     tensors = [x.requires_grad_() for x in (query, key, value)]
     lengths = torch.randint(T // 4, T + 1, (B, 1), generator=generator)
     mask = (torch.arange(T) < lengths)[:, None, None] if is_masked else None
     kernel = compiled_kernel(SOURCE, HEAD=d)
-    sides = [lambda: _NarrowAttention.apply(*tensors, mask, kernel), lambda: F.scaled_dot_product_attention(*tensors, attn_mask=mask)]
+    sides = [
+        lambda: _NarrowAttention.apply(*tensors, mask, kernel),
+        lambda: F.scaled_dot_product_attention(*tensors, attn_mask=mask),
+    ]
     times = [[seconds(side, tensors, output_grad) for side in sides] for _ in range(rounds)]
     ours, theirs = ([1e3 * statistics.median(part) for part in zip(*side)] for side in zip(*times))
-    return (f"{name:12} {n_queries:>7} {'yes' if is_masked else 'no':>8} {ours[0]:>9.2f} + {ours[1]:<5.2f} {theirs[0]:>10.2f} + {theirs[1]:<6.2f}"
-            f" {sum(theirs) / sum(ours):>6.1f} x")
+    return (
+        f"{name:12} {n_queries:>7} {'yes' if is_masked else 'no':>8} {ours[0]:>9.2f} + {ours[1]:<5.2f} {theirs[0]:>10.2f} + {theirs[1]:<6.2f}"
+        f" {sum(theirs) / sum(ours):>6.1f} x"
+    )
 
 
 def main() -> None:

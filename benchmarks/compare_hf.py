@@ -28,14 +28,14 @@ import torch
 import transformers
 from common import ROOT, new_learner, new_model, prepared, take_step
 
-from microbert.data.batches import training_batch
 from microbert.config.constants import Config
 from microbert.config.flags import read_script
-from microbert.runtime.device import compute_dtype
-from microbert.model.hugging_face import hugging_face_config
-from microbert.runtime.run import plain_errors
-from microbert.data.tokenizer import PAD_ID, save_tokenizer
+from microbert.data.batches import training_batch
 from microbert.data.shards import Tokens
+from microbert.data.tokenizer import PAD_ID, save_tokenizer
+from microbert.model.hugging_face import hugging_face_config
+from microbert.runtime.device import compute_dtype
+from microbert.runtime.run import plain_errors
 
 SHAPES = {  # n_layers, n_heads, n_embed, vocab_size; timed steps of this project and of the Trainer
     "v1": ((2, 2, 4, 10_000), 60, 5),
@@ -69,18 +69,38 @@ class Clock(transformers.TrainerCallback):
 def theirs(config: Config, tokens: Tokens, folder: Path, steps: int) -> float:
     """Samples a second of transformers' Trainer, on the same shape and rows."""
     transformers.set_seed(config.seed)
-    model = transformers.BertForMaskedLM(transformers.BertConfig(**hugging_face_config(new_model(config, tokens).config)))
+    model = transformers.BertForMaskedLM(
+        transformers.BertConfig(**hugging_face_config(new_model(config, tokens).config))
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     n_rows = min(len(tokens.train), (WARM_UP + steps) * config.batch_size)
-    input_ids = torch.from_numpy(training_batch(tokens.train, step=0, epochs=100, global_batch_size=n_rows, seed=config.seed).input_ids)
+    input_ids = torch.from_numpy(
+        training_batch(tokens.train, step=0, epochs=100, global_batch_size=n_rows, seed=config.seed).input_ids
+    )
     rows = [{"input_ids": row, "attention_mask": (row != PAD_ID).long()} for row in input_ids]
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "trainer"), per_device_train_batch_size=config.batch_size, max_steps=WARM_UP + steps, learning_rate=LEARNING_RATE,
-        weight_decay=config.weight_decay, max_grad_norm=config.grad_clip, optim="adamw_torch_fused", use_cpu=True, report_to=[],
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=config.seed)
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=config.batch_size,
+        max_steps=WARM_UP + steps,
+        learning_rate=LEARNING_RATE,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.grad_clip,
+        optim="adamw_torch_fused",
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        seed=config.seed,
+    )
     clock = Clock()
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock],
-                                   data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.mlm_probability))
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[clock],
+        data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.mlm_probability),
+    )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     trainer.train()
     return steps * config.batch_size / (clock.end - clock.start)
@@ -88,8 +108,18 @@ def theirs(config: Config, tokens: Tokens, folder: Path, steps: int) -> float:
 
 def compare(name: str, rounds: int, dtype: str, folder: Path) -> str:
     (n_layers, n_heads, n_embed, vocab_size), our_steps, their_steps = SHAPES[name]
-    config = dataclasses.replace(read_script(ROOT / "mlm_pretrain_v1.py", []), n_layers=n_layers, n_heads=n_heads,
-                                 n_embed=n_embed, vocab_size=vocab_size, optimizer="adamw", dtype=dtype, max_samples=4000, device="cpu", cache_dir=str(folder / "cache"))
+    config = dataclasses.replace(
+        read_script(ROOT / "mlm_pretrain_v1.py", []),
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_embed=n_embed,
+        vocab_size=vocab_size,
+        optimizer="adamw",
+        dtype=dtype,
+        max_samples=4000,
+        device="cpu",
+        cache_dir=str(folder / "cache"),
+    )
     tokenizer, tokens = prepared(config)
     save_tokenizer(tokenizer, folder, config.max_seq_len)
     pairs = []
@@ -98,8 +128,10 @@ def compare(name: str, rounds: int, dtype: str, folder: Path) -> str:
         print(f"{name}, round {number + 1}: {pairs[-1][0]:.1f} and {pairs[-1][1]:.1f} samples/s", flush=True)
     ratios = [a / b for a, b in pairs]
     products = "bf16" if compute_dtype(config, torch.device("cpu")) == torch.bfloat16 else "fp32"
-    return (f"{name:12} {len(tokens.token_counts):>8,} {products:>8} {statistics.median(a for a, _ in pairs):>12.1f} "
-            f"{statistics.median(b for _, b in pairs):>12.1f} {statistics.median(ratios):>8.1f} x   {min(ratios):.1f} to {max(ratios):.1f}")
+    return (
+        f"{name:12} {len(tokens.token_counts):>8,} {products:>8} {statistics.median(a for a, _ in pairs):>12.1f} "
+        f"{statistics.median(b for _, b in pairs):>12.1f} {statistics.median(ratios):>8.1f} x   {min(ratios):.1f} to {max(ratios):.1f}"
+    )
 
 
 @plain_errors()
@@ -107,16 +139,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="of this project's matrix products, as the constant dtype")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32"),
+        default="auto",
+        help="of this project's matrix products, as the constant dtype",
+    )
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     lines = []
     with tempfile.TemporaryDirectory() as folder:  # the shapes share what is prepared
         for name in arguments.shapes:
             lines.append(compare(name, arguments.rounds, arguments.dtype, Path(folder)))
-    print(f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"batch 32 x 128, {arguments.rounds} rounds")
-    print(f"{'shape':12} {'vocab':>8} {'products':>8} {'ours':>12} {'Trainer':>12} {'ratio':>10}   range  (samples/s, medians)")
+    print(
+        f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"batch 32 x 128, {arguments.rounds} rounds"
+    )
+    print(
+        f"{'shape':12} {'vocab':>8} {'products':>8} {'ours':>12} {'Trainer':>12} {'ratio':>10}   range  (samples/s, medians)"
+    )
     print("\n".join(lines))
 
 

@@ -23,15 +23,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from microbert.data.batches import random_batch  # noqa: E402
 from microbert.config.constants import Config, fill_in  # noqa: E402
 from microbert.config.flags import read_script  # noqa: E402
+from microbert.data.batches import random_batch  # noqa: E402
+from microbert.data.masking import mask_batch, n_slots  # noqa: E402
+from microbert.model.build import build_model, shape_of  # noqa: E402
 from microbert.runtime.device import choose_device, compute_dtype, describe_compute, describe_device, peak_memory_gb  # noqa: E402
 from microbert.runtime.distributed import World  # noqa: E402
-from microbert.data.masking import mask_batch, n_slots  # noqa: E402
-from microbert.train.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
-from microbert.model.build import build_model, shape_of  # noqa: E402
 from microbert.runtime.run import plain_errors  # noqa: E402
+from microbert.train.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
 from microbert.train.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v4.py"
@@ -80,7 +80,9 @@ def measure(config: Config, steps: int) -> dict[str, float]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    config = dataclasses.replace(config, micro_batch_size=plan_memory(config, config.vocab_size, hardware_of(device, world)).micro_batch_size)
+    config = dataclasses.replace(
+        config, micro_batch_size=plan_memory(config, config.vocab_size, hardware_of(device, world)).micro_batch_size
+    )
     cap_memory(config, hardware_of(device, world), device)
     learner = Learner(build_model(shape_of(config, config.vocab_size), config.seed).to(device), config, world)
     begin = time.perf_counter()
@@ -93,13 +95,21 @@ def measure(config: Config, steps: int) -> dict[str, float]:
         step = learner.step(masked, number, 1e-4)
     step.read()
     tokens = steps * config.batch_size * config.max_seq_len / (time.perf_counter() - start)
-    return {"samples_per_second": tokens / config.max_seq_len, "tokens_per_second": tokens, "utilisation": tokens * operations_a_token(config) / best,
-            "peak_gb": peak_memory_gb(device), "warm_up_seconds": start - begin}
+    return {
+        "samples_per_second": tokens / config.max_seq_len,
+        "tokens_per_second": tokens,
+        "utilisation": tokens * operations_a_token(config) / best,
+        "peak_gb": peak_memory_gb(device),
+        "warm_up_seconds": start - begin,
+    }
 
 
 @plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags are v4's: --batch-size, --dtype, --torch-compile, --device ...")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Other flags are v4's: --batch-size, --dtype, --torch-compile, --device ...",
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--steps", type=int, default=50, help="timed ones")
     parser.add_argument("--measure", choices=SHAPES, help=argparse.SUPPRESS)
@@ -109,18 +119,30 @@ def main() -> None:
         return
     config = settle(arguments.shapes[0], flags)
     device = choose_device(config.device, World({}))
-    print(f"{describe_device(device, World({}))}{describe_compute(config, device)}, torch {torch.__version__}, {arguments.steps} steps")
-    print(f"{'shape':<8} {'batch':>11} {'samples/s':>10} {'tokens/s':>10} {'utilisation':>12} {'peak GB':>8} {'planned':>8} {'warm-up s':>10}", flush=True)
+    print(
+        f"{describe_device(device, World({}))}{describe_compute(config, device)}, torch {torch.__version__}, {arguments.steps} steps"
+    )
+    print(
+        f"{'shape':<8} {'batch':>11} {'samples/s':>10} {'tokens/s':>10} {'utilisation':>12} {'peak GB':>8} {'planned':>8} {'warm-up s':>10}",
+        flush=True,
+    )
     for shape in arguments.shapes:
         config, hardware = settle(shape, flags), hardware_of(device, World({}))
         plan = plan_memory(config, config.vocab_size, hardware)
         planned = plan.total - (plan.parts[MARGIN] if device.type == "cuda" else 0)
-        done = subprocess.run([sys.executable, __file__, "--measure", shape, "--steps", str(arguments.steps), *flags], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure", shape, "--steps", str(arguments.steps), *flags],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         if done.returncode:
             raise SystemExit(done.returncode)
         found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{shape:<8} {f'{config.batch_size} x {config.max_seq_len}':>11} {found['samples_per_second']:>10.0f} {found['tokens_per_second']:>10.0f} "
-              f"{found['utilisation']:>12.1%} {found['peak_gb']:>8.2f} {planned / GB:>8.2f} {found['warm_up_seconds']:>10.1f}", flush=True)
+        print(
+            f"{shape:<8} {f'{config.batch_size} x {config.max_seq_len}':>11} {found['samples_per_second']:>10.0f} {found['tokens_per_second']:>10.0f} "
+            f"{found['utilisation']:>12.1%} {found['peak_gb']:>8.2f} {planned / GB:>8.2f} {found['warm_up_seconds']:>10.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

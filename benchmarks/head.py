@@ -24,8 +24,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from microbert.runtime.device import peak_memory_gb  # noqa: E402
 from microbert.model.loss import masked_loss  # noqa: E402
+from microbert.runtime.device import peak_memory_gb  # noqa: E402
 
 
 def dense_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_masked: int) -> Tensor:
@@ -46,7 +46,10 @@ def call(way: str, tensors: list[Tensor], labels: Tensor) -> float:
 
 def inputs(rows: int, vocab_size: int, n_embed: int) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((rows, n_embed), (vocab_size, n_embed), (vocab_size,))]
+    tensors = [
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((rows, n_embed), (vocab_size, n_embed), (vocab_size,))
+    ]
     return tensors, torch.randint(vocab_size, (rows,), generator=generator)
 
 
@@ -74,20 +77,26 @@ def main() -> None:
         return
     growths = {}
     for way in WAYS:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--growth-of", way], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--growth-of", way], capture_output=True, text=True, check=True
+        )
         growths[way] = json.loads(done.stdout)
     given = inputs(*shape)
     seconds = {way: [] for way in WAYS}
     for _ in range(arguments.rounds + 1):
         for way in WAYS:
             seconds[way].append(call(way, *given))
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {shape[0]:,} masked tokens, vocabulary {shape[1]:,}, "
-          f"{shape[2]}-dim, {arguments.rounds} rounds, the first call of each left out")
+    print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {shape[0]:,} masked tokens, vocabulary {shape[1]:,}, "
+        f"{shape[2]}-dim, {arguments.rounds} rounds, the first call of each left out"
+    )
     for way in WAYS:
         print(f"{way}: {growths[way]:.3f} GB, {statistics.median(seconds[way][1:]):.3f} s")
     ratios = [dense / chunks for chunks, dense in zip(seconds["chunks"][1:], seconds["dense"][1:])]
-    print(f"chunks take {growths['chunks'] / growths['dense']:.1%} of the memory, and are {statistics.median(ratios):.2f} times as fast "
-          f"({min(ratios):.2f} to {max(ratios):.2f})")
+    print(
+        f"chunks take {growths['chunks'] / growths['dense']:.1%} of the memory, and are {statistics.median(ratios):.2f} times as fast "
+        f"({min(ratios):.2f} to {max(ratios):.2f})"
+    )
 
 
 if __name__ == "__main__":

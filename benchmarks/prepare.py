@@ -34,7 +34,10 @@ BATCH_ROWS = 1000  # the default of datasets.map
 def configure(folder: Path):
     from microbert.config.flags import read_script
 
-    return read_script(ROOT / "mlm_pretrain_v2.py", ["--dataset", str(folder / "corpus.jsonl"), "--cache-dir", str(folder / "cache"), "--max-samples", "None"])
+    return read_script(
+        ROOT / "mlm_pretrain_v2.py",
+        ["--dataset", str(folder / "corpus.jsonl"), "--cache-dir", str(folder / "cache"), "--max-samples", "None"],
+    )
 
 
 def write_corpus(path: Path, megabytes: int) -> None:
@@ -63,8 +66,8 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def ours(folder: Path) -> float:
-    from microbert.data.sources import lock_cache, open_corpus
     from microbert.data.prepare import prepare_tokens
+    from microbert.data.sources import lock_cache, open_corpus
     from microbert.data.tokenizer import get_tokenizer
 
     config = configure(folder)
@@ -86,14 +89,24 @@ def theirs(folder: Path, n_processes: int) -> float:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()  # it warns of texts longer than the model takes
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    rows = datasets.load_dataset("json", data_files=str(folder / "corpus.jsonl"), split="train", cache_dir=str(folder / "arrow"))
+    rows = datasets.load_dataset(
+        "json", data_files=str(folder / "corpus.jsonl"), split="train", cache_dir=str(folder / "arrow")
+    )
     datasets.disable_caching()  # so that each turn does the work again
 
     def encode(batch):
-        return tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+        return tokenizer(
+            batch["text"], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+        )
 
     begin = time.perf_counter()
-    rows.map(encode, batched=True, batch_size=BATCH_ROWS, remove_columns=rows.column_names, num_proc=n_processes if n_processes > 1 else None)
+    rows.map(
+        encode,
+        batched=True,
+        batch_size=BATCH_ROWS,
+        remove_columns=rows.column_names,
+        num_proc=n_processes if n_processes > 1 else None,
+    )
     return time.perf_counter() - begin
 
 
@@ -113,7 +126,10 @@ def turn(side: str, folder: Path, n_processes: int) -> tuple[float, float]:
     """Seconds and GB of one turn, in a process of its own."""
     import psutil
 
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false" if n_processes > 1 else "true", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "TOKENIZERS_PARALLELISM": "false" if n_processes > 1 else "true",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, __file__, "--child", side, "--folder", str(folder), "--processes", str(n_processes)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     peak, watched = [0], psutil.Process(child.pid)
@@ -158,14 +174,26 @@ def main() -> None:
         for number in range(arguments.rounds):
             for side, n_processes, label in sides:
                 results[label].append(turn(side, folder, n_processes))
-                print(f"round {number + 1}, {label}: {arguments.megabytes / results[label][-1][0]:.1f} MB/s, {results[label][-1][1]:.2f} GB", flush=True)
+                print(
+                    f"round {number + 1}, {label}: {arguments.megabytes / results[label][-1][0]:.1f} MB/s, {results[label][-1][1]:.2f} GB",
+                    flush=True,
+                )
     print(f"\n{arguments.megabytes} MB, {n_cores} cores, {arguments.rounds} rounds (medians of MB/s, largest GB)")
     for label, turns in results.items():
-        print(f"{label:20} {statistics.median(arguments.megabytes / seconds for seconds, _ in turns):8.1f} MB/s {max(peak for _, peak in turns):6.2f} GB")
+        print(
+            f"{label:20} {statistics.median(arguments.megabytes / seconds for seconds, _ in turns):8.1f} MB/s {max(peak for _, peak in turns):6.2f} GB"
+        )
     if not arguments.only:
-        ratios = [min(seconds for label, turns in results.items() if label != "this project" for seconds, _ in [turns[number]])
-                  / results["this project"][number][0] for number in range(arguments.rounds)]
-        print(f"ratio to the faster of the others: {statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})")
+        ratios = [
+            min(
+                seconds for label, turns in results.items() if label != "this project" for seconds, _ in [turns[number]]
+            )
+            / results["this project"][number][0]
+            for number in range(arguments.rounds)
+        ]
+        print(
+            f"ratio to the faster of the others: {statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})"
+        )
 
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ import torch
 from common import ROOT, held_out_loss, new_learner, prepared, scored_batches, take_step
 from torch import Tensor, nn
 
+from microbert.config.constants import Config
+from microbert.config.flags import read_script
+from microbert.config.learning_rate import peak_learning_rate
+from microbert.data.batches import steps_in_run
+from microbert.data.shards import Tokens
+from microbert.kernels.gelu import gelu
 from microbert.model import build as models
 from microbert.model import modern
-from microbert.data.batches import steps_in_run
-from microbert.config.constants import Config
-from microbert.config.learning_rate import peak_learning_rate
-from microbert.config.flags import read_script
-from microbert.kernels.gelu import gelu
 from microbert.model.layers import MaskedLanguageModel, ModelConfig, Rotary, at_positions
-from microbert.train.optim import learning_rate_share
 from microbert.runtime.run import plain_errors
+from microbert.train.optim import learning_rate_share
 from microbert.train.step import Learner
-from microbert.data.shards import Tokens
 
 BASE = "v4 as it stands"
 SCORED_BATCHES = 32
@@ -53,7 +53,9 @@ class PostNormLayer(modern.Layer):
         super().__init__(config, number, rotary)
         self.attention_norm = modern.new_norm(config)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
         x = self.attention_norm(at_positions(x, positions) + self.attention(x, attention_mask, positions))
         inner, gate = self.expand(x).chunk(2, dim=-1)
         return self.feed_forward_norm(x + self.contract(gelu(inner) * gate))
@@ -67,7 +69,9 @@ class UngatedLayer(modern.Layer):
         self.expand = nn.Linear(config.n_embed, 4 * config.n_embed, bias=False)
         self.contract = nn.Linear(4 * config.n_embed, config.n_embed, bias=False)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
         x = at_positions(x, positions) + self.attention(self.attention_norm(x), attention_mask, positions)
         return x + self.contract(gelu(self.expand(self.feed_forward_norm(x))))
 
@@ -151,7 +155,9 @@ def train(variant: Variant, config: Config, tokens: Tokens, steps: int) -> tuple
             masked = config.mlm_probability + (variant.last_mask - config.mlm_probability) * number / steps
             learner.config = dataclasses.replace(config, mlm_probability=masked)
         start = time.process_time()
-        take_step(learner, tokens, number, config.learning_rate * learning_rate_share(number, steps, config), config.epochs)
+        take_step(
+            learner, tokens, number, config.learning_rate * learning_rate_share(number, steps, config), config.epochs
+        )
         seconds += time.process_time() - start
     return learner, seconds
 
@@ -165,20 +171,43 @@ class Results:
     times: list[float] = dataclasses.field(default_factory=list)
 
     def row(self, name: str) -> str:
-        losses = (f"{statistics.mean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})" for losses in (self.equal_tokens, self.equal_time))
+        losses = (
+            f"{statistics.mean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})"
+            for losses in (self.equal_tokens, self.equal_time)
+        )
         return f"| {name} | {' | '.join(losses)} | {statistics.mean(self.times):.2f} |"
 
 
 @plain_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=f"beside {BASE!r}, which is always run")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=f"beside {BASE!r}, which is always run"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43])
-    parser.add_argument("--max-steps", type=int, default=600, help="of 32 sequences; of more or fewer where a variant has others, for as many tokens")
+    parser.add_argument(
+        "--max-steps",
+        type=int,
+        default=600,
+        help="of 32 sequences; of more or fewer where a variant has others, for as many tokens",
+    )
     parser.add_argument("--cache-dir", default="cache")
     arguments = parser.parse_args()
-    as_it_stands = read_script(ROOT / "mlm_pretrain_v4.py", ["--vocab-size", "10000", "--n-layers", "4", "--batch-size", "32", "--device", "cpu",
-                                                             "--cache-dir", arguments.cache_dir])
+    as_it_stands = read_script(
+        ROOT / "mlm_pretrain_v4.py",
+        [
+            "--vocab-size",
+            "10000",
+            "--n-layers",
+            "4",
+            "--batch-size",
+            "32",
+            "--device",
+            "cpu",
+            "--cache-dir",
+            arguments.cache_dir,
+        ],
+    )
     results = {name: Results() for name in dict.fromkeys([BASE, *arguments.variants])}
     for seed in arguments.seeds:
         base = dataclasses.replace(as_it_stands, seed=seed)
@@ -187,9 +216,14 @@ def main() -> None:
         for name, of_variant in results.items():
             variant = VARIANTS[name]
             config = dataclasses.replace(base, **variant.constants)
-            config = dataclasses.replace(config, learning_rate=peak_learning_rate(config) * variant.rate, lr_scaling="none")
+            config = dataclasses.replace(
+                config, learning_rate=peak_learning_rate(config) * variant.rate, lr_scaling="none"
+            )
             tokens = packed if config.packing else prepared(config)[1]
-            steps = min(arguments.max_steps * base.batch_size // config.batch_size, steps_in_run(len(tokens.train), config.epochs, config.batch_size))
+            steps = min(
+                arguments.max_steps * base.batch_size // config.batch_size,
+                steps_in_run(len(tokens.train), config.epochs, config.batch_size),
+            )
             learner, seconds = train(variant, config, tokens, steps)
             of_base = of_base or seconds
             of_variant.times.append(seconds / of_base)
@@ -197,9 +231,14 @@ def main() -> None:
             if abs(seconds / of_base - 1) > SAME_TIME:
                 learner, _ = train(variant, config, tokens, round(steps * of_base / seconds))
             of_variant.equal_time.append(held_out_loss(learner, scored))
-            print(f"seed {seed}, {name}: {of_variant.equal_tokens[-1]:.4f} after {steps} steps, {of_variant.equal_time[-1]:.4f} in v4's time "
-                  f"({seconds:.0f} s)", flush=True)
-    print("\n| | held-out loss at equal tokens, mean (each seed) | in v4's time | time of a token, v4's being 1 |\n|---|---|---|---|")
+            print(
+                f"seed {seed}, {name}: {of_variant.equal_tokens[-1]:.4f} after {steps} steps, {of_variant.equal_time[-1]:.4f} in v4's time "
+                f"({seconds:.0f} s)",
+                flush=True,
+            )
+    print(
+        "\n| | held-out loss at equal tokens, mean (each seed) | in v4's time | time of a token, v4's being 1 |\n|---|---|---|---|"
+    )
     for name, of_variant in results.items():
         print(of_variant.row(name))
 

@@ -23,17 +23,17 @@ import torch
 import transformers
 from common import ROOT, held_out_loss, new_learner, new_model, prepared, scored_batches, take_step
 
-from microbert.data.batches import steps_in_run, training_batch
 from microbert.config.constants import Config
-from microbert.config.learning_rate import peak_learning_rate
 from microbert.config.flags import read_script
-from microbert.runtime.device import describe_compute
+from microbert.config.learning_rate import peak_learning_rate
+from microbert.data.batches import steps_in_run, training_batch
+from microbert.data.shards import Tokens
+from microbert.data.tokenizer import save_tokenizer
 from microbert.model.hugging_face import hugging_face_config
 from microbert.model.loss import masked_scores
-from microbert.train.optim import learning_rate_share
+from microbert.runtime.device import describe_compute
 from microbert.runtime.run import plain_errors
-from microbert.data.tokenizer import save_tokenizer
-from microbert.data.shards import Tokens
+from microbert.train.optim import learning_rate_share
 
 RATES = (5e-4, 1e-3, 2e-3)
 SCORED_BATCHES = 16  # of 32 held-out sequences
@@ -61,8 +61,22 @@ class Clock:
 
 def prepare(folder: Path, flags: list[str]) -> tuple[Config, Tokens, float]:
     """v4 at 10K words on raw IMDB, with these flags, and the seconds from text to tokens, the tokenizer's training included."""
-    config = read_script(ROOT / "mlm_pretrain_v4.py", ["--vocab-size", "10000", "--n-layers", "4", "--batch-size", "32", "--device", "cpu",
-                                                       "--cache-dir", str(folder / "cache"), *flags])
+    config = read_script(
+        ROOT / "mlm_pretrain_v4.py",
+        [
+            "--vocab-size",
+            "10000",
+            "--n-layers",
+            "4",
+            "--batch-size",
+            "32",
+            "--device",
+            "cpu",
+            "--cache-dir",
+            str(folder / "cache"),
+            *flags,
+        ],
+    )
     start = time.perf_counter()
     tokenizer, tokens = prepared(config)
     seconds = time.perf_counter() - start
@@ -76,7 +90,13 @@ def ours(config: Config, tokens: Tokens, seconds: float, minutes: float) -> Curv
     clock, steps, step = Clock(seconds), steps_in_run(len(tokens.train), config.epochs, config.batch_size), 0
     clock.score(lambda: held_out_loss(learner, batches))
     while (used := (clock.now() - seconds) / (60 * minutes - seconds)) < 1 and step < steps:
-        take_step(learner, tokens, step, peak_learning_rate(config) * learning_rate_share(max(step, used * steps), steps, config), config.epochs)
+        take_step(
+            learner,
+            tokens,
+            step,
+            peak_learning_rate(config) * learning_rate_share(max(step, used * steps), steps, config),
+            config.epochs,
+        )
         step += 1
         if used * POINTS >= len(clock.curve):
             clock.score(lambda: held_out_loss(learner, batches))
@@ -93,14 +113,18 @@ class Scores(transformers.TrainerCallback):
             self.clock.score(self.loss)
 
 
-def theirs(config: Config, tokens: Tokens, folder: Path, seconds: float, minutes: float, rate: float, n_points: int) -> Curve:
+def theirs(
+    config: Config, tokens: Tokens, folder: Path, seconds: float, minutes: float, rate: float, n_points: int
+) -> Curve:
     """transformers' Trainer on the same rows, with as many steps as the time takes."""
     (first, _), (last, _) = _their_run(config, tokens, folder, 0.0, TIMED_STEPS, rate, (1, TIMED_STEPS))
     steps = math.ceil((60 * minutes - seconds) * (TIMED_STEPS - 1) / (last - first))
     return _their_run(config, tokens, folder, seconds, steps, rate, {*range(1, steps, -(-steps // n_points)), steps})
 
 
-def _their_run(config: Config, tokens: Tokens, folder: Path, seconds: float, steps: int, rate: float, scored: Container[int]) -> Curve:
+def _their_run(
+    config: Config, tokens: Tokens, folder: Path, seconds: float, steps: int, rate: float, scored: Container[int]
+) -> Curve:
     """scored: the steps behind which it is scored."""
     transformers.set_seed(config.seed)
     shape = new_model(dataclasses.replace(config, arch="bert"), tokens).config
@@ -112,23 +136,52 @@ def _their_run(config: Config, tokens: Tokens, folder: Path, seconds: float, ste
         total = 0.0
         with torch.no_grad():
             for batch in batches:
-                hidden = model.cls.predictions.transform(model.bert(torch.from_numpy(batch.input_ids)).last_hidden_state)
+                hidden = model.cls.predictions.transform(
+                    model.bert(torch.from_numpy(batch.input_ids)).last_hidden_state
+                )
                 hidden = hidden.take_along_dim(torch.from_numpy(batch.positions)[:, :, None], dim=1).flatten(0, 1)
-                total += masked_scores(hidden, model.get_output_embeddings().weight, model.cls.predictions.bias, torch.from_numpy(batch.labels).reshape(-1))[0]
+                total += masked_scores(
+                    hidden,
+                    model.get_output_embeddings().weight,
+                    model.cls.predictions.bias,
+                    torch.from_numpy(batch.labels).reshape(-1),
+                )[0]
         model.train()
         return total / sum(batch.n_masked for batch in batches)
 
     n_rows = steps * config.batch_size
-    input_ids = torch.from_numpy(training_batch(tokens.train, step=0, epochs=10_000, global_batch_size=n_rows, seed=config.seed).input_ids.astype("int32"))
+    input_ids = torch.from_numpy(
+        training_batch(
+            tokens.train, step=0, epochs=10_000, global_batch_size=n_rows, seed=config.seed
+        ).input_ids.astype("int32")
+    )
     rows = [{"input_ids": row.long(), "attention_mask": torch.ones_like(row)} for row in input_ids]
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "trainer"), per_device_train_batch_size=config.batch_size, max_steps=steps, learning_rate=rate, warmup_steps=math.ceil(0.06 * steps),
-        weight_decay=config.weight_decay, max_grad_norm=config.grad_clip, optim="adamw_torch_fused", use_cpu=True, report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, seed=config.seed)
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=config.batch_size,
+        max_steps=steps,
+        learning_rate=rate,
+        warmup_steps=math.ceil(0.06 * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.grad_clip,
+        optim="adamw_torch_fused",
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        seed=config.seed,
+    )
     clock = Clock(seconds)
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=rows, callbacks=[Scores(clock, loss, scored)],
-        data_collator=transformers.DataCollatorForLanguageModeling(transformers.AutoTokenizer.from_pretrained(folder), mlm_probability=0.15))
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[Scores(clock, loss, scored)],
+        data_collator=transformers.DataCollatorForLanguageModeling(
+            transformers.AutoTokenizer.from_pretrained(folder), mlm_probability=0.15
+        ),
+    )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     clock.start = time.perf_counter() - seconds  # what was laid out for the Trainer is not its time
     trainer.train()
@@ -156,9 +209,16 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
 
 @plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags are v4's: --dtype, --max-samples ...")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Other flags are v4's: --dtype, --max-samples ..."
+    )
     parser.add_argument("--minutes", type=float, default=30, help="of the Trainer's run")
-    parser.add_argument("--search-minutes", type=float, default=5, help="of each of its three runs before, which choose the learning rate")
+    parser.add_argument(
+        "--search-minutes",
+        type=float,
+        default=5,
+        help="of each of its three runs before, which choose the learning rate",
+    )
     parser.add_argument("--picture", type=Path, default=Path("time_to_loss.png"))
     arguments, flags = parser.parse_known_args()
     transformers.utils.logging.set_verbosity_error()
@@ -173,16 +233,26 @@ def main() -> None:
         rate = min(ends, key=ends.get)
         if rate in (RATES[0], RATES[-1]):
             print(f"note: the best of them, {rate:g}, is at the edge")
-        curves = {f"Trainer, BertForMaskedLM, {rate:g}": theirs(config, tokens, folder, seconds, arguments.minutes, rate, POINTS),
-                  f"MicroBERT v4{describe_compute(config, torch.device('cpu'))}": ours(config, tokens, seconds, OURS_SHARE * arguments.minutes)}
+        curves = {
+            f"Trainer, BertForMaskedLM, {rate:g}": theirs(
+                config, tokens, folder, seconds, arguments.minutes, rate, POINTS
+            ),
+            f"MicroBERT v4{describe_compute(config, torch.device('cpu'))}": ours(
+                config, tokens, seconds, OURS_SHARE * arguments.minutes
+            ),
+        }
     baseline, own = curves.values()
     print(f"\n{'seconds':>9} {'loss':>8}   " + "   ".join(curves))
     for name, curve in curves.items():
         print("\n".join(f"{at:>9.1f} {loss:>8.4f}   {name}" for at, loss in curve[:: max(1, len(curve) // 12)]))
     loss = baseline[-1][1]
     times = first_at(baseline, loss), first_at(own, loss)
-    print(f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"the Trainer ends at {loss:.4f}, where it first stands after {times[0]:.0f} s, and this project after {times[1]:.0f} s: {times[0] / times[1]:.1f} times sooner")
+    print(
+        f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    print(
+        f"the Trainer ends at {loss:.4f}, where it first stands after {times[0]:.0f} s, and this project after {times[1]:.0f} s: {times[0] / times[1]:.1f} times sooner"
+    )
     draw(curves, arguments.picture)
 
 

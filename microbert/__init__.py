@@ -2,8 +2,8 @@
 
 import sys
 
-from microbert.errors import InputError
 from microbert.config.requirements import require_packages
+from microbert.errors import InputError
 
 __version__ = "0.1.0"
 

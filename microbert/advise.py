@@ -1,9 +1,9 @@
 """Which version is for me? `python -m microbert.advise` looks at this machine and at your dataset, and says which script to start, how, and what it will take.
 
-    python -m microbert.advise                                        this machine, the bundled reviews
-    python -m microbert.advise --dataset "texts/*.jsonl.gz"           your files, or a dataset of the Hub
-    python -m microbert.advise --samples 20M --gpu-memory-gb 24 --num-gpus 8    what is not at hand
-    python -m microbert.advise --use production                       or learning, standard, many-gpus
+python -m microbert.advise                                        this machine, the bundled reviews
+python -m microbert.advise --dataset "texts/*.jsonl.gz"           your files, or a dataset of the Hub
+python -m microbert.advise --samples 20M --gpu-memory-gb 24 --num-gpus 8    what is not at hand
+python -m microbert.advise --use production                       or learning, standard, many-gpus
 """
 
 import argparse
@@ -19,22 +19,34 @@ from urllib.parse import urlsplit
 import torch
 
 from microbert.config.constants import Config, dataset_files
-from microbert.errors import InputError
 from microbert.config.flags import Parser, read_script, whole_number
-from microbert.data.sources import IMDB_DOCUMENTS, open_corpus
-from microbert.runtime.device import GIB, memory_bytes, n_cores
-from microbert.runtime.distributed import World
 from microbert.data.corpus import Estimate
-from microbert.train.dry_run import print_plan
 from microbert.data.hub import choose_dataset
 from microbert.data.prepare import estimated_megabytes
+from microbert.data.sources import IMDB_DOCUMENTS, open_corpus
+from microbert.errors import InputError
+from microbert.runtime.device import GIB, memory_bytes, n_cores
+from microbert.runtime.distributed import World
 from microbert.runtime.run import plain_errors
+from microbert.train.dry_run import print_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMORY_STEPS, VERSIONS = (7, 14, 21.5), (1, 2, 3, 4)  # GiB of a GPU, as drivers report 8, 16 and 24 GB; the version below the first, from it on, and so forth
-BY_SAMPLES = ((100_000, (1, 2)), (1_000_000, (2, 3)), (10_000_000, (3, 4)))  # the versions that are made for datasets below so many documents; v4 beyond
+MEMORY_STEPS, VERSIONS = (
+    (7, 14, 21.5),
+    (1, 2, 3, 4),
+)  # GiB of a GPU, as drivers report 8, 16 and 24 GB; the version below the first, from it on, and so forth
+BY_SAMPLES = (
+    (100_000, (1, 2)),
+    (1_000_000, (2, 3)),
+    (10_000_000, (3, 4)),
+)  # the versions that are made for datasets below so many documents; v4 beyond
 BY_USE = {"learning": 1, "standard": 2, "many-gpus": 3, "production": 4}
-MADE_FOR = {1: "the quick start", 2: "the standard version, for any dataset", 3: "made for many GPUs", 4: "for production: sized to the device, within 24 GB a GPU"}
+MADE_FOR = {
+    1: "the quick start",
+    2: "the standard version, for any dataset",
+    3: "made for many GPUs",
+    4: "for production: sized to the device, within 24 GB a GPU",
+}
 TORCHRUN = ("torchrun", "--standalone")
 LAUNCHERS = {3: "./train_h200_8gpu_standard.sh", 4: "./train_h200_8gpu_v4.sh"}
 BYTES_A_DOCUMENT = 1300  # where only their number is known: IMDB's
@@ -52,7 +64,11 @@ class Machine:
     has_network: bool
 
     def __str__(self) -> str:
-        gpus = "no GPU" if self.gpu_memory is None else f"{self.n_gpus} GPU{'s' * (self.n_gpus > 1)} of {self.gpu_memory / GIB:.0f} GiB"
+        gpus = (
+            "no GPU"
+            if self.gpu_memory is None
+            else f"{self.n_gpus} GPU{'s' * (self.n_gpus > 1)} of {self.gpu_memory / GIB:.0f} GiB"
+        )
         return f"{self.n_cores} cores, {gpus}, {self.free_disk / 1e9:,.0f} GB of disk free, {'the Hugging Face Hub answers' if self.has_network else 'no way to the Hugging Face Hub'}"
 
 
@@ -69,12 +85,16 @@ class Advice:
 
 def advise(machine: Machine, dataset: str, estimate: Estimate, use: str | None = None) -> Advice:
     """The version for this machine, dataset and use. What it is to be used for decides; else the size of the dataset, and within that the GPU."""
-    most_by_memory = 1 if machine.gpu_memory is None else VERSIONS[sum(machine.gpu_memory >= gib * GIB for gib in MEMORY_STEPS)]
+    most_by_memory = (
+        1 if machine.gpu_memory is None else VERSIONS[sum(machine.gpu_memory >= gib * GIB for gib in MEMORY_STEPS)]
+    )
     lowest, highest = next((versions for most, versions in BY_SAMPLES if estimate.documents < most), (4, 4))
     fitting = max(most_by_memory, 3) if machine.n_gpus > 1 else most_by_memory
     version = min(max(fitting, lowest), highest)
     made_for = f"v{lowest}" if lowest == highest else f"v{lowest} and v{highest}"
-    reasons = [f"{'' if estimate.is_exact else 'about '}{estimate.documents:,} documents: {made_for} {'alone is' if lowest == highest else 'are'} made for that"]
+    reasons = [
+        f"{'' if estimate.is_exact else 'about '}{estimate.documents:,} documents: {made_for} {'alone is' if lowest == highest else 'are'} made for that"
+    ]
     if machine.gpu_memory is None:
         reasons.append("no GPU: the smaller the model the sooner it is done")
     else:
@@ -104,7 +124,9 @@ def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> 
     needed = 2e6 * estimated_megabytes(estimate, config)  # the tokens and, while they are written, as much again
     if needed > machine.free_disk:
         documents = max(2, int(0.9 * documents * machine.free_disk / needed))
-        warnings.append(f"the disk has room for the tokens of {documents:,} documents only: another --cache-dir may have more")
+        warnings.append(
+            f"the disk has room for the tokens of {documents:,} documents only: another --cache-dir may have more"
+        )
     if dataset == "hf" or documents < estimate.documents:
         flags += ["--max-samples", str(documents)]
     elif config.max_samples is not None and config.max_samples < documents:
@@ -114,9 +136,13 @@ def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> 
     download = 1e6 * estimate.megabytes
     if is_of_the_hub and not choose_dataset(config)[2] and needed + download > machine.free_disk:
         flags.append("--streaming")
-        warnings.append(f"the disk has no room for {download / 1e9:,.1f} GB of downloads: the dataset is read as it comes")
+        warnings.append(
+            f"the disk has no room for {download / 1e9:,.1f} GB of downloads: the dataset is read as it comes"
+        )
     if is_of_the_hub and not machine.has_network:
-        warnings.append("without a network a dataset of the Hub cannot be read: prepare it elsewhere (--prepare-only) and bring cache/, or give files")
+        warnings.append(
+            "without a network a dataset of the Hub cannot be read: prepare it elsewhere (--prepare-only) and bring cache/, or give files"
+        )
     folder, number = Path(config.output_dir), 2
     while folder.exists():  # a run of another day, which is none of this one's business
         folder, number = Path(f"{config.output_dir}-{number}"), number + 1
@@ -158,7 +184,9 @@ def _hub_answers() -> bool:
     if HF_HUB_OFFLINE or not where.hostname:
         return False
     try:
-        with socket.create_connection((where.hostname, where.port or (443 if where.scheme == "https" else 80)), CONNECT_SECONDS):
+        with socket.create_connection(
+            (where.hostname, where.port or (443 if where.scheme == "https" else 80)), CONNECT_SECONDS
+        ):
             return True
     except OSError:
         return False
@@ -167,7 +195,9 @@ def _hub_answers() -> bool:
 @plain_errors()
 def main() -> None:
     parser = Parser(prog="python -m microbert.advise", description="Which version is for me?")
-    parser.add_argument("--dataset", nargs="+", help="as for the scripts: imdb (unless you say another), hf, a Hub id, paths and globs")
+    parser.add_argument(
+        "--dataset", nargs="+", help="as for the scripts: imdb (unless you say another), hf, a Hub id, paths and globs"
+    )
     parser.add_argument("--samples", help="so many documents, such as 500K or 20M, instead of looking at the dataset")
     parser.add_argument("--use", choices=BY_USE)
     parser.add_argument("--gpu-memory-gb", type=float, help="of each GPU of a machine that is not at hand; 0: none")
@@ -205,7 +235,9 @@ def _print_outcome(arguments: argparse.Namespace) -> None:
     print("\nwhat it would take, by --dry-run:")
     plan = dataclasses.replace(_config(advice.version, [*advice.flags]), dry_run=True)
     if machine.n_gpus > 1 or not is_at_hand and machine.n_gpus:
-        plan = dataclasses.replace(plan, num_gpus=machine.n_gpus, gpu_memory_gb=None if is_at_hand else machine.gpu_memory / GIB)
+        plan = dataclasses.replace(
+            plan, num_gpus=machine.n_gpus, gpu_memory_gb=None if is_at_hand else machine.gpu_memory / GIB
+        )
     print_plan(plan, None if arguments.samples is None else estimate)
 
 

@@ -6,18 +6,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from microbert.errors import InputError
 from microbert.config.flags import Parser
+from microbert.data.tokenizer import MASK_ID, load_tokenizer
+from microbert.errors import InputError
 from microbert.model.examples import N_GUESSES, likeliest, probabilities_at
-from microbert.runtime.files import read_json, system_trouble
 from microbert.model.hugging_face import model_from_hugging_face, one_line, read_hugging_face_config
 from microbert.model.layers import MaskedLanguageModel
+from microbert.runtime.files import read_json, system_trouble
 from microbert.runtime.run import plain_errors
-from microbert.data.tokenizer import MASK_ID, load_tokenizer
 
 
-def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str,
-              n_best: int = N_GUESSES) -> list[list[tuple[str, float]]]:
+def fill_mask(
+    model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, n_best: int = N_GUESSES
+) -> list[list[tuple[str, float]]]:
     """For each [MASK] of the text, the likeliest ordinary tokens and their probabilities.
 
     Raises InputError when the text has no [MASK] or is longer than the model takes.
@@ -61,8 +62,10 @@ def load_run(folder: Path) -> tuple[MaskedLanguageModel, Tokenizer]:
         raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.get_vocab_size() != config.vocab_size:
-        raise InputError(f"{folder} cannot be loaded: its tokenizer has {tokenizer.get_vocab_size():,} tokens, and its "
-                         f"model {config.vocab_size:,}")
+        raise InputError(
+            f"{folder} cannot be loaded: its tokenizer has {tokenizer.get_vocab_size():,} tokens, and its "
+            f"model {config.vocab_size:,}"
+        )
     return model, tokenizer
 
 

@@ -28,28 +28,42 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from microbert.model.classifier import WIDTH, TextClassifier, batch_of, check_classifier, encode_texts, is_classifier, save_classifier
 from microbert.config.constants import DEVICES
-from microbert.errors import InputError
 from microbert.config.flags import Parser, whole_number
+from microbert.data.corpus import HELD_OUT_SHARE, split_hash
+from microbert.data.labelled import LabelledTexts, read_labelled
+from microbert.data.tokenizer import VOCABULARY
+from microbert.errors import Diverged, Failed, InputError
+from microbert.fill_mask import load_run
+from microbert.model.build import build_model, with_max_seq_len
+from microbert.model.classifier import (
+    WIDTH,
+    TextClassifier,
+    batch_of,
+    check_classifier,
+    encode_texts,
+    is_classifier,
+    save_classifier,
+)
+from microbert.model.export import MODEL_FILES
+from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.counter_rng import random_bits
 from microbert.runtime.device import NARROWEST_IN_BF16, choose_device, fastest_dtype, multiplying_in, out_of_memory
 from microbert.runtime.distributed import World
-from microbert.data.corpus import HELD_OUT_SHARE, split_hash
-from microbert.model.export import MODEL_FILES
 from microbert.runtime.files import read_json, system_trouble
-from microbert.fill_mask import load_run
-from microbert.data.labelled import LabelledTexts, read_labelled
-from microbert.model.layers import MaskedLanguageModel
-from microbert.model.build import build_model, with_max_seq_len
 from microbert.runtime.metrics import progress_bar
 from microbert.runtime.run import HELD_OUT, plain_errors
-from microbert.errors import Diverged, Failed
-from microbert.data.tokenizer import VOCABULARY
 
 WARMUP = 0.06  # share of the steps
-EPOCHS, FEWEST_STEPS = 3, 300  # with fewer steps, few labels would be told apart by nothing that learns (Mosbach et al. 2021, arXiv:2006.04884)
-LEARNS = {"all": "all of it learns", "last_2": "its last two layers and the classifier learn", "classifier": "what is behind its layers learns"}
+EPOCHS, FEWEST_STEPS = (
+    3,
+    300,
+)  # with fewer steps, few labels would be told apart by nothing that learns (Mosbach et al. 2021, arXiv:2006.04884)
+LEARNS = {
+    "all": "all of it learns",
+    "last_2": "its last two layers and the classifier learn",
+    "classifier": "what is behind its layers learns",
+}
 CHECKED_TEXTS = 8  # whose logits transformers is to give too
 
 
@@ -57,12 +71,16 @@ CHECKED_TEXTS = 8  # whose logits transformers is to give too
 class Settings:
     """The constants, each a flag."""
 
-    dataset: str = "imdb"  # "imdb" (bundled, with its labels), csv, jsonl or parquet files, or a Hub id "org/name:config"
+    dataset: str = (
+        "imdb"  # "imdb" (bundled, with its labels), csv, jsonl or parquet files, or a Hub id "org/name:config"
+    )
     text_column: str | None = None  # the column with the texts; None takes "text", or the only one that holds text
     label_column: str | None = None  # the column with the labels; None takes "label" or the like
     max_samples: int | None = None  # documents, drawn by the seed; None takes all
     shrink: float = 0.4  # the layers' matrices that learn start at so much of what pretraining has made them (docs/experiments.md); 1 leaves them
-    max_seq_len: int | None = None  # tokens of a text that it reads, and the classifier after it; None takes the run's; more need rotary positions (arch "modern")
+    max_seq_len: int | None = (
+        None  # tokens of a text that it reads, and the classifier after it; None takes the run's; more need rotary positions (arch "modern")
+    )
     trainable: str = "all"  # what learns: "all", "last_2" (the last two layers and the classifier), "classifier" (with BERT's pooler or the modern head)
     epochs: int | None = None  # passes over the training documents; None takes three, or as many as make 300 steps
     batch_size: int = 32  # documents a step
@@ -98,7 +116,9 @@ class Settings:
 
 def held_out(texts: LabelledTexts, folder: Path) -> np.ndarray:
     """Which texts are held out: those that the run has held out, if it ever saw them. bool [N]."""
-    path = next((path for path in (folder / HELD_OUT, folder.parent / HELD_OUT) if path.exists()), folder / HELD_OUT)  # a checkpoint's is its run's
+    path = next(
+        (path for path in (folder / HELD_OUT, folder.parent / HELD_OUT) if path.exists()), folder / HELD_OUT
+    )  # a checkpoint's is its run's
     try:
         stored = read_json(path)
         seed, below = stored["seed"], stored["below"]
@@ -106,7 +126,9 @@ def held_out(texts: LabelledTexts, folder: Path) -> np.ndarray:
             raise ValueError(f"seed {seed!r}, below {below!r}")
     except FileNotFoundError:
         seed, below = 42, int(HELD_OUT_SHARE * 2**64)
-        print(f"warning: {folder} does not tell which documents its run held out ({HELD_OUT}): a tenth is held out by the seed 42")
+        print(
+            f"warning: {folder} does not tell which documents its run held out ({HELD_OUT}): a tenth is held out by the seed 42"
+        )
     except (OSError, ValueError, KeyError) as error:
         if system_trouble(error):
             raise
@@ -129,7 +151,9 @@ def dtype_of(n_embed: int, device: torch.device) -> torch.dtype:
     return fastest_dtype(n_embed, device) if n_embed >= NARROWEST_IN_BF16 else torch.float32
 
 
-def new_classifier(encoder: MaskedLanguageModel, n_classes: int, settings: Settings, is_pretrained: bool) -> TextClassifier:
+def new_classifier(
+    encoder: MaskedLanguageModel, n_classes: int, settings: Settings, is_pretrained: bool
+) -> TextClassifier:
     """As it is before the first step: what is not to learn frozen, and shrunk what a run has made of the layers that are to."""
     model = TextClassifier(encoder, n_classes, settings.seed)
     model.choose_trainable(settings.trainable)
@@ -141,9 +165,14 @@ def new_classifier(encoder: MaskedLanguageModel, n_classes: int, settings: Setti
 def train(model: TextClassifier, rows: np.ndarray, labels: np.ndarray, settings: Settings, described: str) -> None:
     """All epochs of what is not frozen. rows: int32 [N, T]. labels: int64 [N]. described: what the progress bar calls it. Raises Diverged."""
     weights, device = [weight for weight in model.parameters() if weight.requires_grad], model.classifier.weight.device
-    groups = [{"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": settings.weight_decay},
-              {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}]
-    peak, dtype = learning_rate_of(settings, model.encoder.config.n_embed), dtype_of(model.encoder.config.n_embed, device)
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    peak, dtype = (
+        learning_rate_of(settings, model.encoder.config.n_embed),
+        dtype_of(model.encoder.config.n_embed, device),
+    )
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
     n_epochs = epochs_of(settings, len(rows))
     total = n_epochs * -(-len(rows) // settings.batch_size)
@@ -154,7 +183,9 @@ def train(model: TextClassifier, rows: np.ndarray, labels: np.ndarray, settings:
             order = rng.permutation(len(rows))
             for start in range(0, len(order), settings.batch_size):
                 chosen = order[start : start + settings.batch_size]
-                keys = torch.from_numpy(random_bits(settings.seed, step, np.arange(len(chosen))).astype(np.int64)).to(device)
+                keys = torch.from_numpy(random_bits(settings.seed, step, np.arange(len(chosen))).astype(np.int64)).to(
+                    device
+                )
                 with multiplying_in(dtype, device):
                     logits = model(batch_of(rows[chosen], device), keys)
                 loss = nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[chosen]).to(device))
@@ -162,9 +193,13 @@ def train(model: TextClassifier, rows: np.ndarray, labels: np.ndarray, settings:
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(weights, 1.0)
                 if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                    raise Diverged(f"step {step}: the loss is {loss.item():g} and the gradient's norm {norm.item():g}: a lower learning_rate would help")
+                    raise Diverged(
+                        f"step {step}: the loss is {loss.item():g} and the gradient's norm {norm.item():g}: a lower learning_rate would help"
+                    )
                 for group in optimizer.param_groups:
-                    group["lr"] = peak * ((step + 1) / (warmup + 1) if step < warmup else (total - step) / (total - warmup))
+                    group["lr"] = peak * (
+                        (step + 1) / (warmup + 1) if step < warmup else (total - step) / (total - warmup)
+                    )
                 optimizer.step()
                 bar.update()
                 step += 1
@@ -189,7 +224,9 @@ def tf_idf_accuracy(train: LabelledTexts, test: LabelledTexts) -> float | None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000))
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000)
+    )
     try:
         return float(model.fit(train.texts, train.labels).score(test.texts, test.labels))
     except ValueError:  # "no terms remain"
@@ -204,9 +241,13 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not output.is_symlink() and (not output.exists() or output.is_dir() and not any(output.iterdir())):
         return
     if output.is_symlink() or not output.is_dir() or not _is_only_classifier(output):
-        raise InputError(f"output_dir = {str(output)!r} holds something else than a classifier; choose a new folder, so that nothing of yours is replaced")
+        raise InputError(
+            f"output_dir = {str(output)!r} holds something else than a classifier; choose a new folder, so that nothing of yours is replaced"
+        )
     if not overwrite:
-        raise InputError(f"output_dir = {str(output)!r} is there already; --overwrite replaces it, another --output-dir keeps both")
+        raise InputError(
+            f"output_dir = {str(output)!r} is there already; --overwrite replaces it, another --output-dir keeps both"
+        )
 
 
 def _is_only_classifier(folder: Path) -> bool:
@@ -221,23 +262,34 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     device, (encoder, tokenizer) = choose_device(settings.device, World({})), load_run(folder)
     encoder = with_max_seq_len(encoder, settings.max_seq_len)
     shape = encoder.config
-    texts = read_labelled(settings.dataset, settings.text_column, settings.label_column, settings.max_samples, settings.seed)
+    texts = read_labelled(
+        settings.dataset, settings.text_column, settings.label_column, settings.max_samples, settings.seed
+    )
     print(texts.source)
     is_held_out = held_out(texts, folder)
     train_texts, test_texts = texts.take(~is_held_out), texts.take(is_held_out)
     missing = [name for number, name in enumerate(texts.names) if number not in train_texts.labels]
     if missing or not test_texts.texts:
         which = f"none to train on has the label {', '.join(missing[:5])}" if missing else "none to judge by"
-        raise InputError(f"{settings.dataset}: too few documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {which}")
+        raise InputError(
+            f"{settings.dataset}: too few documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, {which}"
+        )
     more = ", ..." if len(texts.names) > 10 else ""
-    print(f"documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, "
-          f"{len(texts.names)} labels: {', '.join(texts.names[:10])}{more}")
+    print(
+        f"documents: {len(train_texts.texts):,} to train on, {len(test_texts.texts):,} held out, "
+        f"{len(texts.names)} labels: {', '.join(texts.names[:10])}{more}"
+    )
     n_epochs = epochs_of(settings, len(train_texts.texts))
     in_bf16 = ", in bf16" if dtype_of(shape.n_embed, device) == torch.bfloat16 else ""
-    print(f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, "
-          f"{n_epochs} {'epoch' if n_epochs == 1 else 'epochs'} at {learning_rate_of(settings, shape.n_embed):.3g} "
-          f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed}){in_bf16}", flush=True)
-    train_rows, test_rows = (encode_texts(tokenizer, part.texts, shape.max_seq_len) for part in (train_texts, test_texts))
+    print(
+        f"{folder}: {LEARNS[settings.trainable]}, the first {shape.max_seq_len} tokens of each, "
+        f"{n_epochs} {'epoch' if n_epochs == 1 else 'epochs'} at {learning_rate_of(settings, shape.n_embed):.3g} "
+        f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed}){in_bf16}",
+        flush=True,
+    )
+    train_rows, test_rows = (
+        encode_texts(tokenizer, part.texts, shape.max_seq_len) for part in (train_texts, test_texts)
+    )
 
     def accuracy_after_training(model: TextClassifier, described: str) -> float:
         train(model, train_rows, train_texts.labels, settings, described)
@@ -247,7 +299,9 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     found = {f"{folder}, fine-tuned": accuracy_after_training(model, "fine-tuning")}
     _save(model, tokenizer, texts.names, test_rows[:CHECKED_TEXTS], output)
     if settings.baselines:
-        random = new_classifier(build_model(shape, settings.seed), len(texts.names), settings, is_pretrained=False).to(device)
+        random = new_classifier(build_model(shape, settings.seed), len(texts.names), settings, is_pretrained=False).to(
+            device
+        )
         found["the same from random weights"] = accuracy_after_training(random, "from random weights")
         if (of_words := tf_idf_accuracy(train_texts, test_texts)) is not None:
             found["tf-idf and logistic regression"] = of_words
@@ -260,7 +314,9 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     return found
 
 
-def _save(model: TextClassifier, tokenizer: Tokenizer, names: list[str], checked_rows: np.ndarray, output: Path) -> None:
+def _save(
+    model: TextClassifier, tokenizer: Tokenizer, names: list[str], checked_rows: np.ndarray, output: Path
+) -> None:
     """Whole or not at all: beside its place, checked, then renamed."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +332,10 @@ def _save(model: TextClassifier, tokenizer: Tokenizer, names: list[str], checked
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise Failed(f"{output} cannot be written: {error.strerror or error}") from error
-    print(f"model: {output}, loads in transformers as AutoModelForSequenceClassification with the same logits (largest difference {difference:.1e})", flush=True)
+    print(
+        f"model: {output}, loads in transformers as AutoModelForSequenceClassification with the same logits (largest difference {difference:.1e})",
+        flush=True,
+    )
 
 
 def _read_flags() -> tuple[Path, Settings]:
@@ -293,7 +352,13 @@ def _read_flags() -> tuple[Path, Settings]:
         else:
             kind = next(kind for kind in (typing.get_args(hint) or (hint,)) if kind is not types.NoneType)
             convert = (lambda value, name=field.name: whole_number(name, value)) if kind is int else kind
-            parser.add_argument(*([flag, "--lr"] if field.name == "learning_rate" else [flag]), type=convert, default=field.default, metavar="VALUE", help=text)
+            parser.add_argument(
+                *([flag, "--lr"] if field.name == "learning_rate" else [flag]),
+                type=convert,
+                default=field.default,
+                metavar="VALUE",
+                help=text,
+            )
     values = vars(parser.parse_args())
     return values.pop("folder"), Settings(**values | {"dataset": ",".join(values["dataset"])})
 
@@ -301,7 +366,11 @@ def _read_flags() -> tuple[Path, Settings]:
 def _comments() -> dict[str, str]:
     """What stands behind each constant above."""
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
-    return {line.split(":")[0].strip(): line.split("  # ")[1] for line in lines if line.startswith("    ") and ": " in line and " = " in line and "  # " in line}
+    return {
+        line.split(":")[0].strip(): line.split("  # ")[1]
+        for line in lines
+        if line.startswith("    ") and ": " in line and " = " in line and "  # " in line
+    }
 
 
 def main() -> None:

@@ -15,20 +15,23 @@ import torch
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
-from microbert.errors import InputError
 from microbert.config.flags import Parser
-from microbert.runtime.files import write_atomic
+from microbert.data.tokenizer import N_SPECIAL
+from microbert.errors import Failed, InputError
 from microbert.fill_mask import encode, load_run
 from microbert.model.hugging_face import RUNS_NOTHING, errors_of_loading
+from microbert.runtime.files import write_atomic
 from microbert.runtime.metrics import read_metrics, title_of
-from microbert.errors import Failed
 from microbert.runtime.run import plain_errors
-from microbert.data.tokenizer import N_SPECIAL
 
 TEXT = "i have never seen such a bad film ."
 MOST_TOKENS = 24  # of a sentence, so that its words can be read
 WORDS = 80  # the most frequent ones
-AGAINST = (("step", "step", 1.0), ("tokens", "tokens read (millions)", 1e6), ("seconds", "minutes", 60.0))  # in metrics.jsonl, told as, in units of
+AGAINST = (
+    ("step", "step", 1.0),
+    ("tokens", "tokens read (millions)", 1e6),
+    ("seconds", "minutes", 60.0),
+)  # in metrics.jsonl, told as, in units of
 
 
 @torch.no_grad()
@@ -36,7 +39,10 @@ def draw_attention(folder: Path, text: str) -> Figure:
     """How much each token of the text (rows) takes from each other (columns), for every head. Raises InputError for what cannot be loaded or shown."""
     model, tokenizer = _load(folder)
     ids = encode(tokenizer, text)
-    tokens, most = [tokenizer.id_to_token(token_id) for token_id in ids], min(MOST_TOKENS, model.config.max_position_embeddings)
+    tokens, most = (
+        [tokenizer.id_to_token(token_id) for token_id in ids],
+        min(MOST_TOKENS, model.config.max_position_embeddings),
+    )
     if len(tokens) > most:
         raise InputError(f"the text has {len(tokens)} tokens, [CLS] and [SEP] included; {most} can be shown")
     attentions = torch.cat(model(torch.tensor([ids]), output_attentions=True).attentions).numpy()  # [L, H, T, T]
@@ -83,11 +89,19 @@ def _planes(vectors: np.ndarray) -> list[tuple[np.ndarray, tuple[str, str]]]:
     n_embed = vectors.shape[1]
     if n_embed <= 4:
         padded = np.pad(vectors, ((0, 0), (0, n_embed % 2)))
-        return [(padded[:, first : first + 2], (f"dimension {first + 1}", f"dimension {first + 2}")) for first in range(0, n_embed, 2)]
+        return [
+            (padded[:, first : first + 2], (f"dimension {first + 1}", f"dimension {first + 2}"))
+            for first in range(0, n_embed, 2)
+        ]
     centred = vectors - vectors.mean(axis=0)
     scaled, lengths, directions = np.linalg.svd(centred, full_matrices=False)
     shares = lengths**2 / (lengths**2).sum()
-    return [(centred @ directions[:2].T, tuple(f"principal component {number + 1} ({shares[number]:.0%} of the variance)" for number in range(2)))]
+    return [
+        (
+            centred @ directions[:2].T,
+            tuple(f"principal component {number + 1} ({shares[number]:.0%} of the variance)" for number in range(2)),
+        )
+    ]
 
 
 def draw_curves(folders: list[Path]) -> Figure:
@@ -100,8 +114,11 @@ def draw_curves(folders: list[Path]) -> Figure:
         if not lines:
             raise InputError(f"{folder} holds no metrics.jsonl with evaluations: give a run's folder, such as runs/v1")
         if n_missing := len(evaluations) - len(lines):
-            print(f"warning: {folder / 'metrics.jsonl'}: {n_missing} of {len(evaluations)} evaluations are left out, because "
-                  "they lack step, tokens or seconds", file=sys.stderr)
+            print(
+                f"warning: {folder / 'metrics.jsonl'}: {n_missing} of {len(evaluations)} evaluations are left out, because "
+                "they lack step, tokens or seconds",
+                file=sys.stderr,
+            )
         for axes, (key, _, unit) in zip(columns, AGAINST):
             losses = [line["eval/loss"] for line in lines]
             axes.plot([line[key] / unit for line in lines], losses, marker="o", markersize=3, label=title_of(folder))
@@ -123,7 +140,9 @@ def _load(folder: Path) -> tuple[torch.nn.Module, Tokenizer]:
 
     transformers.utils.logging.disable_progress_bar()
     with errors_of_loading(folder):
-        model = transformers.AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager", **RUNS_NOTHING, use_safetensors=True)
+        model = transformers.AutoModelForMaskedLM.from_pretrained(
+            folder, attn_implementation="eager", **RUNS_NOTHING, use_safetensors=True
+        )
         return model.eval(), tokenizer
 
 
@@ -132,7 +151,9 @@ def main() -> None:
     parser = Parser(prog="python -m microbert.plot", description="Draws attention, embeddings and curves of runs.")
     parser.add_argument("folders", nargs="+", type=Path, help="runs, such as runs/v1")
     parser.add_argument("--text", default=TEXT, help=f'whose attention is drawn, "{TEXT}" unless you say another')
-    parser.add_argument("--output-dir", type=Path, default=Path("plots"), help="where the pictures go, plots unless you say another")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("plots"), help="where the pictures go, plots unless you say another"
+    )
     arguments = parser.parse_args()
     figures = {"curves.png": draw_curves(arguments.folders)}
     for folder in arguments.folders:

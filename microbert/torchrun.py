@@ -29,15 +29,31 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
-from torch.distributed.run import determine_local_world_size, get_args_parser, get_rdzv_endpoint, parse_min_max_nnodes, run
+from torch.distributed.run import (
+    determine_local_world_size,
+    get_args_parser,
+    get_rdzv_endpoint,
+    parse_min_max_nnodes,
+    run,
+)
 
 from microbert.config.constants import Config
-from microbert.errors import InputError
 from microbert.config.flags import read_script
+from microbert.config.terminal import safe_output
+from microbert.errors import InputError
 from microbert.runtime.distributed import in_background, loopback_store
 from microbert.runtime.files import read_json, write_json
-from microbert.config.terminal import safe_output
-from microbert.runtime.run import BAD_INPUT, DONE, FAILED, LOCK, STATUS, STOPPED, check_folder, handled_signals, take_lock
+from microbert.runtime.run import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    LOCK,
+    STATUS,
+    STOPPED,
+    check_folder,
+    handled_signals,
+    take_lock,
+)
 
 ONE_MACHINE, SEVERAL_MACHINES = "microbert-one", "microbert-several"  # names for torchrun's --rdzv-backend
 STATIC_PORT = 29500  # torchrun's own default
@@ -55,11 +71,15 @@ def _launch() -> None:
         config = _read_script(Path(arguments.training_script), arguments.training_script_args)
         n_processes = determine_local_world_size(arguments.nproc_per_node)
         if config.device == "cuda" and torch.cuda.device_count() < n_processes:
-            raise InputError(f"{n_processes} GPUs are asked for, and PyTorch sees {torch.cuda.device_count()} on this machine. Ask for fewer (NUM_GPUS of a "
-                             "launcher), or train on the CPU (DEVICE=cpu)")
+            raise InputError(
+                f"{n_processes} GPUs are asked for, and PyTorch sees {torch.cuda.device_count()} on this machine. Ask for fewer (NUM_GPUS of a "
+                "launcher), or train on the CPU (DEVICE=cpu)"
+            )
         is_one_machine = parse_min_max_nnodes(arguments.nnodes)[1] == 1
         if arguments.standalone and not is_one_machine:
-            raise InputError(f"--standalone is for one machine, and --nnodes = {arguments.nnodes}: leave one of them out")
+            raise InputError(
+                f"--standalone is for one machine, and --nnodes = {arguments.nnodes}: leave one of them out"
+            )
         meeting_place = arguments.rdzv_endpoint.rpartition(":")[0]
         if meeting_place and not is_one_machine:
             _check_host(meeting_place)
@@ -75,7 +95,9 @@ def _launch() -> None:
     exit_code, how_it_ended = _run(arguments)
     for name in signals:  # one more finds nothing left to stop
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    raise SystemExit(exit_code if config.dry_run else _told_end(Path(config.output_dir), arguments.rdzv_id, exit_code, how_it_ended))
+    raise SystemExit(
+        exit_code if config.dry_run else _told_end(Path(config.output_dir), arguments.rdzv_id, exit_code, how_it_ended)
+    )
 
 
 def _run(arguments: argparse.Namespace) -> tuple[int, str]:
@@ -84,12 +106,18 @@ def _run(arguments: argparse.Namespace) -> tuple[int, str]:
         run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        how_it_ended = f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else ""
+        how_it_ended = (
+            f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else ""
+        )
         return failure.exitcode if failure.exitcode in (BAD_INPUT, STOPPED) else FAILED, how_it_ended
     except SignalException as error:
         return STOPPED, f"stopped by {error.sigval.name}"
     except (RendezvousError, OSError, RuntimeError, ValueError) as error:
-        several = " Of several machines one may have left, or not have been reached" if arguments.rdzv_backend == SEVERAL_MACHINES else ""
+        several = (
+            " Of several machines one may have left, or not have been reached"
+            if arguments.rdzv_backend == SEVERAL_MACHINES
+            else ""
+        )
         return FAILED, f"torchrun cannot go on ({type(error).__name__}: {error}).{several}"
     return DONE, ""
 
@@ -144,7 +172,12 @@ def _choose_rendezvous(arguments: argparse.Namespace, is_one_machine: bool) -> N
 
     if is_one_machine:
         rendezvous_handler_registry.register(ONE_MACHINE, _OneMachine)
-        arguments.standalone, arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = False, ONE_MACHINE, "localhost", str(uuid.uuid4())
+        arguments.standalone, arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = (
+            False,
+            ONE_MACHINE,
+            "localhost",
+            str(uuid.uuid4()),
+        )
     else:
         rendezvous_handler_registry.register(SEVERAL_MACHINES, several_machines)
         if arguments.master_port is None:

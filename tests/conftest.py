@@ -5,7 +5,9 @@ from helpers import result, run, small_flags
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("suite", deadline=20_000)  # milliseconds for one input, with room for a busy machine
-settings.register_profile("thorough", settings.get_profile("suite"), max_examples=10_000, suppress_health_check=list(HealthCheck))
+settings.register_profile(
+    "thorough", settings.get_profile("suite"), max_examples=10_000, suppress_health_check=list(HealthCheck)
+)
 settings.load_profile("suite")
 
 LONGEST = ("test_commands", "test_crash_and_resume", "test_version_4")  # files by their names

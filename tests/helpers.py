@@ -23,13 +23,42 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "mlm_pretrain_v1.py"
 TIME_LIMIT = 240  # seconds for one run, many times what it takes: a hang is a failure, and a busy machine is none
 LARGEST_FILE = 60_000  # bytes: less than the training curve takes, and more than any kernel, so that a run is computed and not told
-TIMES = {"seconds", "train/samples_per_second", "train/tokens_per_second", "train/peak_memory_gb"}  # what a clock decides
-WORDS = "the a film actor story was is great bad slow and it of scene music end plot never always funny".split()
+TIMES = {
+    "seconds",
+    "train/samples_per_second",
+    "train/tokens_per_second",
+    "train/peak_memory_gb",
+}  # what a clock decides
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "actor",
+    "story",
+    "was",
+    "is",
+    "great",
+    "bad",
+    "slow",
+    "and",
+    "it",
+    "of",
+    "scene",
+    "music",
+    "end",
+    "plot",
+    "never",
+    "always",
+    "funny",
+]
 
 
 def write_corpus(path: Path, n_documents: int = 300) -> Path:
     rng = random.Random(7)
-    lines = (json.dumps({"text": f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))}) for number in range(n_documents))
+    lines = (
+        json.dumps({"text": f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))})
+        for number in range(n_documents)
+    )
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -52,13 +81,26 @@ def small_flags(folder: Path, **constants: object) -> list[str]:
     corpus = folder / "corpus.jsonl"
     if "dataset" not in constants and not corpus.exists():
         write_corpus(corpus)
-    values = {"dataset": corpus, "output_dir": folder / "run", "cache_dir": folder / "cache", "n_layers": 1, "max_seq_len": 32,
-              "vocab_size": 300, "batch_size": 8, "epochs": 2, "eval_every": 20, "save_every": 10, **constants}
+    values = {
+        "dataset": corpus,
+        "output_dir": folder / "run",
+        "cache_dir": folder / "cache",
+        "n_layers": 1,
+        "max_seq_len": 32,
+        "vocab_size": 300,
+        "batch_size": 8,
+        "epochs": 2,
+        "eval_every": 20,
+        "save_every": 10,
+        **constants,
+    }
     return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def start(flags: list[str], script: Path = SCRIPT, **options: object) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(script), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, str(script), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def run(flags: list[str], script: Path = SCRIPT, **options: object) -> subprocess.CompletedProcess:
@@ -67,7 +109,9 @@ def run(flags: list[str], script: Path = SCRIPT, **options: object) -> subproces
     The latter has the environment of the first of them, and does not see what Python does at its end.
     """
     if options:
-        return subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, timeout=TIME_LIMIT, **options)
+        return subprocess.run(
+            [sys.executable, str(script), *flags], capture_output=True, text=True, timeout=TIME_LIMIT, **options
+        )
     with tempfile.TemporaryDirectory() as folder:
         out, errors = Path(folder, "out"), Path(folder, "errors")
         process = _fork(script, flags, out, errors)
@@ -124,10 +168,14 @@ microbert.train.step.Learner.step = slow"""  # a patch: so that what is done to 
 
 # processes that have their libraries loaded when they begin: a run costs its own time alone, and a kill at a random time falls on what the run does
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["matplotlib.figure", "pyarrow", "tokenizers", "torch._dynamo", "transformers.models.bert.modeling_bert"])
+FORKS.set_forkserver_preload(
+    ["matplotlib.figure", "pyarrow", "tokenizers", "torch._dynamo", "transformers.models.bert.modeling_bert"]
+)
 
 
-def fork(flags: list[str], log: Path, patch: Callable[..., None] | None = None, *arguments: object) -> multiprocessing.Process:
+def fork(
+    flags: list[str], log: Path, patch: Callable[..., None] | None = None, *arguments: object
+) -> multiprocessing.Process:
     """Starts the script in a process of its own, after a call of patch(*arguments) there, with its output in a file."""
     return _fork(SCRIPT, flags, log, None, patch, *arguments)
 
@@ -138,7 +186,14 @@ def _fork(*arguments: object) -> multiprocessing.Process:
     return process
 
 
-def _run_script(script: Path, flags: list[str], log: Path, errors: Path | None, patch: Callable[..., None] | None = None, *arguments: object) -> None:
+def _run_script(
+    script: Path,
+    flags: list[str],
+    log: Path,
+    errors: Path | None,
+    patch: Callable[..., None] | None = None,
+    *arguments: object,
+) -> None:
     """errors: None where they go to the log too."""
     sys.argv = [str(script), *flags]
     with open(log, "w") as out, open(errors, "w") if errors else contextlib.nullcontext(out) as err:
@@ -177,11 +232,17 @@ def result(folder: Path) -> dict[str, object]:
     checkpoint = folder / f"checkpoint-{newest_step(folder)}"
     files = [folder / "model.safetensors", checkpoint / "model.safetensors", checkpoint / "optimizer.safetensors"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {"checkpoint": checkpoint.name, "hashes": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
-            "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines]}
+    return {
+        "checkpoint": checkpoint.name,
+        "hashes": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
+    }
 
 
 def listing(folder: Path) -> dict[str, str]:
     """Every file below the folder and its hash."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

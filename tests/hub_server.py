@@ -67,7 +67,10 @@ def entries(files: dict[str, bytes]) -> dict[str, dict[str, object]]:
     listed: dict[str, dict[str, object]] = {}
     for path, content in sorted(files.items()):
         for folder in [str(parent) for parent in reversed(Path(path).parents)][1:]:
-            listed.setdefault(folder, {"type": "directory", "oid": hashlib.sha1(folder.encode()).hexdigest(), "size": 0, "path": folder})
+            listed.setdefault(
+                folder,
+                {"type": "directory", "oid": hashlib.sha1(folder.encode()).hexdigest(), "size": 0, "path": folder},
+            )
         listed[path] = {"type": "file", "oid": blob_id(content), "size": len(content), "path": path}
     return listed
 
@@ -86,7 +89,9 @@ class HubServer:
         self.connections: set[socket.socket] = set()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, name="hub", daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, name="hub", daemon=True
+        ).start()
 
     def __enter__(self) -> "HubServer":
         return self
@@ -113,7 +118,11 @@ class HubServer:
         """Makes `files` the whole content of a new commit on the branch `revision` (main if not given). Returns the commit."""
         with self.lock:
             commits = self.repositories.setdefault(repo_id, {})
-            parts = [repo_id, str(len(commits)), *(f"{path} {blob_id(content)}" for path, content in sorted(files.items()))]
+            parts = [
+                repo_id,
+                str(len(commits)),
+                *(f"{path} {blob_id(content)}" for path, content in sorted(files.items())),
+            ]
             commit = hashlib.sha1("\n".join(parts).encode()).hexdigest()
             commits[commit] = dict(files)
             self.branches[repo_id, revision or "main"] = commit
@@ -142,22 +151,46 @@ class HubServer:
         """Body bytes sent for all GETs of one file, whatever the revision."""
         path = re.compile(f"/datasets/{re.escape(repo_id)}/resolve/[^/]+/{re.escape(file)}")
         with self.lock:
-            return sum(request.bytes_sent for request in self.log if request.method == "GET" and path.fullmatch(request.path))
+            return sum(
+                request.bytes_sent for request in self.log if request.method == "GET" and path.fullmatch(request.path)
+            )
 
     def env(self, home: Path) -> dict[str, str]:
         """The whole environment of a process that takes this server for the Hub, has no token and keeps its caches below `home`."""
-        ours = {name: value for name, value in os.environ.items()
-                if not re.match(r"(HF|HUGGING|HUGGINGFACE|TRANSFORMERS|XDG_CACHE)_|(https?|all|no)_proxy$", name, re.IGNORECASE)}
-        proxy = {"HTTP_PROXY": self.url, "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1,invalid"}  # a name in .invalid never resolves
-        return ours | proxy | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        ours = {
+            name: value
+            for name, value in os.environ.items()
+            if not re.match(
+                r"(HF|HUGGING|HUGGINGFACE|TRANSFORMERS|XDG_CACHE)_|(https?|all|no)_proxy$", name, re.IGNORECASE
+            )
+        }
+        proxy = {
+            "HTTP_PROXY": self.url,
+            "HTTPS_PROXY": self.url,
+            "NO_PROXY": "127.0.0.1,invalid",
+        }  # a name in .invalid never resolves
+        return (
+            ours
+            | proxy
+            | {
+                "HF_ENDPOINT": self.url,
+                "HF_HOME": str(home),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+                "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            }
+        )
 
     def record(self, request: Request) -> Failure | None:
         """Notes a request that came in, and says how it is to fail."""
         with self.lock:
             self.log.append(request)
             for failure in self.failures:
-                if failure.times and any(failure.pattern.search(text) for text in (request.path, f"{request.method} {request.path}")):
+                if failure.times and any(
+                    failure.pattern.search(text) for text in (request.path, f"{request.method} {request.path}")
+                ):
                     failure.times -= 1
                     return failure
         return None
@@ -200,7 +233,9 @@ class HubHandler(BaseHTTPRequestHandler):
             self.hub.hanging.wait()
             self.close_connection = True
         elif kind == "401":
-            self.error(401, "GatedRepo", "Access to this dataset is restricted. You must be authenticated to access it.")
+            self.error(
+                401, "GatedRepo", "Access to this dataset is restricted. You must be authenticated to access it."
+            )
         elif kind in ("500", "429"):
             self.error(int(kind), "", "made to fail")
         else:
@@ -213,7 +248,7 @@ class HubHandler(BaseHTTPRequestHandler):
         api = parts[:2] == ["api", "datasets"]
         if not self.path.startswith("/") or self.command == "CONNECT" or not (api or parts[0] == "datasets"):
             return self.error(404, "", "nothing is served here")  # or meant for another host
-        org, name, action, revision, *rest = [*parts[2 if api else 1:], "", "", "", ""]
+        org, name, action, revision, *rest = [*parts[2 if api else 1 :], "", "", "", ""]
         file = "/".join(part for part in rest if part)
         with self.hub.lock:
             commits = self.hub.repositories.get(f"{org}/{name}", {})
@@ -236,11 +271,26 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def info(self, repo_id: str, commit: str, files: dict[str, bytes]) -> dict[str, object]:
         sizes = "blobs" in parse_qs(urlsplit(self.path).query)
-        siblings = [{"rfilename": path, **({"size": len(content), "blobId": blob_id(content)} if sizes else {})}
-                    for path, content in sorted(files.items())]
-        return {"_id": commit[:24], "id": repo_id, "author": repo_id.split("/")[0], "sha": commit, "private": False, "gated": False,
-                "disabled": False, "createdAt": DATE, "lastModified": DATE, "downloads": 0, "likes": 0, "tags": [],
-                "cardData": card(files.get("README.md", b"")), "siblings": siblings}
+        siblings = [
+            {"rfilename": path, **({"size": len(content), "blobId": blob_id(content)} if sizes else {})}
+            for path, content in sorted(files.items())
+        ]
+        return {
+            "_id": commit[:24],
+            "id": repo_id,
+            "author": repo_id.split("/")[0],
+            "sha": commit,
+            "private": False,
+            "gated": False,
+            "disabled": False,
+            "createdAt": DATE,
+            "lastModified": DATE,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+            "cardData": card(files.get("README.md", b"")),
+            "siblings": siblings,
+        }
 
     def send_tree(self, files: dict[str, bytes], folder: str, commit: str) -> None:
         query = parse_qs(urlsplit(self.path).query)
@@ -249,7 +299,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.error(404, "EntryNotFound", f"{folder} does not exist on {commit}", commit)
         below = [entry for path, entry in everything.items() if path.startswith(prefix)]
         if query.get("recursive", [""])[0].lower() not in ("1", "true"):
-            below = [entry for entry in below if "/" not in str(entry["path"])[len(prefix):]]
+            below = [entry for entry in below if "/" not in str(entry["path"])[len(prefix) :]]
         if query.get("expand", [""])[0].lower() in ("1", "true"):
             below = [{**entry, "lastCommit": {"id": commit, "title": "files", "date": DATE}} for entry in below]
         self.send_json(below, commit)
@@ -271,12 +321,18 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer(206, content[first:end], headers | {"Content-Range": f"bytes {first}-{end - 1}/{size}"})
 
     def send_json(self, value: object, commit: str) -> None:
-        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json; charset=utf-8", "X-Repo-Commit": commit})
+        self.answer(
+            200,
+            json.dumps(value).encode(),
+            {"Content-Type": "application/json; charset=utf-8", "X-Repo-Commit": commit},
+        )
 
     def error(self, status: int, code: str, message: str, commit: str = "") -> None:
         """An error with the headers by which the client tells what is missing."""
         told = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
-        headers = {"Content-Type": "application/json; charset=utf-8"} | {name: value for name, value in told.items() if value}
+        headers = {"Content-Type": "application/json; charset=utf-8"} | {
+            name: value for name, value in told.items() if value
+        }
         self.answer(status, json.dumps({"error": message}).encode(), headers)
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -287,9 +343,9 @@ class HubHandler(BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
         self.end_headers()
-        sent = b"" if self.command == "HEAD" else body[:self.failure.after_bytes] if broken else body
+        sent = b"" if self.command == "HEAD" else body[: self.failure.after_bytes] if broken else body
         for start in range(0, len(sent), CHUNK):
-            chunk = sent[start:start + CHUNK]
+            chunk = sent[start : start + CHUNK]
             with self.hub.lock:
                 self.request_log.bytes_sent += len(chunk)
             self.connection.sendall(chunk)

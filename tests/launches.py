@@ -25,12 +25,25 @@ FOREVER = 10 * TIME_LIMIT  # as patience: what has to be killed is a hang
 
 def flags_of(folder: Path, n_processes: int, **constants: object) -> list[str]:
     """A run of eight sequences a step, on any number of processes."""
-    shape = {"n_layers": 2, "n_heads": 2, "n_embed": 4, "packing": False, "batch_size": 8 // n_processes, "device": "cpu"}
+    shape = {
+        "n_layers": 2,
+        "n_heads": 2,
+        "n_embed": 4,
+        "packing": False,
+        "batch_size": 8 // n_processes,
+        "device": "cpu",
+    }
     return small_flags(folder, **{**shape, **constants})
 
 
-def torchrun_command(flags: list[str], n_processes: int, *options: str, script: Path = SCRIPT, module: str = "microbert.torchrun",
-                     patience: int | None = None) -> list[str]:
+def torchrun_command(
+    flags: list[str],
+    n_processes: int,
+    *options: str,
+    script: Path = SCRIPT,
+    module: str = "microbert.torchrun",
+    patience: int | None = None,
+) -> list[str]:
     program = ("-m", module) if patience is None else ("-c", WITH_PATIENCE, str(patience), module)
     where = () if any(option.startswith("--nnodes") for option in options) else ("--standalone",)
     return [sys.executable, *program, *where, f"--nproc-per-node={n_processes}", *options, str(script), *flags]

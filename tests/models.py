@@ -5,10 +5,10 @@ import torch
 from hypothesis import settings
 
 from microbert.data.batches import Batch
-from microbert.model.layers import ModelConfig
-from microbert.model.build import new_model
-from microbert.data.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
 from microbert.data.shards import Sequences
+from microbert.data.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
+from microbert.model.build import new_model
+from microbert.model.layers import ModelConfig
 
 VOCAB_SIZE = 60
 few_examples = settings(max_examples=20, deadline=None)
@@ -43,7 +43,9 @@ def as_sequences(rows):
 def as_batch(rows, sequence_ids=None, epoch=0, real=True):
     n = len(rows)
     ids = np.arange(n) if sequence_ids is None else np.asarray(sequence_ids)
-    return Batch(rows, ids, np.broadcast_to(np.asarray(epoch), n).copy(), np.broadcast_to(np.asarray(real, bool), n).copy())
+    return Batch(
+        rows, ids, np.broadcast_to(np.asarray(epoch), n).copy(), np.broadcast_to(np.asarray(real, bool), n).copy()
+    )
 
 
 def noise_(model, std=0.3, seed=0):
@@ -55,5 +57,7 @@ def noise_(model, std=0.3, seed=0):
     return model.eval()
 
 
-def noisy_model(n_layers=2, n_heads=2, n_embed=8, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, dropout=0.0, arch="bert"):
+def noisy_model(
+    n_layers=2, n_heads=2, n_embed=8, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, dropout=0.0, arch="bert"
+):
     return noise_(new_model(ModelConfig(vocab_size, n_layers, n_heads, n_embed, max_seq_len, dropout, arch)), seed=seed)

@@ -30,13 +30,26 @@ ONE_LAYER = f"{RUN} --n-layers 1 --n-embed 16 --batch-size 8"
 # tests/test_launchers.py has a stand-in, and several machines, which tests/test_commands.py starts
 SHORT = {
     r"install |-m venv|sbatch|train_multinode|microbert\.torchrun$": None,
-    r"pytest -m (gpu|pages)": "--collect-only -q -n 0", r"pytest": "--collect-only -q -n 0 tests/faults", r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "", r"--dry-run": "--overwrite",
+    r"pytest -m (gpu|pages)": "--collect-only -q -n 0",
+    r"pytest": "--collect-only -q -n 0 tests/faults",
+    r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "",
+    r"--dry-run": "--overwrite",
     r"--prepare-only": f"{SMALL} --output-dir runs/prepared",
     r"microbert\.finetune": "--max-samples 200 --epochs 1 --overwrite",
-    r"/train_(h200_8gpu_v4|24gb)": ONE_LAYER, r"/train_": RUN, r"pretrain_v4.*--max-minutes": f"{ONE_LAYER} --max-minutes 2", r"pretrain_v4": ONE_LAYER, r"pretrain_": RUN,
-    r"attention\.py": "--rounds 1", r"compare_hf\.py": "--shapes v1 --rounds 1", r"gpu\.py": f"--steps 2 --shapes large --device cpu {ONE_LAYER}",
-    r"benchmarks/finetune\.py": "--seeds 42 --epochs 1 --documents 100", r"head\.py": "--rows 64 --vocab-size 1000 --rounds 2", r"learning_rate\.py": "--scripts v1 --factors 1 --max-steps 5",
-    r"recipe\.py": "--max-steps 2 --seeds 42 --variants 'dropout 0.1'", r"scaling\.py": "--rounds 1 --steps 2", r"soak\.py": "--minutes 0.01 --scripts v1",
+    r"/train_(h200_8gpu_v4|24gb)": ONE_LAYER,
+    r"/train_": RUN,
+    r"pretrain_v4.*--max-minutes": f"{ONE_LAYER} --max-minutes 2",
+    r"pretrain_v4": ONE_LAYER,
+    r"pretrain_": RUN,
+    r"attention\.py": "--rounds 1",
+    r"compare_hf\.py": "--shapes v1 --rounds 1",
+    r"gpu\.py": f"--steps 2 --shapes large --device cpu {ONE_LAYER}",
+    r"benchmarks/finetune\.py": "--seeds 42 --epochs 1 --documents 100",
+    r"head\.py": "--rows 64 --vocab-size 1000 --rounds 2",
+    r"learning_rate\.py": "--scripts v1 --factors 1 --max-steps 5",
+    r"recipe\.py": "--max-steps 2 --seeds 42 --variants 'dropout 0.1'",
+    r"scaling\.py": "--rounds 1 --steps 2",
+    r"soak\.py": "--minutes 0.01 --scripts v1",
     r"time_to_loss\.py": f"--minutes 0.2 --search-minutes 0.1 {SMALL} --n-layers 1 --max-seq-len 32",
 }
 FOR_THIS_MACHINE = {"--nproc-per-node=8": "--nproc-per-node=2", "--nproc_per_node=8": "--nproc_per_node=2"}
@@ -45,7 +58,10 @@ MADE_BY = {
     "v1_training_curve.png": ("mlm_pretrain_v1.py", "runs/v1/training_curve.png"),
     "v1_attention.png": ("microbert.plot runs/v1", "plots/attention-v1.png"),
     "v1_embeddings.png": ("microbert.plot runs/v1", "plots/embeddings-v1.png"),
-    "v4_training_curve.png": ("mlm_pretrain_v4.py --vocab-size 10000 --max-minutes 20 --output-dir runs/first", "runs/first/training_curve.png"),
+    "v4_training_curve.png": (
+        "mlm_pretrain_v4.py --vocab-size 10000 --max-minutes 20 --output-dir runs/first",
+        "runs/first/training_curve.png",
+    ),
     "learning_rate.png": ("benchmarks/learning_rate.py", "learning_rate.png"),
     "time_to_loss.png": ("benchmarks/time_to_loss.py", "time_to_loss.png"),
 }
@@ -56,12 +72,18 @@ def shown(page):
     text = page.read_text(encoding="utf-8")
     blocks = "".join(re.findall(r"^```bash\n.*?^```$\n", text, re.MULTILINE | re.DOTALL))
     in_the_text = re.findall(rf"`({BEGINS}[^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
-    return list(dict.fromkeys(one.strip() for line in [*commands(blocks), *in_the_text] for one in line.split("&&") if one.strip()))
+    return list(
+        dict.fromkeys(
+            one.strip() for line in [*commands(blocks), *in_the_text] for one in line.split("&&") if one.strip()
+        )
+    )
 
 
 def shortened(command):
     """The command as it runs here; None where it does not."""
-    [behind] = [behind for pattern, behind in SHORT.items() if re.search(pattern, command)][:1]  # a command that none describes fails
+    [behind] = [behind for pattern, behind in SHORT.items() if re.search(pattern, command)][
+        :1
+    ]  # a command that none describes fails
     if behind is None:
         return None
     for there, here in FOR_THIS_MACHINE.items():
@@ -83,23 +105,48 @@ def make_clone(folder):
     (folder / "texts").mkdir()
     (folder / "texts" / "1.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (folder / "more.txt").write_text("one document more\nand another\n")
-    (folder / "labels.csv").write_text("review,stars\n" + "".join(f"film {number} was {('bad', 'good')[number % 2]},{number % 2}\n" for number in range(100)))
+    (folder / "labels.csv").write_text(
+        "review,stars\n"
+        + "".join(f"film {number} was {('bad', 'good')[number % 2]},{number % 2}\n" for number in range(100))
+    )
 
 
 @contextlib.contextmanager
 def small_hub(clone):
     """The environment in which the datasets that the pages name lie on the stand-in for the Hub, small."""
     lines, table = (clone / "corpus.jsonl").read_bytes(), io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": [json.loads(line)["text"] for line in lines.splitlines()]}), table)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [json.loads(line)["text"] for line in lines.splitlines()]}), table
+    )
     card = "---\nconfigs:\n- config_name: {}\n  data_files:\n  - split: train\n    path: {}/*\n---\n"
     with HubServer() as hub:
-        hub.add("Salesforce/wikitext", {"README.md": card.format("wikitext-103-raw-v1", "wiki").encode(), "wiki/train.parquet": table.getvalue()})
-        hub.add("allenai/c4", {"README.md": card.format("en", "en").encode(), "en/c4-train.00000-of-00001.json.gz": gzip.compress(lines)})
-        yield hub.env(clone.parent / "hub") | {"PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}", "DEVICE": "cpu", "NUM_GPUS": "2", "CUDA_VISIBLE_DEVICES": ""}
+        hub.add(
+            "Salesforce/wikitext",
+            {"README.md": card.format("wikitext-103-raw-v1", "wiki").encode(), "wiki/train.parquet": table.getvalue()},
+        )
+        hub.add(
+            "allenai/c4",
+            {"README.md": card.format("en", "en").encode(), "en/c4-train.00000-of-00001.json.gz": gzip.compress(lines)},
+        )
+        yield hub.env(clone.parent / "hub") | {
+            "PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}",
+            "DEVICE": "cpu",
+            "NUM_GPUS": "2",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
 
 
 def start(command, clone, environment):
-    return subprocess.Popen(command, shell=True, executable="/bin/bash", cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        shell=True,
+        executable="/bin/bash",
+        cwd=clone,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def pictures(page):

@@ -11,7 +11,11 @@ from typing import Self
 
 from helpers import ROOT
 
-UNSHARE = ["unshare", "--mount"] if hasattr(os, "geteuid") and os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+UNSHARE = (
+    ["unshare", "--mount"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0
+    else ["unshare", "--user", "--map-root-user", "--mount"]
+)
 BALLAST = "ballast"
 
 
@@ -33,7 +37,13 @@ class SmallDisk:
         self.mount_point = Path(tempfile.mkdtemp(prefix="small-disk-"))
         options = f"size={int(megabytes * 2**20)}"
         hold = f"mount -t tmpfs -o {options} none {self.mount_point} && echo mounted && exec cat"  # until its input is closed
-        self._holder = subprocess.Popen([*UNSHARE, "sh", "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._holder = subprocess.Popen(
+            [*UNSHARE, "sh", "-c", hold],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
 
     def __enter__(self) -> Self:
         if self._holder.stdout.readline() != "mounted\n":
@@ -42,13 +52,22 @@ class SmallDisk:
         self.path = Path(f"/proc/{self._holder.pid}/root{self.mount_point}")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._holder.communicate()
         self.mount_point.rmdir()
 
     def command(self, command: list[str]) -> list[str]:
         """The command as it has to be started to see the disk."""
-        return ["nsenter", f"--target={self._holder.pid}", *(["--user", "--preserve-credentials"] if "--user" in UNSHARE else []), "--mount", f"--wd={ROOT}", *command]
+        return [
+            "nsenter",
+            f"--target={self._holder.pid}",
+            *(["--user", "--preserve-credentials"] if "--user" in UNSHARE else []),
+            "--mount",
+            f"--wd={ROOT}",
+            *command,
+        ]
 
     def make_read_only(self) -> None:
         subprocess.run(self.command(["mount", "-o", "remount,ro", str(self.mount_point)]), check=True)

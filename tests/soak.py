@@ -26,24 +26,42 @@ from helpers import ROOT, SCRIPT, end_tree, result, small_flags  # noqa: E402
 from launches import flags_of, ranks, torchrun_command  # noqa: E402
 from small_disk import SmallDisk, has_small_disks  # noqa: E402
 
-from microbert.train.checkpoint import DAMAGE, verify  # noqa: E402
 from microbert.runtime.run import checkpoint_folders  # noqa: E402
+from microbert.train.checkpoint import DAMAGE, verify  # noqa: E402
 
 N_PROCESSES = {"v1": 1, "v3": 2}
 MEGABYTES = 8  # of the disk: five times what a run takes
 LONGEST = 300  # seconds for one launch: a hang fails
 KILLED = {0, 1, -signal.SIGKILL}  # 1 where torchrun is quicker to notice that its processes are gone than to be killed
 # a stop that comes before the signal is handled ends the process as it would any
-ENDS = {"nothing": {0}, "kill": KILLED, "kill a process": {0, 1}, "stop": {0, 75, -signal.SIGTERM}, "fill the disk": {0, 1}, "damage": KILLED}
+ENDS = {
+    "nothing": {0},
+    "kill": KILLED,
+    "kill a process": {0, 1},
+    "stop": {0, 75, -signal.SIGTERM},
+    "fill the disk": {0, 1},
+    "damage": KILLED,
+}
 
 
 class Soak:
     """Rounds of one script in `folder`, with the run on a small disk where there may be one."""
 
     def __init__(self, script: str, seed: int, folder: Path, disk: SmallDisk | None) -> None:
-        self.n_processes, self.rng, self.folder, self.disk = N_PROCESSES[script], random.Random(f"{seed} {script}"), folder, disk
+        self.n_processes, self.rng, self.folder, self.disk = (
+            N_PROCESSES[script],
+            random.Random(f"{seed} {script}"),
+            folder,
+            disk,
+        )
         self.run, self.seen = (disk.path if disk else folder) / "run", (disk.mount_point if disk else folder) / "run"
-        self.faults = [fault for fault in ENDS if fault != "nothing" and (disk or fault != "fill the disk") and (self.n_processes > 1 or fault != "kill a process")]
+        self.faults = [
+            fault
+            for fault in ENDS
+            if fault != "nothing"
+            and (disk or fault != "fill the disk")
+            and (self.n_processes > 1 or fault != "kill a process")
+        ]
         self.counts: collections.Counter[str] = collections.Counter()
         self.longest = 0.0  # seconds that a launch without a fault has taken
 
@@ -56,7 +74,13 @@ class Soak:
     def start(self, output_dir: Path) -> subprocess.Popen:
         command = self.command(output_dir)
         self.log = open(self.folder / "log", "w+")
-        return subprocess.Popen(self.disk.command(command) if self.disk else command, stdout=self.log, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        return subprocess.Popen(
+            self.disk.command(command) if self.disk else command,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
 
     def end(self, process: subprocess.Popen, fault: str) -> int:
         """Waits, and checks that the launch has ended as the fault lets it."""
@@ -116,7 +140,9 @@ class Soak:
             pass
 
     def newest(self) -> int:
-        return int(checkpoint_folders(self.run)[0].name[11:]) if self.run.exists() and checkpoint_folders(self.run) else 0
+        return (
+            int(checkpoint_folders(self.run)[0].name[11:]) if self.run.exists() and checkpoint_folders(self.run) else 0
+        )
 
     def inflict(self, fault: str, process: subprocess.Popen) -> bool:
         """Returns whether there was something to do it to."""
@@ -138,7 +164,9 @@ class Soak:
 
     def damage(self) -> None:
         """A file of the newest checkpoint, where the run goes on and there is a whole one before it: cut, overwritten with zeros, or with one bit changed."""
-        whole = [path for path in checkpoint_folders(self.run) if not self.is_damaged(path)] if self.run.exists() else []
+        whole = (
+            [path for path in checkpoint_folders(self.run) if not self.is_damaged(path)] if self.run.exists() else []
+        )
         if len(whole) < 2 or (self.run / "README.md").exists():
             return
         file = self.rng.choice(sorted(whole[0].iterdir()))
@@ -172,9 +200,14 @@ def soak(script: str, seed: int, minutes: float, folder: Path, disk: SmallDisk |
         rounds += 1
         if found != reference:
             different = [name for name in reference if found[name] != reference[name]]
-            raise SystemExit(f"{script}, seed {seed}: round {rounds} came to other {', '.join(different)}; its last launch:\n{one.told()}")
+            raise SystemExit(
+                f"{script}, seed {seed}: round {rounds} came to other {', '.join(different)}; its last launch:\n{one.told()}"
+            )
     faults = ", ".join(f"{name} {count}" for name, count in sorted(one.counts.items()))
-    print(f"{script}, seed {seed}, {minutes:g} minutes: {rounds} rounds bitwise equal to the run left alone; {faults}", flush=True)
+    print(
+        f"{script}, seed {seed}, {minutes:g} minutes: {rounds} rounds bitwise equal to the run left alone; {faults}",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -25,7 +25,14 @@ def dataset_of(documents):
 MACHINES = {
     # gpu memory as the driver tells it, documents, use -> version, what the command holds, what is warned of
     "no GPU, reviews": (machine(), 25_000, None, 1, ["mlm_pretrain_v1.py"], []),
-    "no GPU, a first real model": (machine(), 25_000, "production", 4, ["mlm_pretrain_v4.py", "--max-minutes 20", "--vocab-size 10000"], ["v1 and v2"]),
+    "no GPU, a first real model": (
+        machine(),
+        25_000,
+        "production",
+        4,
+        ["mlm_pretrain_v4.py", "--max-minutes 20", "--vocab-size 10000"],
+        ["v1 and v2"],
+    ),
     "no GPU, 500K": (machine(), 500_000, None, 2, ["mlm_pretrain_v2.py"], []),
     "6 GB, 50K": (machine(5.8), 50_000, None, 1, ["mlm_pretrain_v1.py"], []),
     "12 GB, 50K": (machine(11.8), 50_000, None, 2, ["mlm_pretrain_v2.py"], []),
@@ -38,12 +45,40 @@ MACHINES = {
     "80 GB, 20M": (machine(79.6), 20_000_000, None, 4, ["mlm_pretrain_v4.py", "--max-samples"], []),
     "141 GB, 5M": (machine(139.8), 5_000_000, None, 4, ["mlm_pretrain_v4.py"], []),
     "eight of 16 GB, 5M": (machine(15.7, 8), 5_000_000, None, 3, ["NUM_GPUS=8", "./train_h200_8gpu_standard.sh"], []),
-    "eight of 141 GB, 10M": (machine(139.8, 8), 10_000_000, None, 4, ["NUM_GPUS=8 PRESET=auto", "./train_h200_8gpu_v4.sh"], []),
+    "eight of 141 GB, 10M": (
+        machine(139.8, 8),
+        10_000_000,
+        None,
+        4,
+        ["NUM_GPUS=8 PRESET=auto", "./train_h200_8gpu_v4.sh"],
+        [],
+    ),
     "eight of 80 GB, 500K": (machine(79.6, 8), 500_000, None, 3, ["NUM_GPUS=8", "./train_h200_8gpu_standard.sh"], []),
-    "eight of 80 GB, reviews": (machine(79.6, 8), 25_000, None, 2, ["torchrun", "--nproc-per-node=8", "mlm_pretrain_v2.py"], []),
+    "eight of 80 GB, reviews": (
+        machine(79.6, 8),
+        25_000,
+        None,
+        2,
+        ["torchrun", "--nproc-per-node=8", "mlm_pretrain_v2.py"],
+        [],
+    ),
     "6 GB, 20M": (machine(5.8), 20_000_000, None, 4, ["mlm_pretrain_v4.py"], []),
-    "a small disk": (machine(23.6, free_gb=8), 5_000_000, None, 4, ["mlm_pretrain_v4.py", "--streaming"], ["downloads"]),
-    "a tiny disk": (machine(23.6, free_gb=0.5), 5_000_000, None, 4, ["--max-samples"], ["the disk has room for the tokens", "downloads"]),
+    "a small disk": (
+        machine(23.6, free_gb=8),
+        5_000_000,
+        None,
+        4,
+        ["mlm_pretrain_v4.py", "--streaming"],
+        ["downloads"],
+    ),
+    "a tiny disk": (
+        machine(23.6, free_gb=0.5),
+        5_000_000,
+        None,
+        4,
+        ["--max-samples"],
+        ["the disk has room for the tokens", "downloads"],
+    ),
     "no network": (machine(23.6, has_network=False), 500_000, None, 3, ["mlm_pretrain_v3.py"], ["without a network"]),
 }
 
@@ -54,7 +89,9 @@ def test_the_version_its_command_and_what_stands_in_the_way(name):
     advice = advise(here, "imdb" if documents <= 25_000 else "org/name", dataset_of(documents), use)
     assert advice.version == version
     assert all(words in advice.command for words in command)
-    assert len(advice.warnings) == len(warnings) and all(words in told for words, told in zip(warnings, advice.warnings)), advice.warnings
+    assert len(advice.warnings) == len(warnings) and all(
+        words in told for words, told in zip(warnings, advice.warnings)
+    ), advice.warnings
     read_script(ROOT / f"mlm_pretrain_v{version}.py", list(advice.flags))  # the flags are ones that the script takes
 
 
@@ -66,8 +103,14 @@ def test_what_the_disk_has_room_for_is_what_is_read():
 
 
 def run_advise(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, "-m", "microbert.advise", *arguments], capture_output=True, text=True, timeout=TIME_LIMIT, cwd=cwd,
-                          env={"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-m", "microbert.advise", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_on_this_machine_with_files_it_tells_a_command_that_runs_and_what_it_takes(tmp_path):
@@ -93,12 +136,23 @@ def test_a_run_that_is_there_already_stays_out_of_it(tmp_path):
 def test_a_machine_and_a_dataset_that_are_not_at_hand():
     done = run_advise("--samples", "20M", "--gpu-memory-gb", "24", "--num-gpus", "8")
     assert done.returncode == 0, done.stderr
-    assert "take v4" in done.stdout and "8 GPUs of 24 GB (not at hand)" in done.stdout and "about 20,000,000 documents" in done.stdout
+    assert (
+        "take v4" in done.stdout
+        and "8 GPUs of 24 GB (not at hand)" in done.stdout
+        and "about 20,000,000 documents" in done.stdout
+    )
     assert "without a network" in done.stdout
 
 
-@pytest.mark.parametrize("arguments, told", [(["--samples", "many"], "--samples"), (["--samples", "0"], "--samples"), (["--dataset", "no/such/file.txt"], "no/such/file.txt"),
-                                             (["--gpu-memory-gb", "-1"], "--gpu-memory-gb")])
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--samples", "many"], "--samples"),
+        (["--samples", "0"], "--samples"),
+        (["--dataset", "no/such/file.txt"], "no/such/file.txt"),
+        (["--gpu-memory-gb", "-1"], "--gpu-memory-gb"),
+    ],
+)
 def test_mistakes_are_told_in_a_line(arguments, told):
     done = run_advise(*arguments)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr

@@ -24,7 +24,11 @@ def test_the_commands_of_a_page_run_and_make_its_pictures(page, clone, hub_envir
 def test_the_commands_for_several_machines_run(clone, hub_environment):
     """Both on this one, each with the processes of one GPU."""
     there = {"host0": "127.0.0.1", "/shared": str(clone / "shared")}
-    commands = [re.sub("|".join(there), lambda found: there[found[0]], command) for command in shown(ROOT / "docs" / "multi-gpu.md") if "train_multinode" in command]
+    commands = [
+        re.sub("|".join(there), lambda found: there[found[0]], command)
+        for command in shown(ROOT / "docs" / "multi-gpu.md")
+        if "train_multinode" in command
+    ]
     assert len(commands) == 2
     of_each = hub_environment | {"NUM_GPUS": "1", "PORT": str(free_port())}
     processes = [start(f"{command} {SMALL}", clone, of_each) for command in commands]

@@ -8,14 +8,14 @@ import torch
 from models import noisy_model
 from safetensors.torch import load_file, save_file
 
-from microbert.errors import InputError
 from microbert.data.fast_encode import Encoder
-from microbert.model.export import save_model
+from microbert.data.tokenizer import train_tokenizer
+from microbert.errors import InputError
 from microbert.fill_mask import fill_mask, load_run
+from microbert.model.export import save_model
 from microbert.model.layers import TABLE_NUMBERS
 from microbert.plot import draw_attention, draw_curves, draw_embeddings
 from microbert.runtime.metrics import read_metrics
-from microbert.data.tokenizer import train_tokenizer
 
 TEXT = "a great film [MASK]"
 HUGE = 1_000_000
@@ -24,8 +24,9 @@ HUGE = 1_000_000
 @pytest.fixture
 def make_folder(tmp_path):
     def make(arch="bert"):
-        tokenizer = train_tokenizer(lambda: iter(["a great film", "a bad film"] * 3), vocab_size=60, lowercase=True,
-                                    strip_accents=False)
+        tokenizer = train_tokenizer(
+            lambda: iter(["a great film", "a bad film"] * 3), vocab_size=60, lowercase=True, strip_accents=False
+        )
         save_model(noisy_model(n_embed=16, vocab_size=tokenizer.get_vocab_size(), arch=arch), tokenizer, tmp_path)
         return tmp_path
 
@@ -61,8 +62,10 @@ def test_a_run_of_a_million_positions_takes_no_more_memory_than_its_text_needs(m
 
 
 SIZES = {
-    "positions": ("bert", {"max_position_embeddings": HUGE}), "layers": ("bert", {"num_hidden_layers": HUGE}),
-    "some layers": ("modern", {"num_hidden_layers": 40}), "vocabulary": ("modern", {"vocab_size": HUGE}),
+    "positions": ("bert", {"max_position_embeddings": HUGE}),
+    "layers": ("bert", {"num_hidden_layers": HUGE}),
+    "some layers": ("modern", {"num_hidden_layers": 40}),
+    "vocabulary": ("modern", {"vocab_size": HUGE}),
     "width": ("modern", {"hidden_size": HUGE, "num_attention_heads": 2, "intermediate_size": 2666672}),
 }
 
@@ -78,10 +81,14 @@ def test_sizes_that_the_file_does_not_hold_are_refused_before_memory_is_used(nam
 
 
 CONFIGS = {
-    "another activation": (["hidden_act", "relu"], "hidden_act is 'relu'"), "another epsilon": (["layer_norm_eps", 1e-3], "layer_norm_eps"),
-    "no vocabulary": (["vocab_size", None], "'vocab_size' is missing"), "no heads": (["num_attention_heads", 0], "num_attention_heads is 0"),
-    "a long text": (["hidden_size", "9" * 100_000], "hidden_size is '999"), "a list": (["model_type", ["bert"]], "unhashable"),
-    "another model": (["model_type", "gpt2"], "gpt2"), "three heads": (["num_attention_heads", 3], "does not divide"),
+    "another activation": (["hidden_act", "relu"], "hidden_act is 'relu'"),
+    "another epsilon": (["layer_norm_eps", 1e-3], "layer_norm_eps"),
+    "no vocabulary": (["vocab_size", None], "'vocab_size' is missing"),
+    "no heads": (["num_attention_heads", 0], "num_attention_heads is 0"),
+    "a long text": (["hidden_size", "9" * 100_000], "hidden_size is '999"),
+    "a list": (["model_type", ["bert"]], "unhashable"),
+    "another model": (["model_type", "gpt2"], "gpt2"),
+    "three heads": (["num_attention_heads", 3], "does not divide"),
 }
 
 
@@ -97,21 +104,52 @@ TOKENIZERS = {
     "an id beyond the vocabulary": (["model", "vocab", "film", 5_000_000], "the ids of its"),
     "two tokens of one id": (["model", "vocab", "film", 5], "the ids of its"),
     "no unknown token in the vocabulary": (["model", "vocab", "[UNK]", None], "[UNK]"),
-    "another unknown token": (["model", "unk_token", "<unk>"], "[UNK]"), "no unknown token": (["model", "unk_token", None], "tokenizer"),
+    "another unknown token": (["model", "unk_token", "<unk>"], "[UNK]"),
+    "no unknown token": (["model", "unk_token", None], "tokenizer"),
     "special ids elsewhere": (["model", "vocab", "[MASK]", 7], "[MASK] must have the id 4"),
-    "no normalizer": (["normalizer", None], "tokenizer"), "another normalizer": (["normalizer", {"type": "NFC"}], "normalizer"),
+    "no normalizer": (["normalizer", None], "tokenizer"),
+    "another normalizer": (["normalizer", {"type": "NFC"}], "normalizer"),
     "words of any length": (["model", "max_input_chars_per_word", 10**6], "takes too long"),
     "no pre-tokenizer": (["pre_tokenizer", None], "tokenizer"),
-    "a pre-tokenizer that takes forever": (["pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
-                                                             "invert": False}], "pre-tokenizer"),
-    "a special token beyond the vocabulary": (["post_processor", "special_tokens", "[CLS]", "ids", [5_000_000]], "[CLS]"),
+    "a pre-tokenizer that takes forever": (
+        ["pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}],
+        "pre-tokenizer",
+    ),
+    "a special token beyond the vocabulary": (
+        ["post_processor", "special_tokens", "[CLS]", "ids", [5_000_000]],
+        "[CLS]",
+    ),
     "a special token that nothing defines": (["post_processor", "special_tokens", {}], "[CLS]"),
     "no special tokens around a text": (["post_processor", None], "[CLS] and [SEP]"),
-    "an added token": (["added_tokens", [{"id": 0, "content": "film", "special": True, "single_word": False, "lstrip": False,
-                                          "rstrip": False, "normalized": False}]], "tokenizer"),
+    "an added token": (
+        [
+            "added_tokens",
+            [
+                {
+                    "id": 0,
+                    "content": "film",
+                    "special": True,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                }
+            ],
+        ],
+        "tokenizer",
+    ),
     "another vocabulary": (["model", "vocab", "zzz", 60], "tokens, and its model"),
-    "another model": (["model", {"type": "WordLevel", "vocab": {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4},
-                                 "unk_token": "[UNK]"}], "WordPiece"),
+    "another model": (
+        [
+            "model",
+            {
+                "type": "WordLevel",
+                "vocab": {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4},
+                "unk_token": "[UNK]",
+            },
+        ],
+        "WordPiece",
+    ),
 }
 
 
@@ -151,9 +189,12 @@ def test_a_tokenizer_that_transformers_has_used_and_saved_is_as_before(name, mak
 
 
 WEIGHTS = {
-    "not finite": (lambda weight: weight.fill_(math.nan), "not finite"), "infinite in fp32": (lambda weight: weight.double() + 1e300, "not finite"),
-    "whole numbers": (lambda weight: weight.long(), "int64"), "complex": (lambda weight: weight.to(torch.complex64), "complex64"),
-    "another shape": (lambda weight: weight[:, :8].contiguous(), "shape"), "no rows": (lambda weight: weight[:0].contiguous(), "shape"),
+    "not finite": (lambda weight: weight.fill_(math.nan), "not finite"),
+    "infinite in fp32": (lambda weight: weight.double() + 1e300, "not finite"),
+    "whole numbers": (lambda weight: weight.long(), "int64"),
+    "complex": (lambda weight: weight.to(torch.complex64), "complex64"),
+    "another shape": (lambda weight: weight[:, :8].contiguous(), "shape"),
+    "no rows": (lambda weight: weight[:0].contiguous(), "shape"),
 }
 
 
@@ -174,7 +215,9 @@ def test_a_text_that_is_not_utf_8_is_refused(make_folder):
         fill_mask(*run, text)
 
 
-@pytest.mark.parametrize("content", ["no json", "[]", '{"model_max_length": "x", "tokenizer_class": 5, "pad_token": {}}'])
+@pytest.mark.parametrize(
+    "content", ["no json", "[]", '{"model_max_length": "x", "tokenizer_class": 5, "pad_token": {}}']
+)
 def test_pictures_need_no_tokenizer_config(content, make_folder):
     folder = make_folder("modern")
     (folder / "tokenizer_config.json").write_text(content)
@@ -182,8 +225,19 @@ def test_pictures_need_no_tokenizer_config(content, make_folder):
 
 
 FINE = {"step": 1, "tokens": 10, "seconds": 1.5, "eval/loss": 3.0}
-DAMAGED = ['{"step": 1, "eval/loss": NaN}', '{"step": true}', '{"step": -1}', '{"eval/loss": 3.0}', "[]", '{"step": 1, "seconds": "x"}',
-           '{"step": 1, "seconds": 1e999}', f'{{"step": 1, "tokens": 1{"0" * 400}}}', '{"step": 1, "more": null}', "\x00", "[" * 100_000]
+DAMAGED = [
+    '{"step": 1, "eval/loss": NaN}',
+    '{"step": true}',
+    '{"step": -1}',
+    '{"eval/loss": 3.0}',
+    "[]",
+    '{"step": 1, "seconds": "x"}',
+    '{"step": 1, "seconds": 1e999}',
+    f'{{"step": 1, "tokens": 1{"0" * 400}}}',
+    '{"step": 1, "more": null}',
+    "\x00",
+    "[" * 100_000,
+]
 
 
 def write_metrics(folder, lines, end="\n"):

@@ -14,12 +14,22 @@ from helpers import ROOT, TIME_LIMIT, WORDS
 from models import noisy_model
 from safetensors.torch import load_file
 
-from microbert.model.classifier import TextClassifier, encode_texts, save_classifier
-from microbert.errors import InputError
-from microbert.model.export import save_model
-from microbert.fill_mask import load_run
-from microbert.finetune import Settings, accuracy_of, check_output, dtype_of, epochs_of, finetune, held_out, new_classifier, train
 from microbert.data.labelled import LabelledTexts, read_labelled
+from microbert.errors import InputError
+from microbert.fill_mask import load_run
+from microbert.finetune import (
+    Settings,
+    accuracy_of,
+    check_output,
+    dtype_of,
+    epochs_of,
+    finetune,
+    held_out,
+    new_classifier,
+    train,
+)
+from microbert.model.classifier import TextClassifier, encode_texts, save_classifier
+from microbert.model.export import save_model
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,9 @@ def folder(request, finished_run, tmp_path):
     """A run's folder with three layers of either architecture."""
     _, tokenizer = load_run(finished_run / "run")
     shutil.copy(finished_run / "run" / "held_out.json", tmp_path)
-    model = noisy_model(vocab_size=tokenizer.get_vocab_size(), n_layers=3, n_heads=2, n_embed=16, max_seq_len=32, arch=request.param)
+    model = noisy_model(
+        vocab_size=tokenizer.get_vocab_size(), n_layers=3, n_heads=2, n_embed=16, max_seq_len=32, arch=request.param
+    )
     save_model(model, tokenizer, tmp_path)
     return tmp_path
 
@@ -54,7 +66,10 @@ def test_it_learns_what_a_word_tells_and_transformers_loads_the_folder(folder, l
     texts = read_labelled(str(labels), None, None, None, 42)
     test = texts.take(held_out(texts, folder))
     classify = transformers.pipeline("text-classification", model=str(output), device="cpu")
-    assert np.mean([found["label"] == test.names[label] for found, label in zip(classify(test.texts), test.labels)]) == accuracy
+    assert (
+        np.mean([found["label"] == test.names[label] for found, label in zip(classify(test.texts), test.labels)])
+        == accuracy
+    )
     with pytest.raises(InputError, match="there already"):
         finetune(folder, Settings(dataset=str(labels), output_dir=str(output)))
 
@@ -75,7 +90,10 @@ def test_in_bf16_it_learns_the_same_and_is_judged_in_fp32(folder, labels, tmp_pa
         return logits
 
     monkeypatch.setattr(TextClassifier, "forward", watched)
-    found = finetune(folder, Settings(dataset=str(labels), epochs=30, device="cpu", baselines=False, output_dir=str(tmp_path / "out")))
+    found = finetune(
+        folder,
+        Settings(dataset=str(labels), epochs=30, device="cpu", baselines=False, output_dir=str(tmp_path / "out")),
+    )
     assert found[f"{folder}, fine-tuned"] > 0.9
     assert seen == {(True, torch.bfloat16), (False, torch.float32)}
     assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
@@ -89,7 +107,9 @@ def test_it_judges_by_the_documents_that_the_run_has_held_out(finished_run):
     [tokenizer] = finished_run.glob("cache/*/tokenizer-*.json")
     _, tokenizer = load_run(finished_run / "run")
     on_disk = np.fromfile(tokens / "held_out.bin", np.uint16).reshape(-1, 32)
-    assert is_held_out.sum() == json.loads((tokens / "manifest.json").read_text())["report"]["held_out"] == len(on_disk)  # not packed: a sequence each
+    assert (
+        is_held_out.sum() == json.loads((tokens / "manifest.json").read_text())["report"]["held_out"] == len(on_disk)
+    )  # not packed: a sequence each
     expected = {tuple(tokenizer.encode(rows[number]).ids[:5]) for number in np.flatnonzero(is_held_out)}
     assert {tuple(row[:5]) for row in on_disk.tolist()} == expected
 
@@ -104,17 +124,26 @@ def changed_by_training(folder, labels, trainable):
     return {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
 
 
-BEHIND_THE_LAYERS = {"bert": {"classifier.weight", "classifier.bias", "pooler.weight", "pooler.bias"},
-                     "modern": {"classifier.weight", "classifier.bias", "encoder.head.transform", "encoder.head.norm"}}
+BEHIND_THE_LAYERS = {
+    "bert": {"classifier.weight", "classifier.bias", "pooler.weight", "pooler.bias"},
+    "modern": {"classifier.weight", "classifier.bias", "encoder.head.transform", "encoder.head.norm"},
+}
 
 
 def test_the_layers_that_are_chosen_learn_and_no_other(folder, labels):
-    parts = {trainable: {".".join(name.split(".")[: 2 if "embeddings" in name else 3]) for name in changed_by_training(folder, labels, trainable)}
-             for trainable in ("classifier", "last_2", "all")}
+    parts = {
+        trainable: {
+            ".".join(name.split(".")[: 2 if "embeddings" in name else 3])
+            for name in changed_by_training(folder, labels, trainable)
+        }
+        for trainable in ("classifier", "last_2", "all")
+    }
     arch = load_run(folder)[0].config.arch
     assert parts["classifier"] == BEHIND_THE_LAYERS[arch]
     assert parts["last_2"] == parts["classifier"] | {"encoder.layers.1", "encoder.layers.2"}
-    assert parts["all"] == parts["last_2"] | {"encoder.layers.0", "encoder.embeddings"} | ({"encoder.head.input_norm"} if arch == "modern" else set())
+    assert parts["all"] == parts["last_2"] | {"encoder.layers.0", "encoder.embeddings"} | (
+        {"encoder.head.input_norm"} if arch == "modern" else set()
+    )
 
 
 @pytest.mark.parametrize("trainable, n_shrunk", [("classifier", 0), ("last_2", 2), ("all", 3)])
@@ -122,8 +151,14 @@ def test_the_matrices_of_the_layers_that_learn_are_shrunk_where_a_run_has_made_t
     settings, pretrained = Settings(trainable=trainable, shrink=0.25), load_run(folder)[0].state_dict()
     for is_pretrained in (True, False):
         model = new_classifier(load_run(folder)[0], 2, settings, is_pretrained)
-        shrunk = {name for name, weight in model.encoder.state_dict().items() if not torch.equal(weight, pretrained[name])}
-        expected = {name for name, weight in pretrained.items() if name.startswith("layers.") and int(name.split(".")[1]) >= 3 - n_shrunk and weight.ndim == 2}
+        shrunk = {
+            name for name, weight in model.encoder.state_dict().items() if not torch.equal(weight, pretrained[name])
+        }
+        expected = {
+            name
+            for name, weight in pretrained.items()
+            if name.startswith("layers.") and int(name.split(".")[1]) >= 3 - n_shrunk and weight.ndim == 2
+        }
         assert shrunk == (expected if is_pretrained else set()) and (n_shrunk == 0) == (not expected)
         assert all(torch.equal(model.encoder.state_dict()[name], 0.25 * pretrained[name]) for name in shrunk)
 
@@ -133,17 +168,34 @@ def test_it_reads_more_of_a_text_where_positions_are_rotary(folder, labels, tmp_
     path, output = tmp_path / "long.jsonl", tmp_path / "classifier"
     rows = [json.loads(line) for line in labels.read_text().splitlines()]
     path.write_text("\n".join(json.dumps(row | {"text": " ".join(["the"] * 40) + " " + row["text"]}) for row in rows))
-    settings = Settings(dataset=str(path), max_seq_len=80, epochs=30, device="cpu", baselines=False, output_dir=str(output))
+    settings = Settings(
+        dataset=str(path), max_seq_len=80, epochs=30, device="cpu", baselines=False, output_dir=str(output)
+    )
     if load_run(folder)[0].config.arch == "bert":
         with pytest.raises(InputError, match="32 positions"):
             finetune(folder, settings)
         return
     assert finetune(folder, settings)[f"{folder}, fine-tuned"] > 0.9
-    assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == transformers.AutoTokenizer.from_pretrained(output).model_max_length == 80
+    assert (
+        json.loads((output / "config.json").read_text())["max_position_embeddings"]
+        == transformers.AutoTokenizer.from_pretrained(output).model_max_length
+        == 80
+    )
 
 
 def test_it_starts_from_the_runs_encoder(folder, labels, tmp_path):
-    finetune(folder, Settings(dataset=str(labels), max_samples=100, epochs=1, trainable="classifier", device="cpu", baselines=False, output_dir=str(tmp_path / "out")))
+    finetune(
+        folder,
+        Settings(
+            dataset=str(labels),
+            max_samples=100,
+            epochs=1,
+            trainable="classifier",
+            device="cpu",
+            baselines=False,
+            output_dir=str(tmp_path / "out"),
+        ),
+    )
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     of_encoder = [name for name in after if name.startswith(("bert.", "model.")) and "pooler" not in name]
     assert len(of_encoder) > 10 and all(torch.equal(before[name], after[name]) for name in of_encoder)
@@ -158,7 +210,12 @@ def test_the_same_accuracy_whatever_the_batches_are(folder, labels):
 
 def test_one_seed_gives_one_result(folder, labels):
     def run(seed, name):
-        return finetune(folder, Settings(dataset=str(labels), epochs=1, seed=seed, device="cpu", baselines=False, output_dir=str(folder / name)))
+        return finetune(
+            folder,
+            Settings(
+                dataset=str(labels), epochs=1, seed=seed, device="cpu", baselines=False, output_dir=str(folder / name)
+            ),
+        )
 
     run(1, "a"), run(1, "b"), run(2, "c")
     weights = [(folder / name / "model.safetensors").read_bytes() for name in "abc"]
@@ -166,21 +223,52 @@ def test_one_seed_gives_one_result(folder, labels):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "microbert.finetune", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+    return subprocess.run(
+        [sys.executable, "-m", "microbert.finetune", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+    )
 
 
 def test_the_command_prints_a_table(finished_run, labels, tmp_path):
-    done = command(str(finished_run / "run"), "--dataset", str(labels), "--epochs", "1", "--output-dir", str(tmp_path / "out"), "--device", "cpu")
+    done = command(
+        str(finished_run / "run"),
+        "--dataset",
+        str(labels),
+        "--epochs",
+        "1",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     table = lines[next(number for number, line in enumerate(lines) if line.startswith("accuracy on")) :]
-    assert ["fine-tuned" in table[1], "random weights" in table[2], "most frequent" in table[3] or "tf-idf" in table[3]] == [True] * 3
+    assert [
+        "fine-tuned" in table[1],
+        "random weights" in table[2],
+        "most frequent" in table[3] or "tf-idf" in table[3],
+    ] == [True] * 3
     assert (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--trainable", "some"], "trainable"), (["--epochs", "0"], "epochs"), (["--lr", "nan"], "learning_rate"), (["--shrink", "0"], "shrink"), (["--max-seq-len", "2"], "max_seq_len"), (["--epochs", "1.5"], "epochs"),
-    (["--dataset", "no/such.csv"], "no file that exists"), (["--device", "gpu"], "device"), (["--max-samples", "4"], "too few")])
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--trainable", "some"], "trainable"),
+        (["--epochs", "0"], "epochs"),
+        (["--lr", "nan"], "learning_rate"),
+        (["--shrink", "0"], "shrink"),
+        (["--max-seq-len", "2"], "max_seq_len"),
+        (["--epochs", "1.5"], "epochs"),
+        (["--dataset", "no/such.csv"], "no file that exists"),
+        (["--device", "gpu"], "device"),
+        (["--max-samples", "4"], "too few"),
+    ],
+)
 @pytest.mark.slow
 def test_mistakes_are_told_in_a_line_and_leave_nothing(flags, told, finished_run, tmp_path):
     done = command(str(finished_run / "run"), "--device", "cpu", "--output-dir", str(tmp_path / "out"), *flags)
@@ -195,15 +283,32 @@ def test_a_folder_without_a_model_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_is_told_in_a_line_and_leaves_nothing(finished_run, labels, tmp_path):
-    done = command(str(finished_run / "run"), "--dataset", str(labels), "--device", "cpu", "--output-dir", str(tmp_path / "out"), "--lr", "1e30")
+    done = command(
+        str(finished_run / "run"),
+        "--dataset",
+        str(labels),
+        "--device",
+        "cpu",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--lr",
+        "1e30",
+    )
     assert done.returncode == 1 and "lower learning_rate" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("make", [
-    lambda path: path.write_text(""), lambda path: path.symlink_to("nowhere"), lambda path: (path / "notes").mkdir(parents=True),
-    lambda path: shutil.copytree(path.parent / "run", path), lambda path: path.symlink_to(path.parent / "classifier")],
-    ids=["file", "broken link", "other files", "run", "link to a classifier"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_text(""),
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: (path / "notes").mkdir(parents=True),
+        lambda path: shutil.copytree(path.parent / "run", path),
+        lambda path: path.symlink_to(path.parent / "classifier"),
+    ],
+    ids=["file", "broken link", "other files", "run", "link to a classifier"],
+)
 def test_only_a_classifier_is_ever_replaced(make, folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(folder, place / "run")

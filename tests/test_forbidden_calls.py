@@ -7,7 +7,19 @@ import pytest
 from helpers import ROOT
 
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "microbert").rglob("*.py")])
-RUNS_WHAT_IT_READS = {"eval", "exec", "pickle", "torch.load", "os.system", "os.popen", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
+RUNS_WHAT_IT_READS = {
+    "eval",
+    "exec",
+    "pickle",
+    "torch.load",
+    "os.system",
+    "os.popen",
+    "marshal",
+    "shelve",
+    "dill",
+    "joblib",
+    "cloudpickle",
+}
 
 
 def dotted(node):
@@ -26,7 +38,10 @@ def test_nothing_runs_what_it_reads(path):
             assert dotted(node.func) != "np.load" or options.get("allow_pickle") is False
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             module = getattr(node, "module", None)
-            assert not RUNS_WHAT_IT_READS & {module, *(f"{module}.{alias.name}" if module else alias.name for alias in node.names)}
+            assert not RUNS_WHAT_IT_READS & {
+                module,
+                *(f"{module}.{alias.name}" if module else alias.name for alias in node.names),
+            }
 
 
 def test_the_table_of_faults_names_the_files_of_its_tests():

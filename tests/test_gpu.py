@@ -14,12 +14,12 @@ from launches import launch
 from models import VOCAB_SIZE, as_batch, token_rows
 from test_config import configure, configure_v4
 
+from microbert.data.masking import mask_batch
+from microbert.model.build import build_model, shape_of
+from microbert.model.loss import masked_scores
 from microbert.runtime.device import compute_dtype, is_compiled
 from microbert.runtime.distributed import World
-from microbert.model.loss import masked_scores
-from microbert.data.masking import mask_batch
 from microbert.train.memory import GB, GPU_CONTEXT_GB, MARGIN, hardware_of, plan_memory
-from microbert.model.build import build_model, shape_of
 from microbert.train.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -29,7 +29,9 @@ WORKSPACES = 0.15 * GB  # of cuBLAS, reckoned from what lay above the plan on an
 
 
 def masked_rows(n=8, max_seq_len=64, seed=0):
-    return mask_batch(as_batch(token_rows(n, max_seq_len, seed=seed)), seed=seed, probability=0.15, vocab_size=VOCAB_SIZE)
+    return mask_batch(
+        as_batch(token_rows(n, max_seq_len, seed=seed)), seed=seed, probability=0.15, vocab_size=VOCAB_SIZE
+    )
 
 
 def new_learner(device=CUDA, vocab_size=VOCAB_SIZE, **constants):
@@ -53,23 +55,41 @@ def test_compilation_is_chosen_and_a_step_is_the_same():
     assert is_compiled(configure_v4(), CUDA) and not is_compiled(configure(), CUDA)
     eager, compiled = new_learner(), new_learner(torch_compile=True)
     for number in range(3):
-        assert compiled.step(masked_rows(), number, 1e-3).read() == pytest.approx(eager.step(masked_rows(), number, 1e-3).read(), rel=1e-3)
+        assert compiled.step(masked_rows(), number, 1e-3).read() == pytest.approx(
+            eager.step(masked_rows(), number, 1e-3).read(), rel=1e-3
+        )
 
 
-@pytest.mark.parametrize("constants", [{}, {"dropout": 0.1, "micro_batch_size": 3, "packing": False}, {"dtype": "bfloat16", "torch_compile": True},
-                                       {"arch": "modern", "optimizer": "muon", "dtype": "bfloat16", "torch_compile": True}])
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {},
+        {"dropout": 0.1, "micro_batch_size": 3, "packing": False},
+        {"dtype": "bfloat16", "torch_compile": True},
+        {"arch": "modern", "optimizer": "muon", "dtype": "bfloat16", "torch_compile": True},
+    ],
+)
 def test_steps_that_are_played_back_are_the_same(constants, capsys):
     plain, recorded = new_learner(cuda_graphs=False, **constants), new_learner(**constants)
     for number in range(10):
         masked, rate = masked_rows(8 if number != 5 else 7, seed=number), (number + 1) * 2e-4
-        assert recorded.step(masked, number, rate).read() == pytest.approx(plain.step(masked, number, rate).read(), rel=5e-3)
+        assert recorded.step(masked, number, rate).read() == pytest.approx(
+            plain.step(masked, number, rate).read(), rel=5e-3
+        )
     assert recorded._learn.has_recording and recorded._update.has_recording and not capsys.readouterr().err
     for parameter, other in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=0.02, atol=2e-3)
 
 
-@pytest.mark.parametrize("constants", [{}, {"dtype": "bfloat16", "torch_compile": True, "dropout": 0.1}, {"micro_batch_size": 20, "dropout": 0.1},
-                                       {"arch": "modern", "optimizer": "muon", "dtype": "bfloat16", "torch_compile": True}])
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {},
+        {"dtype": "bfloat16", "torch_compile": True, "dropout": 0.1},
+        {"micro_batch_size": 20, "dropout": 0.1},
+        {"arch": "modern", "optimizer": "muon", "dtype": "bfloat16", "torch_compile": True},
+    ],
+)
 def test_no_step_waits_for_the_device(constants):
     learner, masked = new_learner(batch_size=96, **constants), masked_rows(96)
     steps = [learner.step(masked, number, 1e-3) for number in range(3)]  # with what is made once
@@ -82,15 +102,23 @@ def test_no_step_waits_for_the_device(constants):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("constants", [{}, {"cuda_graphs": False}, {"arch": "modern", "optimizer": "muon", "dtype": "bfloat16", "torch_compile": True}])
+@pytest.mark.parametrize(
+    "constants",
+    [{}, {"cuda_graphs": False}, {"arch": "modern", "optimizer": "muon", "dtype": "bfloat16", "torch_compile": True}],
+)
 def test_memory_stays_within_the_plan(constants):
     """Tensors alone: what the allocator rounds up comes on top, and is planned as a margin. cuBLAS has its workspaces from it too."""
-    config = configure(**{"n_layers": 8, "n_heads": 8, "n_embed": 256, "max_seq_len": 256, "batch_size": 96, **constants})
+    config = configure(
+        **{"n_layers": 8, "n_heads": 8, "n_embed": 256, "max_seq_len": 256, "batch_size": 96, **constants}
+    )
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    learner, masked = Learner(build_model(shape_of(config, 25_000), 0).to(CUDA), config, World({})), masked_rows(96, 256)
+    learner, masked = (
+        Learner(build_model(shape_of(config, 25_000), 0).to(CUDA), config, World({})),
+        masked_rows(96, 256),
+    )
     for number in range(4):
         learner.step(masked, number, 1e-3).read()
     with torch.no_grad():
@@ -117,8 +145,12 @@ print(learner.micro_batch_size, learner.ran_short, peak_memory_gb(CUDA))
 def test_under_a_cap_the_micro_batch_is_halved_until_it_fits():
     budget_gb = 2.0
     program = CAPPED.format(root=str(ROOT), tests=str(ROOT / "tests"), budget_gb=budget_gb)
-    free = [torch.cuda.mem_get_info(CUDA)[0]]  # as the driver counts it, so with the context of the other process; all else on the GPU must keep still
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    free = [
+        torch.cuda.mem_get_info(CUDA)[0]
+    ]  # as the driver counts it, so with the context of the other process; all else on the GPU must keep still
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + TIME_LIMIT
     while process.poll() is None and time.monotonic() < deadline:
         free.append(torch.cuda.mem_get_info(CUDA)[0])
@@ -136,7 +168,11 @@ def flags_of(folder, **constants):
 
 
 def evaluations(folder):
-    return [line["eval/loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "eval/loss" in line]
+    return [
+        line["eval/loss"]
+        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if "eval/loss" in line
+    ]
 
 
 def test_v4_trains_and_goes_on_after_a_kill_on_a_gpu(tmp_path):
@@ -152,7 +188,9 @@ def test_v4_trains_and_goes_on_after_a_kill_on_a_gpu(tmp_path):
     (tmp_path / "run" / "README.md").unlink()
     done = run(flags, V4)
     assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
-    assert evaluations(tmp_path / "run") == pytest.approx(expected, abs=0.02)  # not bit for bit: a GPU's attention adds in the order that comes
+    assert evaluations(tmp_path / "run") == pytest.approx(
+        expected, abs=0.02
+    )  # not bit for bit: a GPU's attention adds in the order that comes
 
 
 def test_v4_compiles_its_model_unasked_and_learns(tmp_path):

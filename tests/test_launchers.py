@@ -13,7 +13,13 @@ from helpers import ROOT, TIME_LIMIT, end_tree, wait_for_checkpoint, write_corpu
 from launches import finish, flags_of, status
 
 SCRIPTS = ROOT / "scripts"
-LAUNCHERS = ("train_1gpu.sh", "train_24gb.sh", "train_h200_8gpu_standard.sh", "train_h200_8gpu_v4.sh", "train_multinode.sh")
+LAUNCHERS = (
+    "train_1gpu.sh",
+    "train_24gb.sh",
+    "train_h200_8gpu_standard.sh",
+    "train_h200_8gpu_v4.sh",
+    "train_multinode.sh",
+)
 HOSTILE = ["a b", ";touch X", "$(touch X)", "`touch X`", "-x", "--", "'", '"', "*", "\\", "a\nb"]
 
 
@@ -40,7 +46,14 @@ def stub(path, text):
 def call(script, *flags, cwd=None, **variables):
     """A launcher in an environment in which none of its variables is set, but those that are given."""
     environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
-    return subprocess.run([str(script), *flags], capture_output=True, text=True, timeout=TIME_LIMIT, cwd=cwd, env=environment | {"PYTHON": sys.executable} | variables)
+    return subprocess.run(
+        [str(script), *flags],
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        cwd=cwd,
+        env=environment | {"PYTHON": sys.executable} | variables,
+    )
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -67,10 +80,15 @@ def test_a_dry_run_prints_the_command_and_does_nothing(name, checkout):
     before = sorted(checkout.rglob("*"))
     done = call(checkout / "scripts" / name, "--output-dir", "a b", DRY_RUN="1", NUM_GPUS="3")
     assert done.returncode == 0
-    script = {"train_1gpu.sh": "mlm_pretrain_v2.py", "train_24gb.sh": "mlm_pretrain_v4.py",
-              "train_h200_8gpu_v4.sh": "mlm_pretrain_v4.py"}.get(name, "mlm_pretrain_v3.py")
+    script = {
+        "train_1gpu.sh": "mlm_pretrain_v2.py",
+        "train_24gb.sh": "mlm_pretrain_v4.py",
+        "train_h200_8gpu_v4.sh": "mlm_pretrain_v4.py",
+    }.get(name, "mlm_pretrain_v3.py")
     assert script in done.stdout and "--output-dir a\\ b" in done.stdout and "--dataset=hf" in done.stdout
-    assert name in ("train_1gpu.sh", "train_24gb.sh") or ("torchrun" in done.stdout and "--nproc-per-node=3" in done.stdout)
+    assert name in ("train_1gpu.sh", "train_24gb.sh") or (
+        "torchrun" in done.stdout and "--nproc-per-node=3" in done.stdout
+    )
     assert sorted(checkout.rglob("*")) == before
 
 
@@ -84,8 +102,14 @@ def test_the_exit_code_is_the_childs_in_spite_of_the_log(code, checkout, tmp_pat
     assert "to the log" in log.read_text() and "this too" in log.read_text() and "to the log" in done.stdout
 
 
-@pytest.mark.parametrize("path, cwd", [("train_h200_8gpu_standard.sh", "."), ("./train_h200_8gpu_standard.sh", "scripts"),
-                                       ("train_h200_8gpu_v4.sh", ".")])
+@pytest.mark.parametrize(
+    "path, cwd",
+    [
+        ("train_h200_8gpu_standard.sh", "."),
+        ("./train_h200_8gpu_standard.sh", "scripts"),
+        ("train_h200_8gpu_v4.sh", "."),
+    ],
+)
 def test_they_work_through_the_links_and_from_their_own_folder(path, cwd, checkout):
     done = call((checkout / cwd / path) if cwd == "." else path, cwd=checkout / cwd, DRY_RUN="1")
     assert done.returncode == 0 and "mlm_pretrain_v" in done.stdout
@@ -93,7 +117,9 @@ def test_they_work_through_the_links_and_from_their_own_folder(path, cwd, checko
 
 def test_the_links_in_the_root_lead_to_the_launchers():
     for name in ("train_h200_8gpu_standard.sh", "train_h200_8gpu_v4.sh"):
-        assert (ROOT / name).is_symlink() and (ROOT / name).resolve() == SCRIPTS / name and os.access(ROOT / name, os.X_OK)
+        assert (
+            (ROOT / name).is_symlink() and (ROOT / name).resolve() == SCRIPTS / name and os.access(ROOT / name, os.X_OK)
+        )
 
 
 @pytest.mark.parametrize("name", ["train_h200_8gpu_v4.sh", "scripts/train_24gb.sh"])
@@ -103,11 +129,15 @@ def test_the_large_preset_has_its_batch_and_auto_leaves_it_to_the_tier(name, che
     assert "--preset=auto" in auto and "--batch-size" not in auto
 
 
-@pytest.mark.parametrize("variables, flags, told", [
-    ({"CUDA_VISIBLE_DEVICES": ""}, [], "8 GPUs are asked for, and PyTorch sees 0"),
-    ({"DEVICE": "cpu"}, ["--n-layer", "2"], "did you mean --n-layers?"),
-    ({"DEVICE": "cpu", "DATASET": "nothing.txt"}, [], "no file that exists"),
-    ({"DEVICE": "cpu"}, ["--output-dir", "scripts"], "holds other files")])
+@pytest.mark.parametrize(
+    "variables, flags, told",
+    [
+        ({"CUDA_VISIBLE_DEVICES": ""}, [], "8 GPUs are asked for, and PyTorch sees 0"),
+        ({"DEVICE": "cpu"}, ["--n-layer", "2"], "did you mean --n-layers?"),
+        ({"DEVICE": "cpu", "DATASET": "nothing.txt"}, [], "no file that exists"),
+        ({"DEVICE": "cpu"}, ["--output-dir", "scripts"], "holds other files"),
+    ],
+)
 @pytest.mark.slow
 def test_what_is_wrong_from_the_start_is_told_once_before_any_process_starts(variables, flags, told, checkout):
     done = call(checkout / "train_h200_8gpu_standard.sh", *flags, **variables)
@@ -118,8 +148,13 @@ def test_what_is_wrong_from_the_start_is_told_once_before_any_process_starts(var
 
 @pytest.mark.fault(row=32)
 def test_shellcheck_has_nothing_to_say():
-    done = subprocess.run(["shellcheck", "-x", *map(str, sorted(SCRIPTS.iterdir()))],
-                          capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"})
+    done = subprocess.run(
+        ["shellcheck", "-x", *map(str, sorted(SCRIPTS.iterdir()))],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -130,7 +165,9 @@ def test_a_run_through_the_launcher_stops_goes_on_and_says_that_it_is_finished(c
     flags = flags_of(tmp_path, 2)
     environment = {**os.environ, "DEVICE": "cpu", "NUM_GPUS": "2", "PYTHON": sys.executable}
     command = [str(checkout / "train_h200_8gpu_standard.sh"), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
     try:
         wait_for_checkpoint(process, tmp_path / "run")
         os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, the log's process included
@@ -157,19 +194,30 @@ else:
     print("127.0.0.1")"""
 
 
-@pytest.mark.parametrize("code, state", [(0, "RUNNING"), (1, "RUNNING"), (2, "RUNNING"), (75, "RUNNING"), (75, "COMPLETING")])
+@pytest.mark.parametrize(
+    "code, state", [(0, "RUNNING"), (1, "RUNNING"), (2, "RUNNING"), (75, "RUNNING"), (75, "COMPLETING")]
+)
 def test_a_slurm_job_starts_each_node_and_is_queued_again_after_75_alone(code, state, checkout, tmp_path):
     """With stand-ins for srun, scontrol and squeue, and for Python. A job that was cancelled is COMPLETING when it has saved."""
     programs = tmp_path / "programs"
     programs.mkdir()
     stub(programs / "srun", SRUN), stub(programs / "scontrol", SCONTROL), stub(programs / "squeue", f"print({state!r})")
     tells = stub(tmp_path / "tells", f"import sys\nprint(' '.join(sys.argv[1:]))\nsys.exit({code})")
-    variables = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_SUBMIT_DIR": str(checkout),
-                 "SLURM_GPUS_ON_NODE": "4", "PYTHON": str(tells), "PATH": f"{programs}:{os.environ['PATH']}"}
+    variables = {
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_SUBMIT_DIR": str(checkout),
+        "SLURM_GPUS_ON_NODE": "4",
+        "PYTHON": str(tells),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }
     spooled = shutil.copy(checkout / "scripts" / "train_slurm.sbatch", tmp_path / "slurm_script")  # Slurm runs a copy
     done = call(spooled, "--output-dir", "a b", cwd=checkout, **variables)
     assert done.returncode == code
     commands = [line for line in done.stdout.splitlines() if "microbert.torchrun" in line]
-    assert len(commands) == 2 and all("--nnodes=2 --nproc-per-node=4" in line and "--rdzv-endpoint=127.0.0.1:23456" in line for line in commands)
+    assert len(commands) == 2 and all(
+        "--nnodes=2 --nproc-per-node=4" in line and "--rdzv-endpoint=127.0.0.1:23456" in line for line in commands
+    )
     assert sorted("is_host=1" in line for line in commands) == [False, True]
     assert (checkout / "requeued").exists() == (code == 75 and state == "RUNNING")

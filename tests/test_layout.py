@@ -9,8 +9,22 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "microbert"
 MODULES = {str(path.relative_to(PACKAGE))[:-3].replace("/", "."): path for path in sorted(PACKAGE.rglob("*.py"))}
-FOLDERS = ["errors", "config", "runtime", "kernels", "data", "model", "train"]  # each imports only itself and those before it
-COMMANDS = {"advise", "fill_mask", "finetune", "plot", "torchrun"}  # run as `python -m microbert.NAME`; on top of the folders
+FOLDERS = [
+    "errors",
+    "config",
+    "runtime",
+    "kernels",
+    "data",
+    "model",
+    "train",
+]  # each imports only itself and those before it
+COMMANDS = {
+    "advise",
+    "fill_mask",
+    "finetune",
+    "plot",
+    "torchrun",
+}  # run as `python -m microbert.NAME`; on top of the folders
 READS_ENVIRONMENT = {"config.flags", "config.environment", "runtime.distributed"}
 HEAVY = {"torch", "numpy", "transformers", "datasets", "tokenizers"}
 

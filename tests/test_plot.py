@@ -11,8 +11,8 @@ from helpers import ROOT, TIME_LIMIT
 from models import noisy_model
 
 from microbert.errors import InputError
-from microbert.model.export import save_model
 from microbert.fill_mask import load_run
+from microbert.model.export import save_model
 from microbert.plot import _planes, draw_attention, draw_curves, draw_embeddings
 
 
@@ -20,7 +20,9 @@ from microbert.plot import _planes, draw_attention, draw_curves, draw_embeddings
 def folder(request, finished_run, tmp_path):
     """A run's folder with a model of two layers and two heads."""
     _, tokenizer = load_run(finished_run / "run")
-    model = noisy_model(vocab_size=tokenizer.get_vocab_size(), n_layers=2, n_heads=2, n_embed=8, max_seq_len=32, arch=request.param)
+    model = noisy_model(
+        vocab_size=tokenizer.get_vocab_size(), n_layers=2, n_heads=2, n_embed=8, max_seq_len=32, arch=request.param
+    )
     save_model(model, tokenizer, tmp_path)
     return tmp_path
 
@@ -69,11 +71,19 @@ def test_curves_are_those_of_the_metrics(finished_run):
     losses = [line["eval/loss"] for line in lines if "eval/loss" in line]
     for axes, key, unit in zip(figure.axes, ("step", "tokens", "seconds"), (1, 1e6, 60)):
         np.testing.assert_array_equal(axes.lines[0].get_ydata(), losses)
-        np.testing.assert_allclose(axes.lines[0].get_xdata(), [line[key] / unit for line in lines if "eval/loss" in line])
+        np.testing.assert_allclose(
+            axes.lines[0].get_xdata(), [line[key] / unit for line in lines if "eval/loss" in line]
+        )
 
 
 def plot(*arguments):
-    return subprocess.run([sys.executable, "-m", "microbert.plot", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+    return subprocess.run(
+        [sys.executable, "-m", "microbert.plot", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+    )
 
 
 @pytest.mark.slow
@@ -83,14 +93,24 @@ def test_the_command_leaves_pictures(finished_run, tmp_path):
     assert done.returncode == 0, done.stderr
     names = {"curves.png", *(f"{kind}-{run}.png" for kind in ("attention", "embeddings") for run in ("run", "other"))}
     assert {path.name for path in (tmp_path / "plots").iterdir()} == names
-    assert all(path.read_bytes().startswith(b"\x89PNG") and str(path) in done.stdout for path in (tmp_path / "plots").iterdir())
+    assert all(
+        path.read_bytes().startswith(b"\x89PNG") and str(path) in done.stdout for path in (tmp_path / "plots").iterdir()
+    )
 
 
-@pytest.mark.parametrize("missing, told", [("metrics.jsonl", "evaluations"), ("config.json", "no model"), ("model.safetensors", "cannot be loaded")])
+@pytest.mark.parametrize(
+    "missing, told",
+    [("metrics.jsonl", "evaluations"), ("config.json", "no model"), ("model.safetensors", "cannot be loaded")],
+)
 @pytest.mark.slow
 def test_what_is_missing_is_told_and_nothing_is_drawn(missing, told, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     (tmp_path / "run" / missing).unlink()
     done = plot(str(tmp_path / "run"), "--output-dir", str(tmp_path / "plots"))
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and told in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "plots").exists()

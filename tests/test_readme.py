@@ -8,7 +8,19 @@ from helpers import ROOT
 from microbert.config.constants import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OTHER_FLAGS = {"--documents", "--help", "--label-column", "--lr", "--no-lowercase", "--no-torch-compile", "--samples", "--shrink", "--use", "--standalone", "--nproc-per-node"}  # the last two are of torchrun
+OTHER_FLAGS = {
+    "--documents",
+    "--help",
+    "--label-column",
+    "--lr",
+    "--no-lowercase",
+    "--no-torch-compile",
+    "--samples",
+    "--shrink",
+    "--use",
+    "--standalone",
+    "--nproc-per-node",
+}  # the last two are of torchrun
 
 
 def test_the_continuous_integration_runs_the_readmes_test_command():
@@ -23,7 +35,11 @@ def test_every_flag_that_it_names_is_a_constant(page):
 
 
 def test_every_file_that_it_links_or_installs_from_is_there():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"-r (\S+\.txt)", README) + re.findall(r"benchmarks/\w+\.py", README)
+    links = (
+        re.findall(r"\]\((?!http)([^)]+)\)", README)
+        + re.findall(r"-r (\S+\.txt)", README)
+        + re.findall(r"benchmarks/\w+\.py", README)
+    )
     assert len(links) >= 4
     for link in links:
         assert (ROOT / link).exists(), link
@@ -41,10 +57,20 @@ def commands(text):
     return [re.split(r"\s+# |(?<=[a-z/])  +", line)[0] for block in blocks for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("of", [
-    commands, lambda text: [link.replace(".zh-CN", "") for link in re.findall(r"\]\(([^)]+)\)", text)], lambda text: sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))),
-    lambda text: sorted(re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.])", text, re.ASCII)), lambda text: len(re.findall(r"^#+ ", text, re.MULTILINE)), lambda text: text.count("|")],
-    ids=["commands", "links", "flags", "figures", "headings", "tables"])
+@pytest.mark.parametrize(
+    "of",
+    [
+        commands,
+        lambda text: [link.replace(".zh-CN", "") for link in re.findall(r"\]\(([^)]+)\)", text)],
+        lambda text: sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))),
+        lambda text: sorted(re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.])", text, re.ASCII)),
+        lambda text: len(re.findall(r"^#+ ", text, re.MULTILINE)),
+        lambda text: text.count("|"),
+    ],
+    ids=["commands", "links", "flags", "figures", "headings", "tables"],
+)
 @pytest.mark.parametrize("page", ["README.md", "docs/versions.md"])
 def test_the_chinese_one_shows_the_same(page, of):
-    assert of((ROOT / page.replace(".md", ".zh-CN.md")).read_text(encoding="utf-8")) == of((ROOT / page).read_text(encoding="utf-8"))
+    assert of((ROOT / page.replace(".md", ".zh-CN.md")).read_text(encoding="utf-8")) == of(
+        (ROOT / page).read_text(encoding="utf-8")
+    )

@@ -9,7 +9,19 @@ import time
 
 import pytest
 import transformers
-from helpers import ROOT, SLOW_STEPS, TIME_LIMIT, newest_step, patched_script, result, run, small_flags, start, wait_for_checkpoint, wait_until
+from helpers import (
+    ROOT,
+    SLOW_STEPS,
+    TIME_LIMIT,
+    newest_step,
+    patched_script,
+    result,
+    run,
+    small_flags,
+    start,
+    wait_for_checkpoint,
+    wait_until,
+)
 from launches import finish, launch
 from launches import start as start_launch
 from safetensors.torch import load_file
@@ -46,7 +58,11 @@ def beside(finished, folder):
 
 
 def evaluations(folder):
-    return [line["eval/loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "eval/loss" in line]
+    return [
+        line["eval/loss"]
+        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if "eval/loss" in line
+    ]
 
 
 def test_it_plans_then_trains_the_tiers_model_and_transformers_loads_it(finished):
@@ -70,7 +86,13 @@ def test_the_dry_run_says_what_the_run_does_and_writes_nothing(finished, tmp_pat
     assert sorted(tmp_path.rglob("*")) == before
     plan, out = json.loads(done.stdout.splitlines()[-1]), (finished / "out").read_text()
     assert all(f"\n  {name}" in done.stdout for name in TABLE)
-    assert (plan["n_layers"], plan["n_heads"], plan["n_embed"], plan["batch_size"], plan["micro_batch_size"]) == (4, 8, 128, 32, 32)
+    assert (plan["n_layers"], plan["n_heads"], plan["n_embed"], plan["batch_size"], plan["micro_batch_size"]) == (
+        4,
+        8,
+        128,
+        32,
+        32,
+    )
     assert f"{plan['parameters']:,} parameters" in out and f"{plan['steps']:,} steps" in out
     table = done.stdout[done.stdout.index("memory of each process") : done.stdout.index("  in all")]
     assert table in out  # to the last digit
@@ -84,8 +106,22 @@ def test_the_dry_run_says_what_the_run_does_and_writes_nothing(finished, tmp_pat
 @pytest.mark.slow
 def test_a_plan_for_gpus_that_are_not_at_hand(gb, n_layers, batch_size, finished, tmp_path):
     beside(finished, tmp_path)
-    done = run(["--dataset", str(tmp_path / "corpus.jsonl"), "--output-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"),
-                "--dry-run", "--gpu-memory-gb", str(gb), "--num-gpus", "8"], V4)
+    done = run(
+        [
+            "--dataset",
+            str(tmp_path / "corpus.jsonl"),
+            "--output-dir",
+            str(tmp_path / "run"),
+            "--cache-dir",
+            str(tmp_path / "cache"),
+            "--dry-run",
+            "--gpu-memory-gb",
+            str(gb),
+            "--num-gpus",
+            "8",
+        ],
+        V4,
+    )
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
     assert (plan["n_layers"], plan["batch_size"], plan["global_batch_size"]) == (n_layers, batch_size, 8 * batch_size)
@@ -104,7 +140,10 @@ def test_a_plan_for_the_large_preset_on_eight_processes(tmp_path):
 
 
 def test_muons_momentum_is_in_the_checkpoint(finished):
-    kinds = {name.split(".")[0] for name in load_file(next((finished / "run").glob("checkpoint-*")) / "optimizer.safetensors")}
+    kinds = {
+        name.split(".")[0]
+        for name in load_file(next((finished / "run").glob("checkpoint-*")) / "optimizer.safetensors")
+    }
     assert kinds == {"exp_avg", "exp_avg_sq", "momentum"}
 
 
@@ -120,7 +159,9 @@ def test_a_run_of_so_many_minutes_ends_in_time_with_a_model_and_goes_on_after_a_
     done = run(flags, V4)
     assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert "eval/loss" in lines[-1] and 10 < lines[-1]["seconds"] < 60 * minutes  # what was trained before the kill counts
+    assert (
+        "eval/loss" in lines[-1] and 10 < lines[-1]["seconds"] < 60 * minutes
+    )  # what was trained before the kill counts
     rates = [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
     assert rates[-1] < 0.3 * max(rates)  # it fell in time
     assert (tmp_path / "run" / "README.md").exists()

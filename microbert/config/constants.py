@@ -88,33 +88,58 @@ class Config:
         for name in ("global_batch_size", "micro_batch_size", "max_samples", "eval_every", "save_every", "num_gpus"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be None or at least 1", self)
         if self.n_embed % self.n_heads:
-            raise InputError(f"n_embed = {self.n_embed} must be divisible by n_heads = {self.n_heads}: each head takes an equal share")
+            raise InputError(
+                f"n_embed = {self.n_embed} must be divisible by n_heads = {self.n_heads}: each head takes an equal share"
+            )
         _require(self.max_seq_len >= 3, "max_seq_len", "must be at least 3: [CLS], one token, [SEP]", self)
-        _require(self.vocab_size >= MIN_VOCAB_SIZE, "vocab_size",
-                 f"is too small: the special tokens take {MIN_VOCAB_SIZE - 1}, so at least {MIN_VOCAB_SIZE} are needed", self)
+        _require(
+            self.vocab_size >= MIN_VOCAB_SIZE,
+            "vocab_size",
+            f"is too small: the special tokens take {MIN_VOCAB_SIZE - 1}, so at least {MIN_VOCAB_SIZE} are needed",
+            self,
+        )
         _require(self.learning_rate > 0, "learning_rate", "must be a finite number above 0", self)
         _require(self.lr_scaling in ("auto", "none"), "lr_scaling", 'must be "auto" or "none"', self)
         _require(0 < self.mlm_probability <= 1, "mlm_probability", "must be above 0 and at most 1", self)
         _require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1", self)
         _require(self.arch in ("bert", "modern"), "arch", 'must be "bert" or "modern"', self)
         if self.arch == "modern" and self.n_embed // self.n_heads % 2:
-            raise InputError(f'arch = "modern" turns pairs of numbers: n_embed / n_heads = {self.n_embed} / {self.n_heads} must be even')
+            raise InputError(
+                f'arch = "modern" turns pairs of numbers: n_embed / n_heads = {self.n_embed} / {self.n_heads} must be even'
+            )
         _require(self.optimizer in ("adamw", "muon"), "optimizer", 'must be "adamw" or "muon"', self)
-        _require(self.schedule in ("linear", "wsd"), "schedule", 'must be "linear" or "wsd" (warm-up, stable, decay)', self)
+        _require(
+            self.schedule in ("linear", "wsd"), "schedule", 'must be "linear" or "wsd" (warm-up, stable, decay)', self
+        )
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "must be at least 0 and below 1", self)
         is_used = self.schedule == "wsd"
-        _require(self.decay_ratio > 0 and not (is_used and self.warmup_ratio + self.decay_ratio > 1 + RATIO_ROUNDING),
-                 "decay_ratio", "must be above 0, and at most 1 with warmup_ratio", self)
+        _require(
+            self.decay_ratio > 0 and not (is_used and self.warmup_ratio + self.decay_ratio > 1 + RATIO_ROUNDING),
+            "decay_ratio",
+            "must be above 0, and at most 1 with warmup_ratio",
+            self,
+        )
         _require(self.weight_decay >= 0, "weight_decay", "must be at least 0", self)
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", "must be None or above 0", self)
         _require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2**63", self)
-        _require(re.fullmatch(DEVICES, self.device) is not None, "device",
-                 'must be "auto", "cpu", "cuda", "cuda:N" or "mps"', self)
-        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", 'must be "auto", "float32" or "bfloat16"', self)
+        _require(
+            re.fullmatch(DEVICES, self.device) is not None,
+            "device",
+            'must be "auto", "cpu", "cuda", "cuda:N" or "mps"',
+            self,
+        )
+        _require(
+            self.dtype in ("auto", "float32", "bfloat16"), "dtype", 'must be "auto", "float32" or "bfloat16"', self
+        )
         for name in ("memory_budget_gb", "gpu_memory_gb", "max_minutes"):
             _require(getattr(self, name) is None or getattr(self, name) > 0, name, "must be None or above 0", self)
         for name in ("gpu_memory_gb", "num_gpus"):
-            _require(getattr(self, name) is None or self.dry_run, name, "plans for a machine that is not at hand: it goes with --dry-run", self)
+            _require(
+                getattr(self, name) is None or self.dry_run,
+                name,
+                "plans for a machine that is not at hand: it goes with --dry-run",
+                self,
+            )
         _require(self.report_to in (None, "tensorboard"), "report_to", 'must be None or "tensorboard"', self)
         if self.report_to and importlib.util.find_spec("tensorboard") is None:
             raise InputError('report_to = "tensorboard" needs a package that is not installed: pip install tensorboard')
@@ -125,8 +150,10 @@ class Config:
             _require(is_utf8, name, "must be valid UTF-8: the libraries that write there open no other names", self)
         if self.dataset not in ("imdb", "hf"):
             if not dataset_files(self) and hub_id(self.dataset) is None:
-                raise InputError(f'dataset = "{self.dataset}" is no file that exists: give "imdb", "hf", a Hub id such as '
-                                 f'"org/name" or "org/name:config", or paths, folders and globs of {", ".join(FILE_KINDS)} files')
+                raise InputError(
+                    f'dataset = "{self.dataset}" is no file that exists: give "imdb", "hf", a Hub id such as '
+                    f'"org/name" or "org/name:config", or paths, folders and globs of {", ".join(FILE_KINDS)} files'
+                )
 
 
 def dataset_files(config: Config) -> list[str]:
@@ -147,17 +174,25 @@ def resolve_batch_size(config: Config, world_size: int, trained: dict | None = N
     """
     share, whole = config.batch_size, config.global_batch_size
     if trained is not None:
-        kept = trained.get("global_batch_size") or trained["batch_size"]  # the latter in checkpoints from before there was the former
+        kept = (
+            trained.get("global_batch_size") or trained["batch_size"]
+        )  # the latter in checkpoints from before there was the former
         if whole not in (None, kept):
-            raise InputError(f"global_batch_size = {whole} (was {kept}): put it back to go on with this run, or start anew with --overwrite or "
-                             "another --output-dir")
+            raise InputError(
+                f"global_batch_size = {whole} (was {kept}): put it back to go on with this run, or start anew with --overwrite or "
+                "another --output-dir"
+            )
         if share not in (trained["batch_size"], kept // world_size):
-            raise InputError(f"batch_size = {share} (was {trained['batch_size']}): this run takes {kept} sequences a step, on any number of processes. "
-                             "Put it back to go on with it, or start anew with --overwrite or another --output-dir")
+            raise InputError(
+                f"batch_size = {share} (was {trained['batch_size']}): this run takes {kept} sequences a step, on any number of processes. "
+                "Put it back to go on with it, or start anew with --overwrite or another --output-dir"
+            )
         whole = kept
     whole = whole or share * world_size
     if whole % world_size:
-        raise InputError(f"global_batch_size = {whole} cannot be shared equally by {world_size} processes: start a number that divides it")
+        raise InputError(
+            f"global_batch_size = {whole} cannot be shared equally by {world_size} processes: start a number that divides it"
+        )
     return dataclasses.replace(config, batch_size=whole // world_size, global_batch_size=whole)
 
 

@@ -55,8 +55,14 @@ def _fields() -> dict[str, object]:
 
 
 def _constants_block(script_name: str, constants: dict[str, object]) -> dict[str, object]:
-    block = {name: value for name, value in constants.items()
-             if name == name.lower() and not name.startswith("_") and not callable(value) and not isinstance(value, types.ModuleType)}
+    block = {
+        name: value
+        for name, value in constants.items()
+        if name == name.lower()
+        and not name.startswith("_")
+        and not callable(value)
+        and not isinstance(value, types.ModuleType)
+    }
     for name in block:
         if name not in _fields():
             raise InputError(f"{script_name}: unknown constant {name}{_suggestion(name, _fields())}")
@@ -111,9 +117,17 @@ def _parse_flags(script: str, defaults: dict[str, object], argv: list[str] | Non
         known += flags
         text = f"{comments.get(name, '')} [{default}]".strip().replace("%", "%%")
         if bool in (_fields()[name], *typing.get_args(_fields()[name])):
-            parser.add_argument(flag, dest=name, nargs="?", const="true", metavar="true|false", default=argparse.SUPPRESS, help=text)
-            parser.add_argument("--no-" + flag[2:], dest=name, action="store_const", const="false",
-                                default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            parser.add_argument(
+                flag, dest=name, nargs="?", const="true", metavar="true|false", default=argparse.SUPPRESS, help=text
+            )
+            parser.add_argument(
+                "--no-" + flag[2:],
+                dest=name,
+                action="store_const",
+                const="false",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
         elif name == "dataset":  # a glob that the shell has spelt out comes as many values
             parser.add_argument(flag, dest=name, nargs="+", metavar="VALUE", default=argparse.SUPPRESS, help=text)
         else:

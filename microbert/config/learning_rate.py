@@ -20,7 +20,9 @@ def peak_learning_rate(config: Config) -> float:
     """
     if config.lr_scaling == "none":
         return config.learning_rate
-    return config.learning_rate * PRETRAINING * (768 / config.n_embed) ** 0.25 * math.sqrt(tokens_per_step(config) / 4096)
+    return (
+        config.learning_rate * PRETRAINING * (768 / config.n_embed) ** 0.25 * math.sqrt(tokens_per_step(config) / 4096)
+    )
 
 
 def explain_learning_rate(config: Config) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from microbert.runtime.counter_rng import permute
-from microbert.data.tokenizer import N_SPECIAL
 from microbert.data.shards import Sequences
+from microbert.data.tokenizer import N_SPECIAL
+from microbert.runtime.counter_rng import permute
 
 EVALUATION_EPOCH = 2**32  # held-out masks are drawn as if in this epoch, which training never reaches
 
@@ -33,8 +33,16 @@ def steps_in_run(n_sequences: int, epochs: int, global_batch_size: int) -> int:
     return -(-n_sequences * epochs // global_batch_size)
 
 
-def training_batch(sequences: Sequences, *, step: int, epochs: int, global_batch_size: int, seed: int, rank: int = 0,
-                   world_size: int = 1) -> Batch:
+def training_batch(
+    sequences: Sequences,
+    *,
+    step: int,
+    epochs: int,
+    global_batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batch:
     """The rank's share of the global batch of a step (from 0): global_batch_size / world_size rows.
 
     Raises ValueError unless the world size divides the global batch size.
@@ -55,7 +63,12 @@ def evaluation_batches(sequences: Sequences, batch_size: int, rank: int = 0, wor
     """The rank's share of all sequences, in the order in which they lie on disk: every world_size-th batch. The last one is filled up."""
     for start in range(rank * batch_size, len(sequences), world_size * batch_size):
         ids = np.minimum(np.arange(start, start + batch_size), len(sequences) - 1)
-        yield Batch(sequences.read(ids), ids, np.full(batch_size, EVALUATION_EPOCH), np.arange(start, start + batch_size) < len(sequences))
+        yield Batch(
+            sequences.read(ids),
+            ids,
+            np.full(batch_size, EVALUATION_EPOCH),
+            np.arange(start, start + batch_size) < len(sequences),
+        )
 
 
 def random_batch(number: int, vocab_size: int, batch_size: int, max_seq_len: int) -> Batch:

@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from microbert.errors import InputError
 from microbert.data.corpus import clean
+from microbert.errors import InputError
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class")  # where none is named
 TEXT, NUMBERS, A_LIST, NOTHING, OTHER = "text", "numbers", "a list", "nothing", "not text"  # what a column holds

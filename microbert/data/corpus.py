@@ -50,8 +50,16 @@ class Corpus:
     `head` has read are kept for the next `read`. open_parts: called once, at the first read. remember: called when all is prepared.
     """
 
-    def __init__(self, description: str, key: str, open_parts: Callable[[], list[Part]], estimate: Estimate, max_samples: int | None,
-                 is_remote: bool = False, remember: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        description: str,
+        key: str,
+        open_parts: Callable[[], list[Part]],
+        estimate: Estimate,
+        max_samples: int | None,
+        is_remote: bool = False,
+        remember: Callable[[], None] = lambda: None,
+    ) -> None:
         self.description = description
         self.key = key
         self.estimate = estimate

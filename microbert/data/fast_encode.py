@@ -23,9 +23,14 @@ CHUNK_CHARACTERS = 4_000_000  # worked on at a time, at some 50 bytes of memory 
 MOST_WORDS = 500_000  # kept in the table, at some 200 bytes each; a full table starts anew
 SHORT_WORD = 32  # characters; a longer word is searched here, because the library tries pieces longer than any token
 
-WORD, ALONE, SPACE, DROPPED, SEVERAL, UNSEEN = range(6)  # kinds of characters; ALONE is a word of its own, such as punctuation
+WORD, ALONE, SPACE, DROPPED, SEVERAL, UNSEEN = range(
+    6
+)  # kinds of characters; ALONE is a word of its own, such as punctuation
 CODE_POINTS = 0x110000
-REORDERED = ("\u302e", "\U0001d165")  # spacing marks of combining classes 224 and 216: NFD moves any other class past one of them
+REORDERED = (
+    "\u302e",
+    "\U0001d165",
+)  # spacing marks of combining classes 224 and 216: NFD moves any other class past one of them
 
 
 class Encoder:
@@ -150,7 +155,9 @@ class Encoder:
         is_space = kinds == SPACE
         starts_word &= ~is_space
         positions = np.flatnonzero(starts_word)  # [W]
-        starts = positions - np.cumsum(is_space, dtype=np.int32)[positions]  # where the words start when the spaces are gone
+        starts = (
+            positions - np.cumsum(is_space, dtype=np.int32)[positions]
+        )  # where the words start when the spaces are gone
         letters = characters[~is_space]
         positions, starts = self._characters.cut_words(positions, starts, len(letters))
         word_counts = np.diff(np.searchsorted(positions, text_ends), prepend=0)
@@ -177,7 +184,9 @@ class _CharacterTable:
         self._unsure: set[str] = set()  # those whose neighbours matter
         ascii = "".join(map(chr, range(128)))
         self.learn(ascii)
-        self._ascii_tables = [bytes(table[:128].astype(np.uint8)).ljust(256) for table in (self._characters, self._kinds)]
+        self._ascii_tables = [
+            bytes(table[:128].astype(np.uint8)).ljust(256) for table in (self._characters, self._kinds)
+        ]
         self._ascii_dropped = bytes(np.flatnonzero(self._kinds[:128] == DROPPED).tolist())
 
     def learn(self, text: str) -> None:
@@ -252,7 +261,12 @@ class _CharacterTable:
         kinds, characters = self._kinds[codes], self._characters[codes]
         is_kept = kinds != DROPPED
         if not is_kept.all():
-            codes, kinds, characters, ends = codes[is_kept], kinds[is_kept], characters[is_kept], np.cumsum(is_kept)[ends - 1]
+            codes, kinds, characters, ends = (
+                codes[is_kept],
+                kinds[is_kept],
+                characters[is_kept],
+                np.cumsum(is_kept)[ends - 1],
+            )
         is_several = kinds == SEVERAL
         if not is_several.any():
             return characters, kinds, ends
@@ -274,7 +288,11 @@ class _WordTable:
         self._longest_token = max(map(len, self._vocabulary))
         self._rows: dict[bytes, int] = {}
         self._n_ids = 0
-        self.starts, self.lengths, self.ids = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int32)  # grown by doubling
+        self.starts, self.lengths, self.ids = (
+            np.zeros(1, np.int64),
+            np.zeros(1, np.int64),
+            np.zeros(1, np.int32),
+        )  # grown by doubling
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -296,13 +314,16 @@ class _WordTable:
         ids = [self._search(text) if long else next(encodings).ids for text, long in zip(texts, is_long)]
         lengths = np.array([len(of_word) for of_word in ids], np.int64)
         first, end, n_ids = len(self), len(self) + len(words), int(lengths.sum())
-        self.starts, self.lengths, self.ids = _grown(self.starts, end), _grown(self.lengths, end), _grown(self.ids, self._n_ids + n_ids)
+        self.starts, self.lengths, self.ids = (
+            _grown(self.starts, end),
+            _grown(self.lengths, end),
+            _grown(self.ids, self._n_ids + n_ids),
+        )
         self.starts[first:end] = self._n_ids + np.cumsum(lengths) - lengths
         self.lengths[first:end] = lengths
         self.ids[self._n_ids : self._n_ids + n_ids] = [i for of_word in ids for i in of_word]
         self._n_ids += n_ids
         self._rows.update(zip(words, range(first, end)))
-
 
     def _search(self, word: str) -> list[int]:
         """WordPiece: the longest token at the start of the word, then the longest after it; [UNK] if one is missing."""
@@ -320,7 +341,11 @@ class _WordTable:
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:
-    return array if size <= len(array) else np.concatenate([array, np.zeros(max(size, 2 * len(array)) - len(array), array.dtype)])
+    return (
+        array
+        if size <= len(array)
+        else np.concatenate([array, np.zeros(max(size, 2 * len(array)) - len(array), array.dtype)])
+    )
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -339,6 +364,8 @@ def _distinct_words(letters: list[bytes], starts: list[np.ndarray]) -> tuple[np.
     group_ends = np.cumsum([len(of_group) for of_group in letters], dtype=np.int64)
     offsets = [of_group + end - len(text) for text, of_group, end in zip(letters, starts, group_ends)]
     offsets = np.concatenate([*offsets, group_ends[-1:] if letters else [0]]).astype(np.int64)
-    words = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(letters))])
+    words = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(letters))]
+    )
     distinct = words.dictionary_encode()
     return distinct.indices.to_numpy(), distinct.dictionary.to_pylist()

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
+from microbert.config.dataset_names import file_kind
 from microbert.data.columns import (
     A_LIST,
     LABEL_COLUMNS,
@@ -28,12 +29,18 @@ from microbert.data.columns import (
     choose_text_column,
     listed,
 )
-from microbert.errors import InputError
-from microbert.config.dataset_names import file_kind
-from microbert.data.delimited import SAMPLE_LINES, SAVE_WITH_LF, SEPARATORS, read_delimited, separator_of, usual_separator
 from microbert.data.corpus import READ_CHARACTERS, READ_ROWS
+from microbert.data.delimited import (
+    SAMPLE_LINES,
+    SAVE_WITH_LF,
+    SEPARATORS,
+    read_delimited,
+    separator_of,
+    usual_separator,
+)
 from microbert.data.file_kinds import HEAD_BYTES, errors_of_reading, kind_of, open_file
 from microbert.data.tables import DEEPEST, class_name, parquet_columns, read_labelled_parquet, read_parquet
+from microbert.errors import InputError
 
 BYTE_ORDER_MARK = "\ufeff"
 MOST_WORDS_OF_A_NAME = 4  # of a column; a first line with more words is a row

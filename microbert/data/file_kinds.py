@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from microbert.errors import InputError
 from microbert.config.dataset_names import COMPRESSIONS, KNOWN_KINDS, file_kind, has_ending
+from microbert.errors import InputError
 from microbert.runtime.run import shortage_behind
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what opening or reading a file raises

@@ -15,28 +15,49 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from microbert.errors import InputError
 from microbert.config.dataset_names import FILE_KINDS, file_kind
 from microbert.data.corpus import READ_ROWS, Part
 from microbert.data.file_formats import find_text_column, read_rows
-from microbert.runtime.files import read_json, write_json
-from microbert.errors import Failed, Stopped
-from microbert.runtime.run import shortage_behind
 from microbert.data.tables import parquet_text_column, read_parquet, table_rows, table_text_column
+from microbert.errors import Failed, InputError, Stopped
+from microbert.runtime.files import read_json, write_json
+from microbert.runtime.run import shortage_behind
 
 TRIES = 8  # in a row without a single row read, each of which waits twice as long as the one before it
 LONGEST_WAIT = 60.0
 SMALL_FILE = 8_000_000  # bytes
 TABLE_PARTS = 100  # of a downloaded dataset, so that the tokenizer's sample is spread over it
 COLUMN_RECORD = "text_column.json"
-SAME_ROWS = {"name", "version", "data_dir", "data_files", "description", "chunksize", "block_size", "batch_size", "use_threads", "memory_map",
-             "fragment_scan_options", "verbose", "warn_bad_lines", "sep"}  # settings that do not change the rows; sep is looked at by itself
+SAME_ROWS = {
+    "name",
+    "version",
+    "data_dir",
+    "data_files",
+    "description",
+    "chunksize",
+    "block_size",
+    "batch_size",
+    "use_threads",
+    "memory_map",
+    "fragment_scan_options",
+    "verbose",
+    "warn_bad_lines",
+    "sep",
+}  # settings that do not change the rows; sep is looked at by itself
 
 
 class HubReader:
     """Opens the parts of one commit of a dataset. folder: the corpus's own in the cache. text_column: None where it is to be chosen."""
 
-    def __init__(self, repo_id: str, name: str | None, revision: str, text_column: str | None, folder: Path, check_stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        name: str | None,
+        revision: str,
+        text_column: str | None,
+        folder: Path,
+        check_stop: Callable[[], None],
+    ) -> None:
         self.repo_id, self.name, self.revision = repo_id, name, revision
         self.where = repo_id if name is None else f"{repo_id}:{name}"
         self.text_column = text_column
@@ -64,7 +85,9 @@ class HubReader:
                     try:
                         yield table_rows(rows[start : min(end, start + READ_ROWS)], column, self.where)
                     except UnicodeDecodeError as error:
-                        raise InputError(f'{self.where}: column "{column}" is not UTF-8 behind row {start:,} ({error})') from None
+                        raise InputError(
+                            f'{self.where}: column "{column}" is not UTF-8 behind row {start:,} ({error})'
+                        ) from None
 
             return Part(end - first, read)
 
@@ -86,7 +109,9 @@ class HubReader:
         paths = [self._path(file) for file in files["train"]]
         kinds = {base.__name__.lower() for base in type(builder).__mro__} & set(FILE_KINDS.values())
         if other := [path for path in paths if file_kind(path) not in kinds]:
-            raise self._not_streamable(f"{other[0]} is by its name no {' or '.join(sorted(kinds or set(FILE_KINDS.values())))} file")
+            raise self._not_streamable(
+                f"{other[0]} is by its name no {' or '.join(sorted(kinds or set(FILE_KINDS.values())))} file"
+            )
         self._check_settings(builder.config, paths)
         return paths
 
@@ -122,13 +147,17 @@ class HubReader:
             revision = {} if datasets.config.HF_HUB_OFFLINE else {"revision": self.revision}
             builder = datasets.load_dataset_builder(self.repo_id, self.name, **revision)
             if builder.hash != self.revision:
-                raise ConnectionError(f"datasets could not reach it, and has only commit {builder.hash[:12]} in its cache")
+                raise ConnectionError(
+                    f"datasets could not reach it, and has only commit {builder.hash[:12]} in its cache"
+                )
             return builder
 
         builder = self._persist(load)
         names = list(builder.builder_configs)
         if self.name is None and len(names) > 1 and "default" not in names:
-            raise InputError(f'dataset = "{self.repo_id}" has several configurations, such as "{self.repo_id}:{names[0]}"; it has: {", ".join(names)}')
+            raise InputError(
+                f'dataset = "{self.repo_id}" has several configurations, such as "{self.repo_id}:{names[0]}"; it has: {", ".join(names)}'
+            )
         return builder
 
     def _persist(self, call: Callable[[], object]) -> object:
@@ -163,8 +192,10 @@ class HubReader:
         if not is_network_trouble(error):
             raise InputError(f"{self.where}: {first_line(error.__cause__ or error)}") if is_of_dataset else error
         if attempt == TRIES:
-            raise Failed(f"reading {self.where} from the Hub failed {TRIES} times in a row ({first_line(error)}). What is prepared stays: the same "
-                         "command goes on from here") from error
+            raise Failed(
+                f"reading {self.where} from the Hub failed {TRIES} times in a row ({first_line(error)}). What is prepared stays: the same "
+                "command goes on from here"
+            ) from error
         print(f"reading {self.where}: {first_line(error)}; trying again", file=sys.stderr)
         wait(min(LONGEST_WAIT, 2.0 ** (attempt - 1)), self.check_stop)
 
@@ -187,8 +218,12 @@ class HubReader:
         import huggingface_hub
 
         huggingface_hub.utils.disable_progress_bars()  # that of the preparation stands already
-        copy = stoppable(lambda: huggingface_hub.hf_hub_download(self.repo_id, path, repo_type="dataset", revision=self.revision, local_dir=self.copies),
-                         self.check_stop)
+        copy = stoppable(
+            lambda: huggingface_hub.hf_hub_download(
+                self.repo_id, path, repo_type="dataset", revision=self.revision, local_dir=self.copies
+            ),
+            self.check_stop,
+        )
         try:
             column = self.chosen_column() or find_text_column(copy, None)
             if column is not None:  # the file holds a row
@@ -314,8 +349,12 @@ def refusal(error: Exception, where: str) -> InputError | None:
     """Where the Hub has answered that it will not give what was asked for."""
     for behind in _wrapped(error):
         code = getattr(getattr(behind, "response", None), "status_code", None)
-        if code in (401, 403) or type(behind).__name__ == "DatasetNotFoundError":  # so `datasets` calls files that it may not see
-            return InputError(f"{where} is open only to whom its owners let in: ask on its page on the Hub, then set HF_TOKEN to your token")
+        if (
+            code in (401, 403) or type(behind).__name__ == "DatasetNotFoundError"
+        ):  # so `datasets` calls files that it may not see
+            return InputError(
+                f"{where} is open only to whom its owners let in: ask on its page on the Hub, then set HF_TOKEN to your token"
+            )
         if code is not None and 400 <= code < 500 and code not in (408, 429):
             return InputError(f"{where}: the Hub refuses it ({first_line(behind)})")
     return None
@@ -332,4 +371,8 @@ def _wrapped(error: BaseException | None) -> Iterator[BaseException]:
 
 def first_line(error: object) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if isinstance(error, Exception) and lines else str(error) or type(error).__name__
+    return (
+        f"{type(error).__name__}: {lines[0]}"
+        if isinstance(error, Exception) and lines
+        else str(error) or type(error).__name__
+    )

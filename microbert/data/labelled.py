@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from microbert.data.columns import as_label, choose_label_column, sorted_labels
-from microbert.errors import InputError
-from microbert.data.sources import imdb_file, labelled_imdb
 from microbert.config.dataset_names import file_kind, hub_id, some_names
+from microbert.data.columns import as_label, choose_label_column, sorted_labels
 from microbert.data.corpus import clean
 from microbert.data.file_formats import find_labelled_columns, read_labelled_rows
 from microbert.data.hub_reader import first_line, is_network_trouble, labelled_files
 from microbert.data.local_files import readable_files
+from microbert.data.sources import imdb_file, labelled_imdb
 from microbert.data.tables import table_columns, table_labels, table_rows, table_text_column
+from microbert.errors import InputError
 
 MOST_LABELS = 1000
 READ_ROWS = 1000  # of a table of the Hub at a time

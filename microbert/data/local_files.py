@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from microbert.config.constants import Config
-from microbert.errors import InputError
 from microbert.config.dataset_names import COMPRESSIONS, KNOWN_KINDS, file_kind, find_files, has_ending, some_names
 from microbert.data.corpus import Corpus, Estimate, Part, clean
 from microbert.data.file_formats import describe_column, find_text_column, is_json_object, read_rows, reading_of
 from microbert.data.file_kinds import errors_of_reading, is_pointer, is_readable
+from microbert.errors import InputError
 from microbert.runtime.files import fingerprint, read_json, sha256, write_json
 
 EXPANSION = 2.5  # of compressed text, for the estimate

@@ -11,8 +11,8 @@ import math
 import numpy as np
 
 from microbert.data.batches import Batch
-from microbert.runtime.counter_rng import random_bits, uniform
 from microbert.data.tokenizer import MASK_ID, N_SPECIAL
+from microbert.runtime.counter_rng import random_bits, uniform
 
 EVALUATION_PROBABILITY = 0.15  # whatever a run trains with, so that losses compare
 IGNORED = -100  # the label of a slot that holds no masked token

@@ -21,15 +21,54 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from microbert.config.constants import Config
-from microbert.errors import InputError
-from microbert.data.corpus import HELD_OUT_AT_MOST, HELD_OUT_SHARE, READ_CHARACTERS, READ_ROWS, Corpus, Estimate, Position, clean, split_hash
+from microbert.data.corpus import (
+    HELD_OUT_AT_MOST,
+    HELD_OUT_SHARE,
+    READ_CHARACTERS,
+    READ_ROWS,
+    Corpus,
+    Estimate,
+    Position,
+    clean,
+    split_hash,
+)
 from microbert.data.fast_encode import Encoder, ranges
-from microbert.runtime.files import fingerprint, open_atomic, read_json, refuse_link, remove_stale, system_trouble, write_atomic
-from microbert.runtime.files import write_json
+from microbert.data.shards import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    TOKEN_COUNTS,
+    Report,
+    Tokens,
+    check_numbers,
+    open_tokens,
+    split_file,
+)
+from microbert.data.tokenizer import (
+    CLS_ID,
+    N_SPECIAL,
+    PAD_ID,
+    SAMPLE_CHARACTERS,
+    SEP_ID,
+    SPECIAL_TOKENS,
+    UNK_ID,
+    alphabet_of,
+    largest_alphabet,
+    load_tokenizer,
+    tokenizer_path,
+)
+from microbert.errors import InputError
+from microbert.runtime.files import (
+    fingerprint,
+    open_atomic,
+    read_json,
+    refuse_link,
+    remove_stale,
+    system_trouble,
+    write_atomic,
+    write_json,
+)
 from microbert.runtime.metrics import progress_bar
-from microbert.data.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SAMPLE_CHARACTERS, SEP_ID, SPECIAL_TOKENS, UNK_ID, alphabet_of
-from microbert.data.tokenizer import largest_alphabet, load_tokenizer, tokenizer_path
-from microbert.data.shards import FORMAT, MANIFEST, SPLITS, TOKEN_COUNTS, Report, Tokens, check_numbers, open_tokens, split_file
 from microbert.runtime.workers import n_workers, open_pool
 
 BLOCK_ROWS = 100_000
@@ -100,10 +139,14 @@ def _announce(corpus: Corpus, config: Config, folder: Path) -> None:
     estimate = corpus.estimate
     size = estimated_megabytes(estimate, config)
     free = shutil.disk_usage(folder).free / 1e6
-    print(f"preparing {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB of text: "
-          f"about {size:,.0f} MB of tokens in {folder}, and twice that meanwhile ({free / 1e3:,.0f} GB free)")
+    print(
+        f"preparing {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB of text: "
+        f"about {size:,.0f} MB of tokens in {folder}, and twice that meanwhile ({free / 1e3:,.0f} GB free)"
+    )
     if 2 * size > free:
-        print("warning: the disk may be too small for that; a smaller max_samples takes less, another cache_dir may have more")
+        print(
+            "warning: the disk may be too small for that; a smaller max_samples takes less, another cache_dir may have more"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +178,18 @@ class _Block:
         return self.documents - self.unknown - self.unknown_start
 
 
-def _encode_blocks(corpus: Corpus, config: Config, folder: Path, pool: concurrent.futures.Executor, check_stop: Callable[[], None]) -> list[_Block]:
+def _encode_blocks(
+    corpus: Corpus, config: Config, folder: Path, pool: concurrent.futures.Executor, check_stop: Callable[[], None]
+) -> list[_Block]:
     """Writes block-NNNNN.npz (hashes uint64 [D], lengths int64 [D], ids [I]) and .json for each block; those that are there stay."""
     blocks = _finished_blocks(folder)
     position = blocks[-1].end if blocks else Position()
     if blocks:
         print(f"going on behind {position.rows:,} rows that were prepared before")
-    waiting = (pool.submit(_write_block, rows, end, number, config, folder)
-               for number, (rows, end) in enumerate(_blocks(corpus, position, check_stop), len(blocks)))
+    waiting = (
+        pool.submit(_write_block, rows, end, number, config, folder)
+        for number, (rows, end) in enumerate(_blocks(corpus, position, check_stop), len(blocks))
+    )
     megabytes, begin = 0.0, time.perf_counter()
     with progress_bar(corpus.estimate.documents, position.rows, "preparing", " documents", leave=False) as bar:
         for block in _in_order(waiting, check_stop):
@@ -193,7 +240,9 @@ def _read_record(path: Path, rows_before: int) -> _Block:
     return block
 
 
-def _blocks(corpus: Corpus, start: Position, check_stop: Callable[[], None]) -> Iterator[tuple[list[str | None], Position]]:
+def _blocks(
+    corpus: Corpus, start: Position, check_stop: Callable[[], None]
+) -> Iterator[tuple[list[str | None], Position]]:
     """Rows up to BLOCK_ROWS or BLOCK_CHARACTERS in all, each time with the position behind them."""
     block, characters = [], 0
     end = start
@@ -233,12 +282,22 @@ def _write_block(rows: list[str | None], end: Position, number: int, config: Con
     kept_ids = ids[ranges(starts[keep], used[keep])].astype(_dtype(config))
     arrays = {"hashes": hashes[keep], "lengths": used[keep], "ids": kept_ids}
     write_atomic(folder / f"block-{number:05d}.npz", lambda file: np.savez(file, **arrays))
-    block = _Block(rows=len(rows), empty=len(rows) - len(texts), documents=len(texts), unknown=int(is_unknown.sum()),
-                   unknown_start=int((~keep & ~is_unknown).sum()), characters=sum(map(len, texts)),
-                   bytes=sum(len(text.encode()) for text in texts), words=int(counts[_starts_word].sum()),
-                   tokens=len(ids), unknown_tokens=int(counts[UNK_ID]),
-                   unknown_characters=dict(_encoder.unknown_characters.most_common(UNKNOWN_OF_A_BLOCK)),
-                   smallest=int(hashes[keep].min(initial=2**64 - 1)), largest=int(hashes[keep].max(initial=0)), end=end)
+    block = _Block(
+        rows=len(rows),
+        empty=len(rows) - len(texts),
+        documents=len(texts),
+        unknown=int(is_unknown.sum()),
+        unknown_start=int((~keep & ~is_unknown).sum()),
+        characters=sum(map(len, texts)),
+        bytes=sum(len(text.encode()) for text in texts),
+        words=int(counts[_starts_word].sum()),
+        tokens=len(ids),
+        unknown_tokens=int(counts[UNK_ID]),
+        unknown_characters=dict(_encoder.unknown_characters.most_common(UNKNOWN_OF_A_BLOCK)),
+        smallest=int(hashes[keep].min(initial=2**64 - 1)),
+        largest=int(hashes[keep].max(initial=0)),
+        end=end,
+    )
     write_json(folder / f"block-{number:05d}.json", dataclasses.asdict(block))
     return block
 
@@ -249,11 +308,16 @@ def _held_out_below(blocks: list[_Block], corpus: Corpus, config: Config) -> int
     smallest = min((block.smallest for block in blocks), default=0)
     largest = max((block.largest for block in blocks), default=0)
     if documents == 0 or smallest == largest:
-        why = ("the tokenizer knows no token of any document" if documents == 0 else
-               "at least two different documents are needed, one to train on and one to hold out")
+        why = (
+            "the tokenizer knows no token of any document"
+            if documents == 0
+            else "at least two different documents are needed, one to train on and one to hold out"
+        )
         skipped = _skipped(*(_sum_of(blocks, name) for name in ("empty", "unknown", "unknown_start")), config)
-        raise InputError(f"{corpus.description}: too little text: {why} ({_sum_of(blocks, 'rows'):,} read, "
-                         f"{documents:,} used; skipped: {skipped})")
+        raise InputError(
+            f"{corpus.description}: too little text: {why} ({_sum_of(blocks, 'rows'):,} read, "
+            f"{documents:,} used; skipped: {skipped})"
+        )
     share = min(HELD_OUT_SHARE, HELD_OUT_AT_MOST / documents)
     return min(max(int(2**64 * share), smallest + 1), largest)
 
@@ -262,8 +326,15 @@ def _sum_of(blocks: list[_Block], name: str) -> int:
     return sum(getattr(block, name) for block in blocks)
 
 
-def _lay_out_blocks(blocks: list[_Block], below: int, tokenizer: Tokenizer, config: Config, folder: Path, pool: concurrent.futures.Executor,
-                    check_stop: Callable[[], None]) -> None:
+def _lay_out_blocks(
+    blocks: list[_Block],
+    below: int,
+    tokenizer: Tokenizer,
+    config: Config,
+    folder: Path,
+    pool: concurrent.futures.Executor,
+    check_stop: Callable[[], None],
+) -> None:
     """Writes the sequences of both splits, the token counts and, last, the manifest."""
     n_documents, n_ids = np.zeros((2, len(SPLITS), len(blocks)), np.int64)  # of each split in each block
     for number in range(len(blocks)):
@@ -274,8 +345,10 @@ def _lay_out_blocks(blocks: list[_Block], below: int, tokenizer: Tokenizer, conf
     sizes = zip(n_documents.tolist(), n_ids.tolist())
     parts = zip(*(packed_parts(*of_split, config.max_seq_len) for of_split in sizes))
     vocab_size = tokenizer.get_vocab_size()
-    waiting = (pool.submit(_lay_out_block, number, parts_of_block, below, config, folder, vocab_size)
-               for number, parts_of_block in enumerate(parts))
+    waiting = (
+        pool.submit(_lay_out_block, number, parts_of_block, below, config, folder, vocab_size)
+        for number, parts_of_block in enumerate(parts)
+    )
     counts, n_sequences, n_unknown = np.zeros(vocab_size, np.int64), dict.fromkeys(SPLITS, 0), 0
     with open_atomic(split_file(folder, SPLITS[0])) as train, open_atomic(split_file(folder, SPLITS[1])) as held_out:
         for sequences, unknown, of_block in _in_order(waiting, check_stop):
@@ -288,15 +361,28 @@ def _lay_out_blocks(blocks: list[_Block], below: int, tokenizer: Tokenizer, conf
     n_train, n_held_out = n_documents.sum(axis=1).tolist()
     n_distinct = _count_distinct(folder, len(blocks), n_train + n_held_out, config)
     names = [field.name for field in dataclasses.fields(Report) if field.name in _Block.__dataclass_fields__]
-    report = Report(train=n_train, held_out=n_held_out, duplicates=n_train + n_held_out - n_distinct,
-                    unknown_sequences=n_unknown, **{name: _sum_of(blocks, name) for name in names})
+    report = Report(
+        train=n_train,
+        held_out=n_held_out,
+        duplicates=n_train + n_held_out - n_distinct,
+        unknown_sequences=n_unknown,
+        **{name: _sum_of(blocks, name) for name in names},
+    )
     characters: Counter[str] = Counter()
     for block in blocks:
         characters.update(block.unknown_characters)
-    write_json(folder / MANIFEST, {
-        "format": FORMAT, "max_seq_len": config.max_seq_len, "dtype": np.dtype(_dtype(config)).name, **n_sequences,
-        "held_out_below": below, "unknown_characters": dict(characters.most_common(UNKNOWN_SHOWN)),
-        "report": dataclasses.asdict(report)})
+    write_json(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "max_seq_len": config.max_seq_len,
+            "dtype": np.dtype(_dtype(config)).name,
+            **n_sequences,
+            "held_out_below": below,
+            "unknown_characters": dict(characters.most_common(UNKNOWN_SHOWN)),
+            "report": dataclasses.asdict(report),
+        },
+    )
 
 
 def _of_splits(hashes: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
@@ -340,8 +426,9 @@ def packed_parts(documents: list[int], ids: list[int], max_seq_len: int) -> list
     return parts
 
 
-def _lay_out_block(number: int, parts: tuple[Part, ...], below: int, config: Config, folder: Path,
-                   vocab_size: int) -> tuple[list[np.ndarray], int, np.ndarray]:
+def _lay_out_block(
+    number: int, parts: tuple[Part, ...], below: int, config: Config, folder: Path, vocab_size: int
+) -> tuple[list[np.ndarray], int, np.ndarray]:
     """The sequences of both splits, how many without a known token were left out, and counts of training tokens."""
     sequences, n_unknown = [], 0
     for split, part in enumerate(parts):
@@ -360,8 +447,9 @@ def _lay_out_block(number: int, parts: tuple[Part, ...], below: int, config: Con
     return sequences, n_unknown, np.bincount(sequences[0].reshape(-1), minlength=vocab_size)
 
 
-def _documents(folder: Path, number: int, split: int, below: int, config: Config,
-               tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _documents(
+    folder: Path, number: int, split: int, below: int, config: Config, tokens: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The ids and lengths of a split's documents in a block: of the first ones with so many tokens, or of all."""
     hashes, lengths, ids = _read_block(folder, number, config, "hashes", "lengths", "ids")
     chosen = np.flatnonzero(_of_splits(hashes, below)[split])
@@ -449,21 +537,30 @@ def _remove_blocks(folder: Path) -> None:
 
 def _skipped(empty: int, unknown: int, unknown_start: int, config: Config) -> str:
     """Which documents are left out, and why."""
-    reasons = ((empty, "empty"), (unknown, "without one known token"),
-               (unknown_start, f"without one in their first {config.max_seq_len - 2:,} tokens"))
+    reasons = (
+        (empty, "empty"),
+        (unknown, "without one known token"),
+        (unknown_start, f"without one in their first {config.max_seq_len - 2:,} tokens"),
+    )
     return ", ".join(f"{number:,} {why}" for number, why in reasons if number) or "none"
 
 
 def _print_report(tokens: Tokens, tokenizer: Tokenizer, config: Config) -> None:
     report = tokens.report
     skipped = _skipped(report.empty, report.unknown, report.unknown_start, config)
-    print(f"documents: {report.rows:,} read, {report.train:,} to train on, {report.held_out:,} held out; "
-          f"skipped: {skipped}; {report.duplicates:,} duplicates kept")
-    print(f"text: {report.characters / 1e6:,.1f}M characters; vocabulary {len(tokens.token_counts):,}, "
-          f"{report.tokens_per_word:.2f} tokens a word, {report.unknown_rate:.3%} unknown")
+    print(
+        f"documents: {report.rows:,} read, {report.train:,} to train on, {report.held_out:,} held out; "
+        f"skipped: {skipped}; {report.duplicates:,} duplicates kept"
+    )
+    print(
+        f"text: {report.characters / 1e6:,.1f}M characters; vocabulary {len(tokens.token_counts):,}, "
+        f"{report.tokens_per_word:.2f} tokens a word, {report.unknown_rate:.3%} unknown"
+    )
     dropped = f"; {report.unknown_sequences:,} left out without one known token" if report.unknown_sequences else ""
-    print(f"tokens: {tokens.token_counts.sum() / 1e6:,.2f}M to train on, in {len(tokens.train):,} sequences of {config.max_seq_len}; "
-          f"{len(tokens.held_out):,} sequences held out{dropped} ({tokens.megabytes:,.1f} MB in {tokens.folder})")
+    print(
+        f"tokens: {tokens.token_counts.sum() / 1e6:,.2f}M to train on, in {len(tokens.train):,} sequences of {config.max_seq_len}; "
+        f"{len(tokens.held_out):,} sequences held out{dropped} ({tokens.megabytes:,.1f} MB in {tokens.folder})"
+    )
     n_unknown = report.unknown + report.unknown_start
     if max(report.unknown_rate, n_unknown / report.documents) > MANY_UNKNOWN:
         print(_unknown_warning(tokens, tokenizer, config))
@@ -474,16 +571,20 @@ def _unknown_warning(tokens: Tokens, tokenizer: Tokenizer, config: Config) -> st
     report, n_known = tokens.report, len(alphabet_of(tokenizer))
     characters = dict(tokens.unknown_characters)
     written = characters.pop(SPECIAL_TOKENS[UNK_ID], 0)
-    warning = (f"warning: {report.unknown_tokens:,} of {report.tokens:,} tokens are unknown, and "
-               f"{report.unknown + report.unknown_start:,} of {report.documents:,} documents are left out for it")
+    warning = (
+        f"warning: {report.unknown_tokens:,} of {report.tokens:,} tokens are unknown, and "
+        f"{report.unknown + report.unknown_start:,} of {report.documents:,} documents are left out for it"
+    )
     if characters:
         named = ", ".join(f"{text} (U+{ord(text):04X}, {times:,} times)" for text, times in characters.items())
         warning += f"; words with these characters are unknown: {named}. The tokenizer knows {n_known:,} characters, "
         if n_known >= largest_alphabet(config.vocab_size):
             warning += f"as many as vocab_size = {config.vocab_size:,} has room for: raise it"
         else:
-            warning += (f"those of its sample, which is at most the first {SAMPLE_CHARACTERS / 1e6:.0f}M characters of "
-                        "the corpus: it needs more text with the others in it")
+            warning += (
+                f"those of its sample, which is at most the first {SAMPLE_CHARACTERS / 1e6:.0f}M characters of "
+                "the corpus: it needs more text with the others in it"
+            )
     if written:
         warning += f"; {written:,} are [UNK] in the text itself"
     return warning

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from microbert.data.tokenizer import N_SPECIAL
 from microbert.errors import InputError
 from microbert.runtime.files import read_json, system_trouble
-from microbert.data.tokenizer import N_SPECIAL
 
 FORMAT = 4  # raise it whenever the same input would give other tokens
 SPLITS = ("train", "held_out")

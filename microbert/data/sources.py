@@ -12,11 +12,11 @@ from pathlib import Path
 import filelock
 
 from microbert.config.constants import Config, dataset_files
-from microbert.errors import InputError
 from microbert.data.corpus import READ_ROWS, Corpus, Estimate, Part
-from microbert.runtime.files import fingerprint, refuse_link, sha256
 from microbert.data.hub import open_hub
 from microbert.data.local_files import open_files
+from microbert.errors import InputError
+from microbert.runtime.files import fingerprint, refuse_link, sha256
 from microbert.runtime.run import shortage_behind
 
 IMDB_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
@@ -32,8 +32,10 @@ def open_corpus(config: Config, check_stop: Callable[[], None]) -> Corpus:
     else:
         corpus = open_hub(config, check_stop)
     estimate = corpus.estimate
-    print(f"dataset: {corpus.description}, {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, {estimate.megabytes:,.0f} MB of text; "
-          "--dataset takes a Hub id, or paths and globs of your own files")
+    print(
+        f"dataset: {corpus.description}, {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, {estimate.megabytes:,.0f} MB of text; "
+        "--dataset takes a Hub id, or paths and globs of your own files"
+    )
     return corpus
 
 
@@ -99,7 +101,11 @@ def imdb_file() -> Path:
 def labelled_imdb(path: Path) -> list[tuple[str, str]]:
     """The reviews of `imdb_file` in the order in which the corpus has them, each with its label, "negative" or "positive"."""
     with open(path, encoding="utf-8", newline="") as file:
-        reviews = [(row["text"].replace("<br />", " "), ("negative", "positive")[int(row["label"])]) for row in csv.DictReader(file) if row["source"] == "imdb"]
+        reviews = [
+            (row["text"].replace("<br />", " "), ("negative", "positive")[int(row["label"])])
+            for row in csv.DictReader(file)
+            if row["source"] == "imdb"
+        ]
     random.Random(0).shuffle(reviews)  # the file is sorted by sentiment; so any first part is a fair sample
     return reviews
 
@@ -114,5 +120,10 @@ def _open_imdb(max_samples: int | None) -> Corpus:
             yield texts[start : start + READ_ROWS]
 
     n_documents = min(IMDB_DOCUMENTS, max_samples or IMDB_DOCUMENTS)
-    return Corpus("imdb (film reviews, bundled)", f"imdb-{fingerprint(IMDB_SHA256, max_samples)}", lambda: [Part(1, read)],
-                  Estimate(n_documents, IMDB_MEGABYTES * n_documents / IMDB_DOCUMENTS, is_exact=True), max_samples)
+    return Corpus(
+        "imdb (film reviews, bundled)",
+        f"imdb-{fingerprint(IMDB_SHA256, max_samples)}",
+        lambda: [Part(1, read)],
+        Estimate(n_documents, IMDB_MEGABYTES * n_documents / IMDB_DOCUMENTS, is_exact=True),
+        max_samples,
+    )

@@ -12,8 +12,8 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from microbert.data.columns import A_LIST, NOTHING, NUMBERS, OTHER, TEXT, Column, choose_text_column, listed
-from microbert.errors import InputError
 from microbert.data.corpus import READ_ROWS
+from microbert.errors import InputError
 
 DEEPEST = 5  # levels of nested columns that are listed
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from microbert.config.constants import Config
-from microbert.errors import InputError
 from microbert.data.corpus import HELD_OUT_SHARE, Corpus, clean, split_hash
+from microbert.errors import InputError
 from microbert.runtime.files import fingerprint, system_trouble, write_json, write_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -18,7 +18,9 @@ PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
 N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here on are ordinary tokens
 VOCABULARY = "vocab.txt"  # one token per line, by id: all that the Python BertTokenizer of transformers 4 reads
 
-SAMPLE_CHARACTERS = 16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
+SAMPLE_CHARACTERS = (
+    16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
+)
 PIECE_CHARACTERS = 100_000  # of a text that the library gets at once: it takes some 50 bytes a character
 LONGEST_WORD = 100  # characters; longer words are cut: the library calls them unknown, and its search takes cubic time
 LONGEST_REASON = 300  # characters of what the library says about a file that it cannot read
@@ -34,7 +36,12 @@ def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None]
         return tokenizer
     sample = _training_sample(corpus, config.seed, check_stop)
     print(f"tokenizer: training WordPiece on {sum(map(len, sample)) / 1e6:,.1f}M characters ...")
-    tokenizer = train_tokenizer(lambda: iter(sample), vocab_size=config.vocab_size, lowercase=config.lowercase, strip_accents=config.strip_accents)
+    tokenizer = train_tokenizer(
+        lambda: iter(sample),
+        vocab_size=config.vocab_size,
+        lowercase=config.lowercase,
+        strip_accents=config.strip_accents,
+    )
     write_text(tokenizer_path(corpus, config), tokenizer.to_str())
     return tokenizer
 
@@ -51,14 +58,18 @@ def tokenizer_path(corpus: Corpus, config: Config) -> Path:
     return corpus.cache_folder(config) / f"tokenizer-{key}.json"
 
 
-def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, lowercase: bool, strip_accents: bool) -> Tokenizer:
+def train_tokenizer(
+    sample: Callable[[], Iterator[str]], *, vocab_size: int, lowercase: bool, strip_accents: bool
+) -> Tokenizer:
     """A WordPiece tokenizer of at most `vocab_size` tokens, the special ones first. `sample` is read twice.
 
     The library's trainer numbers the characters in the order of a randomly seeded hash table, and breaks ties between merges
     by these numbers, so two trainings on one text give two vocabularies. Naming every character beforehand, in order of
     frequency, makes the result a function of the text alone.
     """
-    normalizer = normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, lowercase=lowercase, strip_accents=strip_accents)
+    normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, lowercase=lowercase, strip_accents=strip_accents
+    )
     characters = Counter()
     for text in sample():
         characters.update(normalizer.normalize_str(text))
@@ -72,8 +83,9 @@ def train_tokenizer(sample: Callable[[], Iterator[str]], *, vocab_size: int, low
     trained.normalizer = normalizer
     trained.pre_tokenizer = _pre_tokenizer()
     named = [*SPECIAL_TOKENS, *alphabet]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=named, limit_alphabet=len(frequent), min_frequency=2,
-                                        show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=named, limit_alphabet=len(frequent), min_frequency=2, show_progress=False
+    )
     trained.train_from_iterator(sample(), trainer)
 
     ids = trained.get_vocab()
@@ -106,8 +118,11 @@ def alphabet_of(tokenizer: Tokenizer) -> set[str]:
 
 
 def _post_processor() -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-                                         special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)])
+    return processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)],
+    )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -135,7 +150,9 @@ def _difference(tokenizer: Tokenizer) -> str:
     """
     ids = tokenizer.get_vocab()
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    is_known_model = isinstance(tokenizer.model, models.WordPiece) and tokenizer.model.unk_token == SPECIAL_TOKENS[UNK_ID]
+    is_known_model = (
+        isinstance(tokenizer.model, models.WordPiece) and tokenizer.model.unk_token == SPECIAL_TOKENS[UNK_ID]
+    )
     if not is_known_model or tokenizer.get_vocab(with_added_tokens=False).get(SPECIAL_TOKENS[UNK_ID]) != UNK_ID:
         return "it is no WordPiece model with [UNK] in its vocabulary"
     if not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
@@ -169,16 +186,19 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None
     write_text(folder / VOCABULARY, "".join(token + "\n" for token in sorted(ids, key=ids.get)))
     normalizer = tokenizer.normalizer
     roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_seq_len,
-        "do_lower_case": normalizer.lowercase,
-        "strip_accents": normalizer.strip_accents,
-        "tokenize_chinese_chars": normalizer.handle_chinese_chars,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-        **dict(zip(roles, SPECIAL_TOKENS)),
-    })
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_seq_len,
+            "do_lower_case": normalizer.lowercase,
+            "strip_accents": normalizer.strip_accents,
+            "tokenize_chinese_chars": normalizer.handle_chinese_chars,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+            **dict(zip(roles, SPECIAL_TOKENS)),
+        },
+    )
 
 
 def _training_sample(corpus: Corpus, seed: int, check_stop: Callable[[], None]) -> list[str]:
@@ -188,7 +208,10 @@ def _training_sample(corpus: Corpus, seed: int, check_stop: Callable[[], None]) 
         check_stop()
         n_rows += len(rows)
         for text in filter(None, map(clean, rows)):
-            pieces = [text[start : start + PIECE_CHARACTERS] for start in range(0, min(len(text), SAMPLE_CHARACTERS), PIECE_CHARACTERS)]
+            pieces = [
+                text[start : start + PIECE_CHARACTERS]
+                for start in range(0, min(len(text), SAMPLE_CHARACTERS), PIECE_CHARACTERS)
+            ]
             (sample if split_hash(text, seed) >= HELD_OUT_SHARE * 2**64 else may_be_held_out).extend(pieces)
     if not sample and not may_be_held_out:
         raise InputError(f"{corpus.description}: no text found ({n_rows:,} rows, all empty)")
@@ -198,8 +221,18 @@ def _training_sample(corpus: Corpus, seed: int, check_stop: Callable[[], None]) 
 def _continues_a_word(character: str) -> bool:
     """False for what BERT's pre-tokenizer always splits off: punctuation and Chinese characters."""
     code = ord(character)
-    punctuation = (33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
-                   or unicodedata.category(character).startswith("P"))
-    chinese = (0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF or 0x20000 <= code <= 0x2CEAF
-               or 0xF900 <= code <= 0xFAFF or 0x2F800 <= code <= 0x2FA1F)
+    punctuation = (
+        33 <= code <= 47
+        or 58 <= code <= 64
+        or 91 <= code <= 96
+        or 123 <= code <= 126
+        or unicodedata.category(character).startswith("P")
+    )
+    chinese = (
+        0x4E00 <= code <= 0x9FFF
+        or 0x3400 <= code <= 0x4DBF
+        or 0x20000 <= code <= 0x2CEAF
+        or 0xF900 <= code <= 0xFAFF
+        or 0x2F800 <= code <= 0x2FA1F
+    )
     return not punctuation and not chinese

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from microbert.runtime.device import is_for_kernels, is_real_on_cpu
 from microbert.kernels.compile import KERNELS, address, compiled_kernel, n_threads
+from microbert.runtime.device import is_for_kernels, is_real_on_cpu
 
 SOURCE = KERNELS / "attention.c"
 NARROW_HEAD = 8  # numbers; with 8 PyTorch's attention takes 1.7 times as long as ours, with 2 three to five times, with 16 less time (benchmarks/attention.py)
@@ -26,7 +26,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | N
     least one; None where all do. Returns [B, H, M, d]. Fastest when they are views of [B, M or T, H, d]: so is what is returned, where the kernel
     computes it, and so are the gradients.
     """
-    if is_real_on_cpu(query) and torch.is_autocast_enabled("cpu"):  # there PyTorch's way back takes seven times as long in bf16
+    if is_real_on_cpu(query) and torch.is_autocast_enabled(
+        "cpu"
+    ):  # there PyTorch's way back takes seven times as long in bf16
         with torch.autocast("cpu", enabled=False):
             return attend(query.float(), key.float(), value.float(), attention_mask)
     if query.shape[-1] <= NARROW_HEAD and key.shape[2] <= LONGEST_ROW and is_for_kernels(query, key, value):
@@ -63,11 +65,19 @@ def _with_whole_rows(x: Tensor) -> Tensor:
 
 class _NarrowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, kernel: ctypes.CDLL) -> Tensor:
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, kernel: ctypes.CDLL
+    ) -> Tensor:
         query, key, value = map(_with_whole_rows, (query, key, value))
         is_real = None if attention_mask is None else attention_mask.contiguous()
         output, log_sum = _new_like(query), query.new_empty(query.shape[:3])
-        kernel.forward(*_sizes(query, key), *map(_strided, (query, key, value)), address(is_real), _strided(output), address(log_sum))
+        kernel.forward(
+            *_sizes(query, key),
+            *map(_strided, (query, key, value)),
+            address(is_real),
+            _strided(output),
+            address(log_sum),
+        )
         ctx.save_for_backward(query, key, value, is_real, output, log_sum)
         ctx.kernel = kernel
         return output
@@ -78,6 +88,12 @@ class _NarrowAttention(torch.autograd.Function):
         query, key, value, is_real, output, log_sum = ctx.saved_tensors
         gradients = tuple(map(_new_like, (query, key, value)))
         output_grad = _with_whole_rows(output_grad)
-        ctx.kernel.backward(*_sizes(query, key), *map(_strided, (query, key, value)), address(is_real), _strided(output), address(log_sum),
-                            *map(_strided, (output_grad, *gradients)))
+        ctx.kernel.backward(
+            *_sizes(query, key),
+            *map(_strided, (query, key, value)),
+            address(is_real),
+            _strided(output),
+            address(log_sum),
+            *map(_strided, (output_grad, *gradients)),
+        )
         return *gradients, None, None

@@ -34,9 +34,14 @@ def compiled_kernel(source: Path, **constants: int) -> ctypes.CDLL | None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = Path(folder) / "kernel.so"
             command = [compiler, *FLAGS, *defined, "-o", library, source, "-lm"]
-            subprocess.run(command, check=True, capture_output=True, start_new_session=True)  # so that a signal to stop the run does not stop it
+            subprocess.run(
+                command, check=True, capture_output=True, start_new_session=True
+            )  # so that a signal to stop the run does not stop it
             return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError):  # no OpenMP, say, a full disk, or a folder from which nothing may be run
+    except (
+        OSError,
+        subprocess.CalledProcessError,
+    ):  # no OpenMP, say, a full disk, or a folder from which nothing may be run
         return None
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from microbert.runtime.device import is_for_kernels
 from microbert.kernels.compile import KERNELS, address, compiled_kernel, n_threads
+from microbert.runtime.device import is_for_kernels
 
 SOURCE = KERNELS / "gelu.c"
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from microbert.runtime.device import is_for_kernels
 from microbert.kernels.compile import KERNELS, address, compiled_kernel, n_threads
+from microbert.runtime.device import is_for_kernels
 
 SOURCE = KERNELS / "norm.c"
 NARROW_ROW = 8  # numbers; with 16 both take about the same time, with 8 PyTorch's takes five times as long
@@ -40,7 +40,11 @@ class _NarrowNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, output_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        x_grad, parameter_grads, output_grad = torch.empty_like(x), x.new_empty(2, x.shape[-1]), output_grad.contiguous()
+        x_grad, parameter_grads, output_grad = (
+            torch.empty_like(x),
+            x.new_empty(2, x.shape[-1]),
+            output_grad.contiguous(),
+        )
         ctx.kernel.backward(*_sizes(x, ctx.eps), *map(address, (x, weight, output_grad, x_grad, parameter_grads)))
         return x_grad, *parameter_grads, None, None
 

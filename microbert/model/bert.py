@@ -40,7 +40,9 @@ class Layer(nn.Module):
         self.output_norm = LayerNorm(config.n_embed, eps=NORM_EPS)
         self.attention_dropout, self.output_dropout = (Dropout(config, site=2 * number + place) for place in (1, 2))
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
         attended = self.attention_dropout(self.attention(x, attention_mask, positions), dropout_keys, positions)
         x = self.attention_norm(at_positions(x, positions) + attended)  # [B, Q, D]
         return self.output_norm(x + self.output_dropout(self.contract(gelu(self.expand(x))), dropout_keys, positions))

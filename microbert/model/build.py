@@ -6,12 +6,12 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from microbert.model.bert import Bert
 from microbert.config.constants import Config
+from microbert.data.shards import Tokens
 from microbert.errors import InputError
+from microbert.model.bert import Bert
 from microbert.model.layers import MaskedLanguageModel, ModelConfig
 from microbert.model.modern import ModernBert
-from microbert.data.shards import Tokens
 
 INIT_STD = 0.02
 ARCHITECTURES = {"bert": Bert, "modern": ModernBert}
@@ -51,7 +51,9 @@ def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int | None) -> Mas
     weights = model.state_dict()
     if model.config.arch not in ROTARY:
         if max_seq_len > own:
-            raise InputError(f'max_seq_len = {max_seq_len}: this run has weights for {own} positions, and reads no more; longer texts need arch = "modern", as v4 has it')
+            raise InputError(
+                f'max_seq_len = {max_seq_len}: this run has weights for {own} positions, and reads no more; longer texts need arch = "modern", as v4 has it'
+            )
         weights[POSITIONS] = weights[POSITIONS][:max_seq_len]
     other = new_model(dataclasses.replace(model.config, max_seq_len=max_seq_len))
     other.load_state_dict(weights)
@@ -67,7 +69,9 @@ def count_parameters(config: ModelConfig) -> int:
 
 def shape_of(config: Config, vocab_size: int) -> ModelConfig:
     """The model's shape by the constants, with the vocabulary that the corpus gave."""
-    return ModelConfig(vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout, config.arch)
+    return ModelConfig(
+        vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout, config.arch
+    )
 
 
 def model_for_tokens(config: Config, tokens: Tokens) -> MaskedLanguageModel:

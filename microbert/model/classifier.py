@@ -12,18 +12,21 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from microbert.runtime.counter_rng import random_bits
 from microbert.data.fast_encode import Encoder
+from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID
+from microbert.errors import Diverged
+from microbert.model.build import INIT_STD
 from microbert.model.export import RELOAD_TOLERANCE, reload, write_model_files
-from microbert.runtime.files import read_json
 from microbert.model.hugging_face import hugging_face_config, to_hugging_face
 from microbert.model.layers import MaskedLanguageModel
-from microbert.model.build import INIT_STD
-from microbert.errors import Diverged
-from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID
+from microbert.runtime.counter_rng import random_bits
+from microbert.runtime.files import read_json
 
 STOCK_CLASSES = {"bert": "BertForSequenceClassification", "modern": "ModernBertForSequenceClassification"}
-LEFT_OUT = {"bert": "cls.", "modern": "decoder."}  # what of the pretrained model these classes do not have, by the names of transformers
+LEFT_OUT = {
+    "bert": "cls.",
+    "modern": "decoder.",
+}  # what of the pretrained model these classes do not have, by the names of transformers
 POOLING = {"bert": {}, "modern": {"classifier_pooling": "mean"}}
 WIDTH = 768  # of the BERT that is fine-tuned at 5e-5, with new weights of INIT_STD
 STREAM = 1  # of random numbers, beside that of build_model
@@ -53,7 +56,9 @@ class TextClassifier(nn.Module):
         attention_mask = None if is_real.all() else is_real
         if self.pooler is not None:
             at_cls = torch.zeros(len(input_ids), 1, dtype=torch.int64, device=input_ids.device)
-            return self.classifier(self.pooler(self.encoder.hidden_states(input_ids, attention_mask, at_cls, dropout_keys)[:, 0]).tanh())
+            return self.classifier(
+                self.pooler(self.encoder.hidden_states(input_ids, attention_mask, at_cls, dropout_keys)[:, 0]).tanh()
+            )
         head = self.encoder.head
         x = head.input_norm(self.encoder.hidden_states(input_ids, attention_mask, None, dropout_keys))  # [B, T, D]
         x = (x * is_real[:, :, None]).sum(1) / is_real.sum(1, keepdim=True)
@@ -105,13 +110,27 @@ def batch_of(rows: np.ndarray, device: torch.device) -> Tensor:
 def save_classifier(model: TextClassifier, tokenizer: Tokenizer, names: list[str], folder: Path) -> None:
     """Writes the folder from which `AutoModelForSequenceClassification` and `AutoTokenizer` load. names: of the classes."""
     config = model.encoder.config
-    weights = {name: weight for name, weight in to_hugging_face(model.encoder).items() if not name.startswith(LEFT_OUT[config.arch])}
+    weights = {
+        name: weight
+        for name, weight in to_hugging_face(model.encoder).items()
+        if not name.startswith(LEFT_OUT[config.arch])
+    }
     for ours, theirs in ((model.pooler, "bert.pooler.dense"), (model.classifier, "classifier")):
         if ours is not None:
             weights |= {f"{theirs}.weight": ours.weight.detach().cpu(), f"{theirs}.bias": ours.bias.detach().cpu()}
-    write_model_files(weights, hugging_face_config(config) | {
-        "architectures": [STOCK_CLASSES[config.arch]], "problem_type": "single_label_classification",
-        "id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}} | POOLING[config.arch], tokenizer, folder)
+    write_model_files(
+        weights,
+        hugging_face_config(config)
+        | {
+            "architectures": [STOCK_CLASSES[config.arch]],
+            "problem_type": "single_label_classification",
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+        | POOLING[config.arch],
+        tokenizer,
+        folder,
+    )
 
 
 def is_classifier(folder: Path) -> bool:
@@ -131,10 +150,15 @@ def check_classifier(model: TextClassifier, rows: np.ndarray, folder: Path) -> f
     """
     loaded = reload(folder, "AutoModelForSequenceClassification")
     input_ids = batch_of(rows, torch.device("cpu"))
-    theirs, ours = loaded(input_ids=input_ids, attention_mask=(input_ids != PAD_ID).long()).logits, model.eval().cpu()(input_ids)
+    theirs, ours = (
+        loaded(input_ids=input_ids, attention_mask=(input_ids != PAD_ID).long()).logits,
+        model.eval().cpu()(input_ids),
+    )
     if not ours.isfinite().all():
         raise Diverged("the classifier gives no numbers any more: a lower learning_rate would help")
     difference = float((ours - theirs).abs().max())
     if not difference <= RELOAD_TOLERANCE * max(1.0, float(ours.abs().max())):
-        raise RuntimeError(f"the reloaded classifier's logits differ by {difference:.2g}, more than {RELOAD_TOLERANCE:g}")
+        raise RuntimeError(
+            f"the reloaded classifier's logits differ by {difference:.2g}, more than {RELOAD_TOLERANCE:g}"
+        )
     return difference

@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from microbert.runtime.counter_rng import permute, random_bits
-from microbert.model.layers import MaskedLanguageModel
-from microbert.data.tokenizer import CLS_ID, MASK_ID, N_SPECIAL, SEP_ID, SPECIAL_TOKENS
 from microbert.data.shards import Tokens
+from microbert.data.tokenizer import CLS_ID, MASK_ID, N_SPECIAL, SEP_ID, SPECIAL_TOKENS
+from microbert.model.layers import MaskedLanguageModel
+from microbert.runtime.counter_rng import permute, random_bits
 
 N_EXAMPLES, N_GUESSES = 3, 5
 SHORTEST, LONGEST = 8, 20  # tokens of a span: at least, where the text has them, and at most

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from microbert.data.batches import evaluation_batches
 from microbert.data.corpus import Corpus
+from microbert.data.masking import IGNORED, MaskedBatch, mask_batch
+from microbert.data.shards import Tokens
+from microbert.data.tokenizer import PAD_ID, save_tokenizer
 from microbert.model.examples import Example, find_examples
-from microbert.runtime.files import write_atomic, write_json, write_text
 from microbert.model.hugging_face import hugging_face_config, to_hugging_face
 from microbert.model.layers import MaskedLanguageModel, ModelConfig
-from microbert.data.masking import IGNORED, MaskedBatch, mask_batch
+from microbert.runtime.files import write_atomic, write_json, write_text
 from microbert.runtime.run import CONSTANTS, HELD_OUT, Run
-from microbert.data.tokenizer import PAD_ID, save_tokenizer
-from microbert.data.shards import Tokens
 
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RELOAD_TOLERANCE = 1e-4  # of the logits, in fp32
@@ -88,15 +88,18 @@ def check_reload(model: MaskedLanguageModel, batch: MaskedBatch, folder: Path) -
     return difference
 
 
-def export_run(run: Run, model: MaskedLanguageModel, tokenizer: Tokenizer, corpus: Corpus, tokens: Tokens,
-               facts: dict[str, str]) -> None:
+def export_run(
+    run: Run, model: MaskedLanguageModel, tokenizer: Tokenizer, corpus: Corpus, tokens: Tokens, facts: dict[str, str]
+) -> None:
     """Make the run's folder a Hugging Face model, check that it loads, and print a few examples.
 
     Moves the model to the CPU. The model card is written last, because it marks the run as finished.
     """
     save_model(model, tokenizer, run.folder)
     batch = next(evaluation_batches(tokens.held_out, RELOAD_SEQUENCES))
-    masked = mask_batch(batch, seed=run.config.seed, probability=run.config.mlm_probability, vocab_size=model.config.vocab_size)
+    masked = mask_batch(
+        batch, seed=run.config.seed, probability=run.config.mlm_probability, vocab_size=model.config.vocab_size
+    )
     difference = check_reload(model, masked, run.folder)
     of_this_machine = ("output_dir", "cache_dir")  # the folder may be shared
     constants = {name: value for name, value in run.constants().items() if name not in of_this_machine}
@@ -117,8 +120,10 @@ def export_run(run: Run, model: MaskedLanguageModel, tokenizer: Tokenizer, corpu
 def _print_examples(examples: list[Example], folder: Path) -> None:
     if examples:
         card = folder / "README.md"
-        print(f"examples from held-out text, also in {card} "
-              "(delete them there before you share it, if the text is private):")
+        print(
+            f"examples from held-out text, also in {card} "
+            "(delete them there before you share it, if the text is private):"
+        )
         for line in (line for example in examples for line in example.lines()):
             print(line)
 
@@ -131,7 +136,9 @@ def write_model_card(folder: Path, title: str, facts: dict[str, str], examples: 
 
 fill_mask = pipeline("fill-mask", model="path/to/this/folder")
 print(fill_mask({text!r}))"""
-    write_text(folder / "README.md", f"""---
+    write_text(
+        folder / "README.md",
+        f"""---
 library_name: transformers
 pipeline_tag: fill-mask
 tags:
@@ -148,7 +155,8 @@ A BERT encoder pretrained from scratch with masked language modelling by MicroBE
 {rows}
 
 {_block("python", usage)}
-{_examples_section(examples)}""")
+{_examples_section(examples)}""",
+    )
 
 
 def _examples_section(examples: list[Example]) -> str:

@@ -11,13 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from microbert.model import bert
-
-from microbert.model import modern
-from microbert.errors import InputError
-from microbert.model.layers import ROTARY_BASE, MaskedLanguageModel, ModelConfig
-from microbert.model.build import INIT_STD, ROTARY, new_model
 from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID
+from microbert.errors import InputError
+from microbert.model import bert, modern
+from microbert.model.build import INIT_STD, ROTARY, new_model
+from microbert.model.layers import ROTARY_BASE, MaskedLanguageModel, ModelConfig
 
 # our module's name -> that of transformers, or those of several that are one here; {} is the layer's number
 NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
@@ -26,7 +24,9 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "embeddings.position": "bert.embeddings.position_embeddings",
         "embeddings.token_type": "bert.embeddings.token_type_embeddings",
         "embeddings.norm": "bert.embeddings.LayerNorm",
-        "layers.{}.attention.query_key_value": tuple("bert.encoder.layer.{}.attention.self." + part for part in ("query", "key", "value")),
+        "layers.{}.attention.query_key_value": tuple(
+            "bert.encoder.layer.{}.attention.self." + part for part in ("query", "key", "value")
+        ),
         "layers.{}.attention.output": "bert.encoder.layer.{}.attention.output.dense",
         "layers.{}.attention_norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
         "layers.{}.expand": "bert.encoder.layer.{}.intermediate.dense",
@@ -53,13 +53,28 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
 }
 
 
-RUNS_NOTHING = {"local_files_only": True, "trust_remote_code": False}  # for transformers, where it loads a folder that somebody else may have made
+RUNS_NOTHING = {
+    "local_files_only": True,
+    "trust_remote_code": False,
+}  # for transformers, where it loads a folder that somebody else may have made
 LEAST_WEIGHTS = 5  # of a layer, by the names of transformers
 LONGEST_REASON = 300  # characters
 LARGEST = 1_000_000  # of the sizes in a configuration
 # the same in all our models of a shape: another value would silently give other logits
-DECIDES_LOGITS = {"hidden_act", "hidden_activation", "intermediate_size", "layer_norm_eps", "norm_eps", "layer_types",
-                  "rope_parameters", "tie_word_embeddings", "type_vocab_size", "norm_bias", "attention_bias", "mlp_bias"}
+DECIDES_LOGITS = {
+    "hidden_act",
+    "hidden_activation",
+    "intermediate_size",
+    "layer_norm_eps",
+    "norm_eps",
+    "layer_types",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "type_vocab_size",
+    "norm_bias",
+    "attention_bias",
+    "mlp_bias",
+}
 
 
 @contextlib.contextmanager
@@ -81,7 +96,9 @@ def _hugging_face_names(arch: str, name: str) -> list[str]:
     module, kind = name.rsplit(".", 1)
     number = re.search(r"\.(\d+)\.", module)
     general = NAMES[arch][re.sub(r"\.\d+\.", ".{}.", module)]
-    return [f"{one.format(number and number[1])}.{kind}" for one in ([general] if isinstance(general, str) else general)]
+    return [
+        f"{one.format(number and number[1])}.{kind}" for one in ([general] if isinstance(general, str) else general)
+    ]
 
 
 def to_hugging_face(model: MaskedLanguageModel) -> dict[str, Tensor]:
@@ -173,7 +190,10 @@ def _modern_config(config: ModelConfig) -> dict:
         "hidden_activation": "gelu",
         "classifier_activation": "gelu",
         "layer_types": ["full_attention"] * config.n_layers,
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": ROTARY_BASE} for kind in ("full_attention", "sliding_attention")},
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": ROTARY_BASE}
+            for kind in ("full_attention", "sliding_attention")
+        },
         "global_rope_theta": ROTARY_BASE,
         "local_rope_theta": ROTARY_BASE,
         "global_attn_every_n_layers": 1,
@@ -203,15 +223,23 @@ def read_hugging_face_config(stored: dict) -> ModelConfig:
         if type(stored[name]) is not int or not 1 <= stored[name] <= LARGEST:
             raise ValueError(f"{name} is {stored[name]!r}")
     if stored["hidden_size"] % (stored["num_attention_heads"] * (2 if arch == "modern" else 1)):
-        raise ValueError(f"num_attention_heads = {stored['num_attention_heads']} does not divide hidden_size = {stored['hidden_size']}"
-                         + (" into even parts" if arch == "modern" else ""))
+        raise ValueError(
+            f"num_attention_heads = {stored['num_attention_heads']} does not divide hidden_size = {stored['hidden_size']}"
+            + (" into even parts" if arch == "modern" else "")
+        )
     if stored["max_position_embeddings"] < 3:
         raise ValueError("max_position_embeddings must be at least 3: [CLS], one token, [SEP]")
     if type(stored[dropout]) not in (int, float) or not 0 <= stored[dropout] < 1:
         raise ValueError(f"{dropout} is {stored[dropout]!r}")
-    config = ModelConfig(vocab_size=stored["vocab_size"], n_layers=stored["num_hidden_layers"],
-                         n_heads=stored["num_attention_heads"], n_embed=stored["hidden_size"],
-                         max_seq_len=stored["max_position_embeddings"], dropout=stored[dropout], arch=arch)
+    config = ModelConfig(
+        vocab_size=stored["vocab_size"],
+        n_layers=stored["num_hidden_layers"],
+        n_heads=stored["num_attention_heads"],
+        n_embed=stored["hidden_size"],
+        max_seq_len=stored["max_position_embeddings"],
+        dropout=stored[dropout],
+        arch=arch,
+    )
     expected = hugging_face_config(config)
     for name in sorted(DECIDES_LOGITS & stored.keys() & expected.keys()):
         if stored[name] != expected[name]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from microbert.kernels.attention import attend
-from microbert.runtime.counter_rng import RANDOM_BITS, uniform_bits
 from microbert.kernels.norm import layer_norm
+from microbert.runtime.counter_rng import RANDOM_BITS, uniform_bits
 
 ROTARY_BASE = 10_000.0  # of RoFormer (Su et al. 2021, arXiv:2104.09864)
 TABLE_NUMBERS = 2**20  # of each rotary table that is built at once: 65,536 positions of v4's heads
@@ -111,7 +111,9 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """x: [B, Q, H, d], of all tokens, or of those at the positions: int64 [B, M]. `reserve` has been called for
         them."""
-        cos, sin = (table[None, : x.shape[1]] if positions is None else table[positions] for table in (self.cos, self.sin))  # [B or 1, Q, d]
+        cos, sin = (
+            table[None, : x.shape[1]] if positions is None else table[positions] for table in (self.cos, self.sin)
+        )  # [B or 1, Q, d]
         return x * cos[:, :, None] + x.roll(x.shape[-1] // 2, dims=-1) * sin[:, :, None]
 
 
@@ -166,7 +168,9 @@ class MaskedLanguageModel(nn.Module):
         """[V]"""
         return self.head.bias
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, dropout_keys: Tensor | None = None
+    ) -> Tensor:
         """What the head hands to the vocabulary at the given positions.
 
         input_ids: int64 [B, T]. attention_mask: bool [B, T], True for real tokens; None when there is no padding.
@@ -175,7 +179,13 @@ class MaskedLanguageModel(nn.Module):
         """
         return self.head(self.hidden_states(input_ids, attention_mask, positions, dropout_keys).flatten(0, 1))
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, dropout_keys: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        dropout_keys: Tensor | None = None,
+    ) -> Tensor:
         """What the last layer gives at the positions, or for all tokens where these are None: [B, Q, D]. Else as for forward."""
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # the same for all heads and queries

@@ -13,23 +13,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from microbert.runtime.device import is_for_kernels
-from microbert.kernels.compile import KERNELS, address, compiled_kernel, n_threads
-from microbert.runtime.torch_compile import compiled
 from microbert.data.masking import IGNORED
+from microbert.kernels.compile import KERNELS, address, compiled_kernel, n_threads
+from microbert.runtime.device import is_for_kernels
+from microbert.runtime.torch_compile import compiled
 
 SOURCE = KERNELS / "loss.c"
 LANES, BLOCK = 16, 4  # what loss.c wants rows and columns of its weights to be multiples of
 THIN = 16  # up to this D it computes the products too; where it is missing, PyTorch multiplies by weights that are laid out as [D, V], up to four times as fast
 # logits in memory at a time: 5 MB in fp32, which a CPU's caches hold; on a GPU 268 MB, rows enough to keep it busy
 CHUNK_ELEMENTS = {"cpu": 1_280_000, "cuda": 2**26}
-LEAST_ROWS, LEAST_ROWS_WIDE = 128, 320  # so that a large vocabulary's weights, which no cache holds, are read for enough of them; the second for D > THIN
+LEAST_ROWS, LEAST_ROWS_WIDE = (
+    128,
+    320,
+)  # so that a large vocabulary's weights, which no cache holds, are read for enough of them; the second for D > THIN
 LOG2_E = 1 / math.log(2)  # exp(x) = 2^(x LOG2_E)
 
 
 def chunk_rows(device_type: str, vocab_size: int, n_embed: int) -> int:
     """C: the masked slots whose logits are in memory at a time."""
-    return max(LEAST_ROWS if n_embed <= THIN else LEAST_ROWS_WIDE, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cpu"]) // vocab_size)
+    return max(
+        LEAST_ROWS if n_embed <= THIN else LEAST_ROWS_WIDE,
+        CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cpu"]) // vocab_size,
+    )
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -42,9 +48,15 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, dtype: torch.dtype | None, is_compiled: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, dtype: torch.dtype | None, is_compiled: bool
+    ) -> Tensor:
         dtype = dtype or hidden.dtype
-        kernel = compiled_kernel(SOURCE) if is_for_kernels(hidden, weight, bias) and dtype in (torch.float32, torch.bfloat16) else None
+        kernel = (
+            compiled_kernel(SOURCE)
+            if is_for_kernels(hidden, weight, bias) and dtype in (torch.float32, torch.bfloat16)
+            else None
+        )
         if kernel is not None and len(labels) and labels.max() >= len(weight):
             raise IndexError(f"a label is {labels.max()}, and the vocabulary has {len(weight)} tokens")
         if kernel is not None and weight.shape[1] <= THIN:
@@ -57,12 +69,21 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, loss_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors  # which nobody reads again, so that they need not be copied
+        hidden_grad, weight_grad, bias_grad = (
+            ctx.saved_tensors
+        )  # which nobody reads again, so that they need not be copied
         return hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), bias_grad.mul_(loss_grad), None, None, None
 
 
-def _in_chunks(kernel: ctypes.CDLL | None, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
-               dtype: torch.dtype, is_compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _in_chunks(
+    kernel: ctypes.CDLL | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+    is_compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and the gradients of hidden, weight and bias. dtype: in which matrices are multiplied. is_compiled: as for masked_loss."""
     vocab_size, n_embed = weight.shape
     if n_embed <= THIN:
@@ -71,13 +92,23 @@ def _in_chunks(kernel: ctypes.CDLL | None, hidden: Tensor, weight: Tensor, bias:
     if is_compiled and kernel is None:
         chunk = _even(chunk, len(labels))
     narrow_weight, buffer = weight.to(dtype), hidden.new_empty(chunk, vocab_size, dtype=dtype)
-    softmax = _KernelSoftmax(kernel, bias) if kernel is not None else _CompiledSoftmax(bias) if is_compiled else _TorchSoftmax(bias, buffer)
+    softmax = (
+        _KernelSoftmax(kernel, bias)
+        if kernel is not None
+        else _CompiledSoftmax(bias)
+        if is_compiled
+        else _TorchSoftmax(bias, buffer)
+    )
     hidden_grad, loss_2 = torch.empty_like(hidden), hidden.new_zeros(())
-    weight_grad = weight.new_zeros(n_embed, vocab_size)  # transposed: twice as fast for a narrow D, no slower for a wide one
+    weight_grad = weight.new_zeros(
+        n_embed, vocab_size
+    )  # transposed: twice as fast for a narrow D, no slower for a wide one
     for start in range(0, len(labels), chunk):
         h, y = hidden[start : start + chunk], labels[start : start + chunk]  # [C, D], [C]
         logits = torch.mm(h.to(dtype), narrow_weight.T, out=buffer[: len(h)])  # [C, V], without bias
-        chunk_loss, row_factor = softmax(logits, y)  # and gradients in their place, but for the factor of each row, which is left to the narrow side
+        chunk_loss, row_factor = softmax(
+            logits, y
+        )  # and gradients in their place, but for the factor of each row, which is left to the narrow side
         loss_2 += chunk_loss
         hidden_grad[start : start + chunk] = torch.mm(logits, narrow_weight) * row_factor
         scaled = (h * row_factor).to(dtype).T
@@ -170,13 +201,20 @@ class _KernelSoftmax:
         row_factor, bias_grad = self._bias_2.new_empty(n_rows, 1), torch.empty_like(self._bias_2)
         losses = self._bias_2.new_empty(threads.value, dtype=torch.float64)
         room = self._bias_2.new_empty(threads.value * self._kernel.scratch(0, ctypes.c_long(stride)))
-        self._kernel.softmax_of(threads, *map(ctypes.c_long, (n_rows, vocab_size, stride)), address(logits), ctypes.c_int(logits.dtype == torch.bfloat16),
-                                *map(address, (self._bias_2, labels, row_factor, bias_grad, losses, room)))
+        self._kernel.softmax_of(
+            threads,
+            *map(ctypes.c_long, (n_rows, vocab_size, stride)),
+            address(logits),
+            ctypes.c_int(logits.dtype == torch.bfloat16),
+            *map(address, (self._bias_2, labels, row_factor, bias_grad, losses, room)),
+        )
         self._bias_grad += bias_grad
         return losses.sum(), row_factor
 
 
-def _thin(kernel: ctypes.CDLL, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _thin(
+    kernel: ctypes.CDLL, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and the gradients of hidden, weight and bias; all by loss.c, which keeps a few slots' logits at a time."""
     (vocab_size, n_embed), n_slots = weight.shape, len(hidden)
     bias_2 = _padded(bias * LOG2_E, -math.inf)
@@ -186,11 +224,24 @@ def _thin(kernel: ctypes.CDLL, hidden: Tensor, weight: Tensor, bias: Tensor, lab
     hidden_grad, gradients = torch.empty_like(hidden), weight.new_empty(width + 1, stride)
     of_a_thread = kernel.scratch(ctypes.c_int(width), ctypes.c_long(stride))
     # no more threads than have room where a chunk of logits would be
-    threads = max(1, min(torch.get_num_threads(), min(chunk_rows("cpu", vocab_size, n_embed), n_slots) * stride // of_a_thread))
+    threads = max(
+        1, min(torch.get_num_threads(), min(chunk_rows("cpu", vocab_size, n_embed), n_slots) * stride // of_a_thread)
+    )
     losses, room = weight.new_empty(threads, dtype=torch.float64), weight.new_empty(threads * of_a_thread)
-    kernel.thin(ctypes.c_int(threads), ctypes.c_long(n_slots), ctypes.c_int(n_embed), ctypes.c_int(width), ctypes.c_long(stride),
-                *map(address, (hidden, columns, bias_2, labels, hidden_grad, gradients, losses, room)))
-    return (losses.sum() / LOG2_E).to(hidden.dtype), hidden_grad, gradients[:n_embed, :vocab_size].T, gradients[width, :vocab_size]
+    kernel.thin(
+        ctypes.c_int(threads),
+        ctypes.c_long(n_slots),
+        ctypes.c_int(n_embed),
+        ctypes.c_int(width),
+        ctypes.c_long(stride),
+        *map(address, (hidden, columns, bias_2, labels, hidden_grad, gradients, losses, room)),
+    )
+    return (
+        (losses.sum() / LOG2_E).to(hidden.dtype),
+        hidden_grad,
+        gradients[:n_embed, :vocab_size].T,
+        gradients[width, :vocab_size],
+    )
 
 
 def _padded(x: Tensor, value: float) -> Tensor:
@@ -198,7 +249,15 @@ def _padded(x: Tensor, value: float) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % LANES), value=value)
 
 
-def masked_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_masked: int, dtype: torch.dtype | None = None, is_compiled: bool = False) -> Tensor:
+def masked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    n_masked: int,
+    dtype: torch.dtype | None = None,
+    is_compiled: bool = False,
+) -> Tensor:
     """The batch's share of the mean loss, in nats a masked token: shares of micro-batches and ranks add up.
 
     hidden: [N, D]. weight: [V, D]. bias: [V]. labels: int64 [N], IGNORED for empty slots. n_masked: the masked tokens of the

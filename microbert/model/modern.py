@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from microbert.kernels.gelu import gelu
-from microbert.model.layers import Attention, Dropout, MaskedLanguageModel, ModelConfig, Rotary, StackedLinear, at_positions
+from microbert.model.layers import (
+    Attention,
+    Dropout,
+    MaskedLanguageModel,
+    ModelConfig,
+    Rotary,
+    StackedLinear,
+    at_positions,
+)
 
 NORM_EPS = 1e-5
 
@@ -40,8 +48,12 @@ class Layer(nn.Module):
         self.contract = nn.Linear(config.n_inner, config.n_embed, bias=False)
         self.attention_dropout, self.output_dropout = (Dropout(config, site=2 * number + place) for place in (1, 2))
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None) -> Tensor:
-        attended = self.attention_dropout(self.attention(self.attention_norm(x), attention_mask, positions), dropout_keys, positions)
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
+        attended = self.attention_dropout(
+            self.attention(self.attention_norm(x), attention_mask, positions), dropout_keys, positions
+        )
         x = at_positions(x, positions) + attended  # [B, Q, D]
         inner, gate = self.expand(self.feed_forward_norm(x)).chunk(2, dim=-1)
         return x + self.output_dropout(self.contract(gelu(inner) * gate), dropout_keys, positions)

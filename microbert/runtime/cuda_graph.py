@@ -57,8 +57,11 @@ class Captured:
             self._play = record(lambda: self._function(*self._places, *constants))
         except RuntimeError as error:
             self.turn_off()
-            print(f"\nhint: a step could not be recorded as a CUDA graph ({' '.join(str(error).split())[:200]}). The run goes on without, more slowly; if that fails too, "
-                  "cuda_graphs = False never tries", file=sys.stderr)
+            print(
+                f"\nhint: a step could not be recorded as a CUDA graph ({' '.join(str(error).split())[:200]}). The run goes on without, more slowly; if that fails too, "
+                "cuda_graphs = False never tries",
+                file=sys.stderr,
+            )
 
     def forget(self) -> None:
         """Gives back what a recording holds."""

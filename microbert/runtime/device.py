@@ -18,9 +18,17 @@ from microbert.errors import InputError
 from microbert.runtime.distributed import World
 
 GIB = 2**30
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")  # of the CPU, Windows, MPS, CUDA's libraries
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+)  # of the CPU, Windows, MPS, CUDA's libraries
 NARROWEST_IN_BF16 = 64  # n_embed, on CPUs; measured is 128, where a step takes two thirds of the time
-UNITS_FOR_BF16 = ("amx_bf16", "avx512_bf16")  # of CPUs, as torch.cpu.get_capabilities calls them; AMD's have the latter from Zen 4 on
+UNITS_FOR_BF16 = (
+    "amx_bf16",
+    "avx512_bf16",
+)  # of CPUs, as torch.cpu.get_capabilities calls them; AMD's have the latter from Zen 4 on
 COMPILERS = ("cc", "gcc", "clang")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
 PROCESS_STATUS = Path("/proc/self/status")
@@ -37,38 +45,63 @@ def choose_device(name: str, world: World) -> torch.device:
     Several processes on one machine take a GPU each, or share its cores.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world.size == 1 else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available() and world.size == 1
+            else "cpu"
+        )
     device = torch.device(name)
     if world.size > 1 and (device.type == "mps" or device.index is not None):
-        raise InputError(f'device = "{name}" is one device, and torchrun has started {world.size} processes: use "cuda", "cpu" or "auto"')
+        raise InputError(
+            f'device = "{name}" is one device, and torchrun has started {world.size} processes: use "cuda", "cpu" or "auto"'
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError('device = "cuda", but PyTorch sees no CUDA GPU here; use device = "auto" or "cpu"')
     if device.type == "cuda":
         if world.size > 1 and world.local_size > torch.cuda.device_count():
-            raise InputError(f"{world.local_size} processes on a machine where PyTorch sees {torch.cuda.device_count()} GPUs: start one for each GPU")
-        device = torch.device("cuda", world.local_rank if world.size > 1 else device.index or 0)  # torch's settings of a device want its number
+            raise InputError(
+                f"{world.local_size} processes on a machine where PyTorch sees {torch.cuda.device_count()} GPUs: start one for each GPU"
+            )
+        device = torch.device(
+            "cuda", world.local_rank if world.size > 1 else device.index or 0
+        )  # torch's settings of a device want its number
         if device.index >= torch.cuda.device_count():
             raise InputError(f'device = "{name}", but there are {torch.cuda.device_count()} GPUs, counted from 0')
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError('device = "mps", but PyTorch sees no Apple GPU here; use device = "auto" or "cpu"')
-    if device.type == "cpu" and world.local_size > 1 and world.one_thread_asked:  # torchrun asks for one thread where nobody says how many
+    if (
+        device.type == "cpu" and world.local_size > 1 and world.one_thread_asked
+    ):  # torchrun asks for one thread where nobody says how many
         torch.set_num_threads(max(1, n_cores() // world.local_size))
     return device
 
 
 def describe_device(device: torch.device, world: World) -> str:
     if device.type == "cuda":
-        one = f"{device} ({torch.cuda.get_device_name(device)})" if world.size == 1 else f"{torch.cuda.get_device_name(device)} each"
+        one = (
+            f"{device} ({torch.cuda.get_device_name(device)})"
+            if world.size == 1
+            else f"{torch.cuda.get_device_name(device)} each"
+        )
     else:
-        one = f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})" if device.type == "cpu" else str(device)
+        one = (
+            f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
+            if device.type == "cpu"
+            else str(device)
+        )
     return one if world.size == 1 else f"{world.size} processes, {one}"
 
 
 def describe_compute(config: Config, device: torch.device) -> str:
-    """", in bf16, compiled, as CUDA graphs", so far as it is; "" for fp32 as it stands."""
-    return (", in bf16" * (compute_dtype(config, device) == torch.bfloat16) + ", compiled" * is_compiled(config, device)
-            + ", as CUDA graphs" * is_captured(config, device))
+    """ ", in bf16, compiled, as CUDA graphs", so far as it is; "" for fp32 as it stands."""
+    return (
+        ", in bf16" * (compute_dtype(config, device) == torch.bfloat16)
+        + ", compiled" * is_compiled(config, device)
+        + ", as CUDA graphs" * is_captured(config, device)
+    )
 
 
 def memory_bytes(device: torch.device, world: World) -> int | None:
@@ -94,7 +127,9 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory that this process has held so far, in GB: on CUDA of the GPU, as PyTorch's allocator took it; else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e9
-    with contextlib.suppress(OSError, TypeError):  # Linux; getrusage would count what the process that started this one held
+    with contextlib.suppress(
+        OSError, TypeError
+    ):  # Linux; getrusage would count what the process that started this one held
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", PROCESS_STATUS.read_text())[1]) / 1e9
     try:
         import resource
@@ -106,7 +141,9 @@ def peak_memory_gb(device: torch.device) -> float:
 def out_of_memory(error: BaseException) -> str:
     """One line when the error is what torch raises when a device has no memory left, "" when it is another."""
     text = str(error).strip()
-    is_one = isinstance(error, RuntimeError) and (isinstance(error, torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY))
+    is_one = isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
+    )
     return " ".join(text.split())[:200] if is_one else ""
 
 
@@ -147,8 +184,12 @@ def is_compiled(config: Config, device: torch.device) -> bool:
     """Whether torch.compile translates the model. Unasked on CUDA alone, and where what it needs is there: Triton and a C compiler."""
     if config.torch_compile is not None:
         return config.torch_compile
-    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None and find_compiler() is not None
-            and torch.cuda.get_device_capability(device) >= (7, 0))
+    return (
+        device.type == "cuda"
+        and importlib.util.find_spec("triton") is not None
+        and find_compiler() is not None
+        and torch.cuda.get_device_capability(device) >= (7, 0)
+    )
 
 
 def is_captured(config: Config, device: torch.device) -> bool:
@@ -163,7 +204,9 @@ def find_compiler() -> str | None:
 
 def is_real_on_cpu(x: torch.Tensor) -> bool:
     """Whether the CPU is to compute with its numbers now, and not torch to look at its shape."""
-    return type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    )
 
 
 def is_for_kernels(*tensors: torch.Tensor) -> bool:

@@ -72,11 +72,17 @@ class World:
         variables = os.environ if environment is None else environment
         self.rank, self.local_rank = int(variables.get("RANK", "0")), int(variables.get("LOCAL_RANK", "0"))
         self.size, self.local_size = int(variables.get("WORLD_SIZE", "1")), int(variables.get("LOCAL_WORLD_SIZE", "1"))
-        self.is_restart = any(variables.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+        self.is_restart = any(
+            variables.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+        )
         self.launch = variables.get("TORCHELASTIC_RUN_ID", "")
         self.one_thread_asked = variables.get("OMP_NUM_THREADS") == "1"
-        self.give_up: Callable[[], None] = lambda: None  # called where others take long to answer; may raise what ends the waiting
-        self.on_shortage: Callable[[list[int]], None] = lambda ranks: None  # called in all processes; see report_shortage
+        self.give_up: Callable[[], None] = lambda: (
+            None
+        )  # called where others take long to answer; may raise what ends the waiting
+        self.on_shortage: Callable[[list[int]], None] = lambda ranks: (
+            None
+        )  # called in all processes; see report_shortage
         self._parent = os.getppid()
         self._store: _Store | None = None  # of this attempt
         self._launch_store: _Store | None = None  # of all attempts
@@ -101,10 +107,16 @@ class World:
         def check() -> None:
             check_stop()
             if time.monotonic() > deadline:
-                missing = f"not all of {self.size} processes came" if self._launch_store else f"no store answered at {host}:{port}"
+                missing = (
+                    f"not all of {self.size} processes came"
+                    if self._launch_store
+                    else f"no store answered at {host}:{port}"
+                )
                 raise dist.DistError(f"{missing} within {MEETING_SECONDS:.0f} seconds")
 
-        store = _Store(in_background(lambda: self._open_store(host, port), check), lambda: self.give_up()).below("microbert")
+        store = _Store(in_background(lambda: self._open_store(host, port), check), lambda: self.give_up()).below(
+            "microbert"
+        )
         self._launch_store, mine = store, uuid.uuid4().hex
         try:
             if store.check(["ended for good"]):
@@ -134,9 +146,17 @@ class World:
 
         Without torchrun, the first process holds it, and the others' connections are not waited for.
         """
-        options = {"timeout": datetime.timedelta(seconds=MEETING_SECONDS), "wait_for_workers": False, "use_libuv": sys.platform != "win32"}
+        options = {
+            "timeout": datetime.timedelta(seconds=MEETING_SECONDS),
+            "wait_for_workers": False,
+            "use_libuv": sys.platform != "win32",
+        }
         if self.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            return loopback_store(host, port, **options) if is_loopback(host) else dist.TCPStore(host, port, is_master=True, **options)
+            return (
+                loopback_store(host, port, **options)
+                if is_loopback(host)
+                else dist.TCPStore(host, port, is_master=True, **options)
+            )
         while not _is_listening(host, port):
             time.sleep(POLL_SECONDS)
         return dist.TCPStore(host, port, is_master=False, **options)
@@ -234,8 +254,14 @@ class World:
                 torch.cuda.set_device(device)  # each thread has a current device of its own
             # with a connection of its own, because a store answers one question at a time
             store = dist.PrefixStore("group", self._store.of_torch.clone())
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.size,
-                                    timeout=datetime.timedelta(seconds=timeout_seconds), device_id=device if device.type == "cuda" else None)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+                device_id=device if device.type == "cuda" else None,
+            )
 
         begun = time.monotonic()
 
@@ -335,7 +361,9 @@ def _meeting_place(n_processes: int) -> tuple[str, int]:
     host, port = os.environ.get("MASTER_ADDR", "").strip("[]"), os.environ.get("MASTER_PORT", "")
     for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", port)):
         if not value:
-            raise InputError(f"WORLD_SIZE = {n_processes}, but {name} is not set: start several processes with torchrun")
+            raise InputError(
+                f"WORLD_SIZE = {n_processes}, but {name} is not set: start several processes with torchrun"
+            )
     if not port.isdecimal() or not 0 < int(port) < 2**16:
         raise InputError(f"MASTER_PORT = {port!r} is not a port: start several processes with torchrun")
     return host, int(port)
@@ -391,7 +419,9 @@ def _wait_for(store: _Store, key: str, check_stop: Callable[[], None]) -> None:
 
 def lost_process(error: BaseException) -> str:
     """One line when the error is what torch raises when another process is gone or silent, "" when it is another."""
-    is_one = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL")))
+    is_one = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
+    )
     return f"another process ended, or does not answer ({_one_line(error)})" if is_one else ""
 
 

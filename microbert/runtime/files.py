@@ -13,12 +13,15 @@ from typing import BinaryIO
 
 from microbert.errors import InputError
 
-
 # what says that a file is missing or something else; any other number is trouble of the system
 NOT_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last for `ulimit -f`; Python ignores its signal
-REMEDIES = {errno.EMFILE: "raise the limit with ulimit -n", errno.ENFILE: "close other programs",
-            errno.ENOMEM: "free some memory", errno.ENAMETOOLONG: "choose a shorter name"}
+REMEDIES = {
+    errno.EMFILE: "raise the limit with ulimit -n",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "free some memory",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 @contextlib.contextmanager

@@ -26,9 +26,13 @@ class Metrics:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._tensorboard = None
         if writes and for_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # only here, because it takes a while to load, and a package of its own
+            from torch.utils.tensorboard import (
+                SummaryWriter,  # only here, because it takes a while to load, and a package of its own
+            )
 
-            self._tensorboard = SummaryWriter(folder / TENSORBOARD, purge_step=step + 1)  # hides what was written after the checkpoint
+            self._tensorboard = SummaryWriter(
+                folder / TENSORBOARD, purge_step=step + 1
+            )  # hides what was written after the checkpoint
 
     def write(self, line: dict[str, float]) -> None:
         if not self.writes:
@@ -73,11 +77,23 @@ def _metrics_line(text: bytes) -> dict[str, float] | None:
     return line if is_one else None
 
 
-def progress_bar(total: int | None, done: int, description: str, unit: str, leave: bool = True, shown: bool = True) -> tqdm:
+def progress_bar(
+    total: int | None, done: int, description: str, unit: str, leave: bool = True, shown: bool = True
+) -> tqdm:
     """Shows progress, ETA and what `set_postfix_str` is given; in a log file, where each update stays, twice a minute."""
     interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=done, desc=description, unit=unit, unit_scale=(total or 0) >= 1_000_000, dynamic_ncols=True, mininterval=interval,
-                smoothing=0.05, leave=leave, disable=not shown)
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=description,
+        unit=unit,
+        unit_scale=(total or 0) >= 1_000_000,
+        dynamic_ncols=True,
+        mininterval=interval,
+        smoothing=0.05,
+        leave=leave,
+        disable=not shown,
+    )
 
 
 def title_of(folder: Path) -> str:
@@ -85,7 +101,9 @@ def title_of(folder: Path) -> str:
     return folder.name.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
 
 
-def draw_training_curve(folder: Path, lines: list[dict[str, float]], masked: dict[str, float], uniform_loss: float, unigram_loss: float) -> None:
+def draw_training_curve(
+    folder: Path, lines: list[dict[str, float]], masked: dict[str, float], uniform_loss: float, unigram_loss: float
+) -> None:
     """training_curve.png: training and held-out loss against steps, with the two guesses to read them against.
 
     masked: the shares of masked tokens, by "train" and "eval". What stands under more of them is harder to guess.
@@ -96,14 +114,18 @@ def draw_training_curve(folder: Path, lines: list[dict[str, float]], masked: dic
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     whole, close = figure.subplots(1, 2)
     losses = []
-    for key, label, style in (("train/loss", f"training, {masked['train']:.0%} masked", {"color": "tab:blue", "alpha": 0.7}),
-                              ("eval/loss", f"held out, {masked['eval']:.0%} masked", {"color": "tab:red", "marker": "o", "markersize": 4})):
+    for key, label, style in (
+        ("train/loss", f"training, {masked['train']:.0%} masked", {"color": "tab:blue", "alpha": 0.7}),
+        ("eval/loss", f"held out, {masked['eval']:.0%} masked", {"color": "tab:red", "marker": "o", "markersize": 4}),
+    ):
         points = [(line["step"], line[key]) for line in lines if key in line]
         losses += [loss for _, loss in points]
         for axes in (whole, close):
             axes.plot([step for step, _ in points], [loss for _, loss in points], label=label, **style)
     for axes in (whole, close):
-        axes.axhline(uniform_loss, color="gray", linestyle=":", label=f"uniform guess, ln(vocabulary) = {uniform_loss:.2f}")
+        axes.axhline(
+            uniform_loss, color="gray", linestyle=":", label=f"uniform guess, ln(vocabulary) = {uniform_loss:.2f}"
+        )
         axes.axhline(unigram_loss, color="gray", linestyle="--", label=f"guess by word frequency = {unigram_loss:.2f}")
         axes.set(xlabel="step", ylabel="MLM loss (nats a masked token)")
         axes.grid(alpha=0.3)

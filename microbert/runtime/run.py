@@ -18,11 +18,11 @@ from pathlib import Path
 import filelock
 
 from microbert.config.constants import Config, dataset_files
+from microbert.config.terminal import flush_or_discard, safe_output
 from microbert.errors import Failed, InputError, Stopped
 from microbert.runtime.device import out_of_memory
 from microbert.runtime.distributed import World, lost_process
 from microbert.runtime.files import DISK_FULL, read_json, remove, remove_stale, system_trouble, write_json
-from microbert.config.terminal import flush_or_discard, safe_output
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # the last when a terminal closes; Windows has none
@@ -31,7 +31,9 @@ TENSORBOARD = "tensorboard"  # the folder of its files
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 CONSTANTS = "constants.json"  # of a finished run, and which text it was trained on
 SHORTAGES = DISK_FULL | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-HELD_OUT = "held_out.json"  # which documents the run has never trained on: those whose hash of (seed, text) is below a number
+HELD_OUT = (
+    "held_out.json"  # which documents the run has never trained on: those whose hash of (seed, text) is below a number
+)
 RUN_FILES = (*MODEL_FILES, "vocab.txt", CONSTANTS, HELD_OUT, "metrics.jsonl", "training_curve.png", STATUS)
 
 
@@ -92,8 +94,10 @@ class Run:
             self.stop_signal = "a signal to another process"
         if self.stop_signal:
             if not self.world.wait_for_all_to_stop():
-                raise Failed(f"told to stop by {self.stop_signal}, and another process was killed or did not stop in time. What is prepared stays: the same command "
-                             "goes on")
+                raise Failed(
+                    f"told to stop by {self.stop_signal}, and another process was killed or did not stop in time. What is prepared stays: the same command "
+                    "goes on"
+                )
             raise Stopped(stopped_by(self.stop_signal))
 
     def give_up(self) -> None:
@@ -104,7 +108,10 @@ class Run:
 
     def write_status(self, story: dict[str, object]) -> None:
         """story: as `_story` gives it."""
-        write_json(self.folder / STATUS, story | {"time": datetime.datetime.now().isoformat(timespec="seconds"), "launch": self.world.launch})
+        write_json(
+            self.folder / STATUS,
+            story | {"time": datetime.datetime.now().isoformat(timespec="seconds"), "launch": self.world.launch},
+        )
 
 
 def stopped_by(signal_name: str) -> str:
@@ -132,7 +139,10 @@ def _hold(config: Config) -> Iterator[Run]:
     world.give_up = run.give_up
     new_folders = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     lock = filelock.FileLock(folder / LOCK)
-    signals = {name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name)) for name in handled_signals()}
+    signals = {
+        name: signal.signal(getattr(signal, name), lambda *_, name=name: _note_stop(run, name))
+        for name in handled_signals()
+    }
     owns_folder = False  # this process, or the first one for it
     try:
         with _shortage_told(config), _quiet_but_first(world):
@@ -164,7 +174,9 @@ def _hold(config: Config) -> Iterator[Run]:
                     path.rmdir()
         elif owns_folder and not holds_model(folder):
             with contextlib.suppress(OSError):  # a full disk must not hide the error itself
-                folder.mkdir(parents=True, exist_ok=True)  # on another machine it may be another folder, and that machine's launcher looks there
+                folder.mkdir(
+                    parents=True, exist_ok=True
+                )  # on another machine it may be another folder, and that machine's launcher looks there
                 run.write_status(story)
         raise SystemExit(story["exit_code"]) from None
     finally:
@@ -191,13 +203,23 @@ def _harmless_once_done(run: Run) -> Iterator[None]:
         if not run.is_done or isinstance(error, GeneratorExit):
             raise
         with contextlib.suppress(OSError, ValueError):
-            print(f"warning: the model in {run.folder} is complete; what came after it failed "
-                  f"({type(error).__name__}: {error})", file=sys.stderr)
+            print(
+                f"warning: the model in {run.folder} is complete; what came after it failed "
+                f"({type(error).__name__}: {error})",
+                file=sys.stderr,
+            )
 
 
 def _story(state: str, exit_code: int | None, reason: str, rank: int) -> dict[str, object]:
     """What status.json tells, by the process of this rank."""
-    return {"state": state, "exit_code": exit_code, "reason": reason, "rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
+    return {
+        "state": state,
+        "exit_code": exit_code,
+        "reason": reason,
+        "rank": rank,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+    }
 
 
 def _story_of(error: Exception, world: World) -> dict[str, object]:
@@ -235,7 +257,11 @@ def _quiet_but_first(world: World) -> Iterator[None]:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first. Symbolic links are not followed, and not counted."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"[0-9]{1,18}", path.name[11:]) and path.is_dir() and not path.is_symlink()]
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if re.fullmatch(r"[0-9]{1,18}", path.name[11:]) and path.is_dir() and not path.is_symlink()
+    ]
     return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
 
 
@@ -254,7 +280,9 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir = {str(folder)!r} is a file, not a folder")
     if folder.exists() and not _is_run(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(f"output_dir = {str(folder)!r} holds other files; choose a new folder, so that nothing of yours is replaced")
+        raise InputError(
+            f"output_dir = {str(folder)!r} holds other files; choose a new folder, so that nothing of yours is replaced"
+        )
 
 
 def hub_folder(config: Config) -> Path | None:
@@ -277,7 +305,9 @@ def shortage_behind(error: BaseException) -> OSError | None:
         if isinstance(error, OSError) and error.errno in SHORTAGES:
             return error
         seen.add(id(error))
-        waiting += [before for before in (error.__context__, error.__cause__) if before is not None and id(before) not in seen]
+        waiting += [
+            before for before in (error.__context__, error.__cause__) if before is not None and id(before) not in seen
+        ]
     return None
 
 
@@ -296,8 +326,10 @@ def _shortage_told(config: Config) -> Iterator[None]:
             raise Failed(f"{system_trouble(full)}. What is saved stays: the same command resumes") from error
         places = [full.filename] if full.filename else [config.output_dir, config.cache_dir, hub_folder(config)]
         why = "a file is larger than ulimit -f allows" if full.errno == errno.EFBIG else "the disk is full"
-        raise Failed(f"{why} ({' or '.join(str(place) for place in places if place)}). What is saved stays: free some space, and the same command "
-                     "goes on") from error
+        raise Failed(
+            f"{why} ({' or '.join(str(place) for place in places if place)}). What is saved stays: free some space, and the same command "
+            "goes on"
+        ) from error
 
 
 def handled_signals() -> list[str]:
@@ -307,14 +339,20 @@ def handled_signals() -> list[str]:
     """
     if threading.current_thread() is not threading.main_thread():
         return []
-    return [name for name in STOP_SIGNALS if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+    return [
+        name
+        for name in STOP_SIGNALS
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
+    ]
 
 
 def _note_stop(run: Run, name: str) -> None:
     if run.stop_signal is None and not run.is_done:
         run.stop_signal = name
         if run.world.is_first:
-            with contextlib.suppress(RuntimeError):  # the signal has come in the middle of another print, which waits for its reader
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the signal has come in the middle of another print, which waits for its reader
                 print(f"\n{name}: stopping at the next safe point ...", file=sys.stderr)
 
 
@@ -330,7 +368,9 @@ def take_lock(folder: Path, lock: filelock.FileLock) -> None:
             status = read_json(folder / STATUS)
             if status["state"] == "running":  # otherwise it was written by an earlier process
                 holder = f"process {status['pid']} on {status['host']}, since {status['time']}"
-        raise InputError(f"output_dir = {str(folder)!r} is in use by {holder}; wait for it, or choose another --output-dir") from None
+        raise InputError(
+            f"output_dir = {str(folder)!r} is in use by {holder}; wait for it, or choose another --output-dir"
+        ) from None
     except OSError as error:
         raise InputError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}") from None
 

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-
 from microbert.config.environment import COMPILER_CACHES, compiler_caches, set_compiler_caches, user_cache
 from microbert.runtime.files import private_folder
 

@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
-from microbert.runtime.device import n_cores
 from microbert.errors import Failed
+from microbert.runtime.device import n_cores
 
 MOST_PROCESSES = 6  # one process reads for all of them, and more would wait for it
 WORTH_MEGABYTES = 60.0  # of text: with less, starting processes takes as long as the work
@@ -23,7 +23,9 @@ def n_workers() -> int:
 
 
 @contextlib.contextmanager
-def open_pool(megabytes: float, initializer: Callable[..., None], *arguments: object) -> Iterator[concurrent.futures.Executor]:
+def open_pool(
+    megabytes: float, initializer: Callable[..., None], *arguments: object
+) -> Iterator[concurrent.futures.Executor]:
     """A pool for work on so much text: processes, or one thread where there is little to do. Each begins with `initializer(*arguments)`.
 
     Processes, because most of the work on text holds Python's lock. Raises Failed when one of them is killed.
@@ -31,7 +33,9 @@ def open_pool(megabytes: float, initializer: Callable[..., None], *arguments: ob
     if megabytes < WORTH_MEGABYTES or n_workers() == 1:
         pool = concurrent.futures.ThreadPoolExecutor(1, initializer=initializer, initargs=arguments)
     else:  # spawned, because a fork would copy the locks of other threads as they are
-        pool = concurrent.futures.ProcessPoolExecutor(n_workers(), multiprocessing.get_context("spawn"), _begin, (initializer, *arguments))
+        pool = concurrent.futures.ProcessPoolExecutor(
+            n_workers(), multiprocessing.get_context("spawn"), _begin, (initializer, *arguments)
+        )
     try:
         with pool:
             try:
@@ -40,8 +44,10 @@ def open_pool(megabytes: float, initializer: Callable[..., None], *arguments: ob
                 pool.shutdown(cancel_futures=True)  # what has not begun need not be waited for
                 raise
     except BrokenProcessPool as error:
-        raise Failed("a process that prepares text was killed, perhaps because memory ran out. What is prepared stays: the same command goes on "
-                     "from here") from error
+        raise Failed(
+            "a process that prepares text was killed, perhaps because memory ran out. What is prepared stays: the same command goes on "
+            "from here"
+        ) from error
 
 
 def _begin(initializer: Callable[..., None], *arguments: object) -> None:

@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 
 from microbert.config.constants import BY_TIER, Config, dataset_files, fill_in, resolve_batch_size
+from microbert.data.local_files import open_files
+from microbert.data.tokenizer import VOCABULARY
 from microbert.errors import InputError
 from microbert.model.export import CONSTANTS_FORMAT, MODEL_FILES, save_model
-from microbert.runtime.files import read_json, remove, sha256, sync_folder, system_trouble, write_atomic, write_json
 from microbert.model.hugging_face import from_hugging_face
 from microbert.model.layers import MaskedLanguageModel
-from microbert.data.local_files import open_files
+from microbert.runtime.files import read_json, remove, sha256, sync_folder, system_trouble, write_atomic, write_json
+from microbert.runtime.run import CONSTANTS, Run, checkpoint_folders, holds_model
 from microbert.train.memory import Hardware, hardware_of
 from microbert.train.optim import Optimizer
-from microbert.runtime.run import CONSTANTS, Run, checkpoint_folders, holds_model
-from microbert.data.tokenizer import VOCABULARY
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -35,8 +35,29 @@ ALL_FILES = FILES | {VOCABULARY}  # which older checkpoints lack
 TEMPORARY = ".checkpoint.tmp"
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading a file that is not as it was written
 # constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
-FREE_TO_CHANGE = {"dataset", "streaming", "device", "group_timeout", "eval_every", "save_every", "keep_checkpoints", "report_to", "output_dir", "cache_dir", "overwrite",
-                  "micro_batch_size", "prepare_only", "dry_run", "preset", "memory_budget_gb", "dtype", "torch_compile", "cuda_graphs", "gpu_memory_gb", "num_gpus"}
+FREE_TO_CHANGE = {
+    "dataset",
+    "streaming",
+    "device",
+    "group_timeout",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "report_to",
+    "output_dir",
+    "cache_dir",
+    "overwrite",
+    "micro_batch_size",
+    "prepare_only",
+    "dry_run",
+    "preset",
+    "memory_budget_gb",
+    "dtype",
+    "torch_compile",
+    "cuda_graphs",
+    "gpu_memory_gb",
+    "num_gpus",
+}
 BATCH_SIZES = {"batch_size", "global_batch_size"}  # `resolve_batch_size` compares them
 
 
@@ -96,8 +117,10 @@ def compare_with_finished(folder: Path, given: Config, hardware: Hardware) -> tu
     elif open_files(given).key != corpus_key:
         different = other_name or [f"dataset = {given.dataset!r} (its files held other text then)"]
     if different:
-        raise InputError(f"{folder} is finished, and was trained with other constants: {', '.join(different)}. "
-                         "Put them back, or train anew with --overwrite or another --output-dir")
+        raise InputError(
+            f"{folder} is finished, and was trained with other constants: {', '.join(different)}. "
+            "Put them back, or train anew with --overwrite or another --output-dir"
+        )
     return filled, resolve_batch_size(filled, hardware.n_processes, stored)
 
 
@@ -116,8 +139,10 @@ def _finished_constants(folder: Path) -> tuple[dict, str | None]:
     for checkpoint in checkpoint_folders(folder):
         with contextlib.suppress(*DAMAGE):
             return _read_stored(checkpoint)["config"], None
-    raise InputError(f"{folder} is finished, and neither {CONSTANTS} nor a checkpoint is left there that says with "
-                     "which constants and text it was trained: train anew with --overwrite or another --output-dir")
+    raise InputError(
+        f"{folder} is finished, and neither {CONSTANTS} nor a checkpoint is left there that says with "
+        "which constants and text it was trained: train anew with --overwrite or another --output-dir"
+    )
 
 
 def find_checkpoint(run: Run, device: torch.device) -> Path | None:
@@ -130,8 +155,13 @@ def find_checkpoint(run: Run, device: torch.device) -> Path | None:
     def look() -> dict[str, object]:
         remove(run.folder / TEMPORARY)  # what a kill inside a save left behind
         path, given, config = look_for_checkpoint(run.folder, run.given, hardware_of(device, run.world))
-        return {"path": path and str(path), "tier": {name: getattr(given, name) for name in BY_TIER},
-                "settled": {name: getattr(config, name) for name in ("batch_size", "global_batch_size", "micro_batch_size")}}
+        return {
+            "path": path and str(path),
+            "tier": {name: getattr(given, name) for name in BY_TIER},
+            "settled": {
+                name: getattr(config, name) for name in ("batch_size", "global_batch_size", "micro_batch_size")
+            },
+        }
 
     found = run.world.on_rank_0("checkpoint", look, run.check_stop)
     run.given = fill_in(run.given, found["tier"])
@@ -153,15 +183,21 @@ def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tupl
             filled = fill_in(given, stored["config"])
             _compare_configs(path, stored["config"], filled)
             settled = resolve_batch_size(filled, hardware.n_processes, stored["config"])
-            if filled.micro_batch_size == stored["config"]["micro_batch_size"]:  # nobody asks for another than the run had
-                settled = dataclasses.replace(settled, micro_batch_size=stored["state"].get("micro_batch_size") or filled.micro_batch_size)
+            if (
+                filled.micro_batch_size == stored["config"]["micro_batch_size"]
+            ):  # nobody asks for another than the run had
+                settled = dataclasses.replace(
+                    settled, micro_batch_size=stored["state"].get("micro_batch_size") or filled.micro_batch_size
+                )
             return path, filled, settled
         except DAMAGE as error:
             if system_trouble(error):  # it may be whole, and must not be taken for damaged
                 raise
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
     if folders:
-        raise InputError(f"no checkpoint in {folder} is whole; --overwrite starts anew, and nothing is removed until then")
+        raise InputError(
+            f"no checkpoint in {folder} is whole; --overwrite starts anew, and nothing is removed until then"
+        )
     filled = fill_in(given, hardware.tier().values())
     return None, filled, resolve_batch_size(filled, hardware.n_processes)
 
@@ -200,7 +236,9 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-def save_checkpoint(run: Run, state: State, model: MaskedLanguageModel, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
+def save_checkpoint(
+    run: Run, state: State, model: MaskedLanguageModel, optimizer: Optimizer, tokenizer: Tokenizer
+) -> None:
     """Writes checkpoint-<step>, unless it is there already; then removes the oldest beyond keep_checkpoints, and what is older than these.
 
     What else stands under its name goes; what is no complete checkpoint is not counted among those to keep.
@@ -215,8 +253,13 @@ def save_checkpoint(run: Run, state: State, model: MaskedLanguageModel, optimize
         write_atomic(temporary / "optimizer.safetensors", lambda file: file.write(moments))
         whole_state = {"format": FORMAT, "config": run.constants(), "state": dataclasses.asdict(state)}
         write_json(temporary / "state.json", whole_state)
-        write_json(temporary / MANIFEST, {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-                                          for name in sorted(ALL_FILES)})
+        write_json(
+            temporary / MANIFEST,
+            {
+                name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
+                for name in sorted(ALL_FILES)
+            },
+        )
         remove(final)
         os.rename(temporary, final)
         sync_folder(run.folder)
@@ -244,8 +287,10 @@ def read_state(path: Path, tokens_key: str | None) -> State:
     stored = _read_stored(path)
     state = State(**stored["state"])
     if tokens_key is not None and state.tokens_key != tokens_key:
-        raise InputError(f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} as it was then: "
-                         "bring that back, or start anew with --overwrite or another --output-dir")
+        raise InputError(
+            f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} as it was then: "
+            "bring that back, or start anew with --overwrite or another --output-dir"
+        )
     return state
 
 
@@ -305,8 +350,10 @@ def load_checkpoint(path: Path, model: MaskedLanguageModel, optimizer: Optimizer
 def _compare_configs(path: Path, stored: dict, config: Config) -> None:
     different = _differences(stored, config)
     if different:
-        raise InputError(f"{path} belongs to a run with other constants: {', '.join(different)}. "
-                         "Put them back to go on with it, or start anew with --overwrite or another --output-dir")
+        raise InputError(
+            f"{path} belongs to a run with other constants: {', '.join(different)}. "
+            "Put them back to go on with it, or start anew with --overwrite or another --output-dir"
+        )
 
 
 def _differences(stored: dict, config: Config, names: typing.Iterable[str] | None = None) -> list[str]:

@@ -10,28 +10,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from microbert.data.batches import random_batch, steps_in_run
-from microbert.train.checkpoint import compare_with_finished, look_for_checkpoint, read_state
 from microbert.config.constants import Config, fill_in, resolve_batch_size
-from microbert.errors import InputError
 from microbert.config.learning_rate import explain_learning_rate, peak_learning_rate
+from microbert.data.batches import random_batch, steps_in_run
+from microbert.data.corpus import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
+from microbert.data.hub import choose_dataset
+from microbert.data.masking import mask_batch
+from microbert.data.prepare import estimated_megabytes, estimated_tokens, find_tokens
 from microbert.data.sources import open_corpus
+from microbert.data.tokenizer import find_tokenizer
+from microbert.errors import InputError
+from microbert.model.build import build_model, count_parameters, shape_of
+from microbert.model.hugging_face import read_hugging_face_config
+from microbert.model.layers import ModelConfig
 from microbert.runtime.cuda_graph import WARM_UP
 from microbert.runtime.device import GIB, choose_device, describe_device, is_captured
 from microbert.runtime.distributed import World
-from microbert.data.corpus import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from microbert.runtime.files import read_json, system_trouble
-from microbert.data.hub import choose_dataset
-from microbert.model.hugging_face import read_hugging_face_config
-from microbert.data.masking import mask_batch
-from microbert.train.memory import GB, Hardware, Plan, hardware_of, resolve_memory_plan, print_memory_plan, print_tier
-from microbert.model.layers import ModelConfig
-from microbert.model.build import build_model, count_parameters, shape_of
-from microbert.data.prepare import estimated_megabytes, estimated_tokens, find_tokens
 from microbert.runtime.metrics import read_metrics
 from microbert.runtime.run import check_folder, holds_model, hub_folder, plain_errors
+from microbert.train.checkpoint import compare_with_finished, look_for_checkpoint, read_state
+from microbert.train.memory import GB, Hardware, Plan, hardware_of, print_memory_plan, print_tier, resolve_memory_plan
 from microbert.train.step import Learner
-from microbert.data.tokenizer import find_tokenizer
 
 TIMED_STEPS, TIMED_SECONDS = 10, 5.0
 PREPARED_MEGABYTES_A_SECOND = 25.0  # on two cores
@@ -61,8 +61,13 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
         hardware, described = hardware_of(device, world), describe_device(device, world)
     else:
         # taken for one from Ampere on; its tier goes by the size that it is sold under, its budget by that in GB, which is a little less
-        device, hardware = torch.device("cuda"), Hardware("cuda", round(config.gpu_memory_gb * GIB), world.size, has_bf16=True)
-        config = dataclasses.replace(config, memory_budget_gb=min(config.memory_budget_gb or math.inf, config.gpu_memory_gb))
+        device, hardware = (
+            torch.device("cuda"),
+            Hardware("cuda", round(config.gpu_memory_gb * GIB), world.size, has_bf16=True),
+        )
+        config = dataclasses.replace(
+            config, memory_budget_gb=min(config.memory_budget_gb or math.inf, config.gpu_memory_gb)
+        )
         described = f"{world.size} GPU{'s' * (world.size > 1)} of {config.gpu_memory_gb:g} GB (not at hand)"
     checkpoint = None
     if config.overwrite and folder.exists():
@@ -83,41 +88,67 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
     vocab_size = tokenizer.get_vocab_size() if tokenizer else config.vocab_size
     if tokens:
         n_sequences, disk, preparation = len(tokens.train), 0.0, 0.0
-        print(f"tokens: prepared already, {n_sequences:,} sequences to train on and {len(tokens.held_out):,} held out, in {tokens.folder}")
+        print(
+            f"tokens: prepared already, {n_sequences:,} sequences to train on and {len(tokens.held_out):,} held out, in {tokens.folder}"
+        )
     else:
         n_sequences = _expected_sequences(estimate, config)
-        disk, preparation = estimated_megabytes(estimate, config), TOKENIZER_SECONDS + estimate.megabytes / PREPARED_MEGABYTES_A_SECOND
-        print(f"tokens: to be prepared from {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB "
-              f"of text; about {n_sequences:,} sequences to train on")
+        disk, preparation = (
+            estimated_megabytes(estimate, config),
+            TOKENIZER_SECONDS + estimate.megabytes / PREPARED_MEGABYTES_A_SECOND,
+        )
+        print(
+            f"tokens: to be prepared from {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB "
+            f"of text; about {n_sequences:,} sequences to train on"
+        )
     model = shape_of(config, vocab_size)
     n_parameters = count_parameters(model)
-    print(f"model: {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, vocabulary {vocab_size:,}{'' if tokenizer else ' at most'}, "
-          f"{n_parameters:,} parameters")
+    print(
+        f"model: {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, vocabulary {vocab_size:,}{'' if tokenizer else ' at most'}, "
+        f"{n_parameters:,} parameters"
+    )
     steps = steps_in_run(n_sequences, config.epochs, config.global_batch_size)
     steps_done = read_state(checkpoint, tokens.key if tokens else None).step if checkpoint else 0
     remaining = max(0, steps - steps_done)  # below 0 only where the steps are an estimate
     if config.prepare_only:
-        print("--prepare-only: the run would stop when the tokens are prepared; what follows is the same command without it")
-    print(f"training: {'' if tokens else 'about '}{steps:,} steps of {config.global_batch_size} sequences on {described}, {config.epochs} epochs")
+        print(
+            "--prepare-only: the run would stop when the tokens are prepared; what follows is the same command without it"
+        )
+    print(
+        f"training: {'' if tokens else 'about '}{steps:,} steps of {config.global_batch_size} sequences on {described}, {config.epochs} epochs"
+    )
     if checkpoint:
-        print(f"going on after step {steps_done}: {'' if tokens else 'about '}{remaining:,} steps remain, from {checkpoint}")
+        print(
+            f"going on after step {steps_done}: {'' if tokens else 'about '}{remaining:,} steps remain, from {checkpoint}"
+        )
     print(explain_learning_rate(config))
     memory = resolve_memory_plan(given, config, vocab_size, hardware)
     print_memory_plan(memory, config, hardware)
-    saved = 4 * n_parameters * (1 + 3 * (config.keep_checkpoints + 1)) / 1e6  # the model, and weights with two moments in each checkpoint
+    saved = (
+        4 * n_parameters * (1 + 3 * (config.keep_checkpoints + 1)) / 1e6
+    )  # the model, and weights with two moments in each checkpoint
     _print_disk(config, disk, saved)
     seconds = None
     if is_at_hand:
-        seconds = round(_seconds_a_step(model, dataclasses.replace(config, micro_batch_size=memory.micro_batch_size), device) * remaining, 1)
-        print(f"time: about {_in_words(seconds)} of training ({remaining:,} steps, one measured now on random tokens)"
-              + (f", after {_in_words(preparation)} of preparation" if preparation else ""))
+        seconds = round(
+            _seconds_a_step(model, dataclasses.replace(config, micro_batch_size=memory.micro_batch_size), device)
+            * remaining,
+            1,
+        )
+        print(
+            f"time: about {_in_words(seconds)} of training ({remaining:,} steps, one measured now on random tokens)"
+            + (f", after {_in_words(preparation)} of preparation" if preparation else "")
+        )
         if config.max_minutes is not None and seconds > 60 * config.max_minutes:
             seconds = 60 * config.max_minutes
             print(f"max_minutes = {config.max_minutes:g}: the run ends sooner, with its learning rate in time")
     else:
         print("time: not known, for it is measured on the machine itself")
     return _facts(config, vocab_size, memory, hardware, steps, steps_done, n_parameters) | {
-        "sequences": n_sequences, "tokens_known": tokens is not None, "planned_seconds": seconds}
+        "sequences": n_sequences,
+        "tokens_known": tokens is not None,
+        "planned_seconds": seconds,
+    }
 
 
 def _finished_plan(given: Config, config: Config, folder: Path, hardware: Hardware) -> dict[str, object]:
@@ -135,26 +166,51 @@ def _finished_plan(given: Config, config: Config, folder: Path, hardware: Hardwa
     return _facts(config, vocab_size, memory, hardware, steps, steps, n_parameters) | {"planned_seconds": 0.0}
 
 
-def _facts(config: Config, vocab_size: int, memory: Plan, hardware: Hardware, steps: int, steps_done: int, n_parameters: int) -> dict[str, object]:
+def _facts(
+    config: Config, vocab_size: int, memory: Plan, hardware: Hardware, steps: int, steps_done: int, n_parameters: int
+) -> dict[str, object]:
     """steps: of the whole run. steps_done: of them, before this start."""
-    return {"dataset": config.dataset, "n_layers": config.n_layers, "n_heads": config.n_heads, "n_embed": config.n_embed,
-            "max_seq_len": config.max_seq_len, "vocab_size": vocab_size, "batch_size": config.batch_size, "global_batch_size": config.global_batch_size,
-            "micro_batch_size": memory.micro_batch_size, "planned_peak_gb": round(memory.total / GB, 3),
-            "memory_budget_gb": memory.budget and round(memory.budget / GB, 3), "steps": steps, "steps_done": steps_done,
-            "peak_learning_rate": peak_learning_rate(config), "parameters": n_parameters, "device": hardware.kind}
+    return {
+        "dataset": config.dataset,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_embed": config.n_embed,
+        "max_seq_len": config.max_seq_len,
+        "vocab_size": vocab_size,
+        "batch_size": config.batch_size,
+        "global_batch_size": config.global_batch_size,
+        "micro_batch_size": memory.micro_batch_size,
+        "planned_peak_gb": round(memory.total / GB, 3),
+        "memory_budget_gb": memory.budget and round(memory.budget / GB, 3),
+        "steps": steps,
+        "steps_done": steps_done,
+        "peak_learning_rate": peak_learning_rate(config),
+        "parameters": n_parameters,
+        "device": hardware.kind,
+    }
 
 
 def _print_disk(config: Config, tokens: float, saved: float) -> None:
     """tokens, saved: what cache_dir and output_dir will hold more, in MB. Warns where a disk has less than both need together."""
     cache, output = _existing(Path(config.cache_dir)), _existing(Path(config.output_dir))
     free = {folder: shutil.disk_usage(folder).free / 1e6 for folder in (cache, output)}
-    meanwhile = f"about {tokens:,.0f} MB more in {config.cache_dir}, and twice that meanwhile" if tokens else f"nothing more in {config.cache_dir}"
-    print(f"disk: {meanwhile} ({free[cache] / 1e3:,.0f} GB free); {saved:,.0f} MB in {config.output_dir} ({free[output] / 1e3:,.0f} GB free)")
+    meanwhile = (
+        f"about {tokens:,.0f} MB more in {config.cache_dir}, and twice that meanwhile"
+        if tokens
+        else f"nothing more in {config.cache_dir}"
+    )
+    print(
+        f"disk: {meanwhile} ({free[cache] / 1e3:,.0f} GB free); {saved:,.0f} MB in {config.output_dir} ({free[output] / 1e3:,.0f} GB free)"
+    )
     if tokens and (hub := hub_folder(config)) and not choose_dataset(config)[2]:
-        print(f"disk: datasets downloads the dataset to {hub} ({shutil.disk_usage(_existing(hub)).free / 1e9:,.0f} GB free), where it is not there yet")
+        print(
+            f"disk: datasets downloads the dataset to {hub} ({shutil.disk_usage(_existing(hub)).free / 1e9:,.0f} GB free), where it is not there yet"
+        )
     one_disk = cache.stat().st_dev == output.stat().st_dev
     if 2 * tokens + saved * one_disk > free[cache] or saved + 2 * tokens * one_disk > free[output]:
-        print("warning: the disk may be too small for that; a smaller max_samples takes less, another cache_dir or output_dir may have more")
+        print(
+            "warning: the disk may be too small for that; a smaller max_samples takes less, another cache_dir or output_dir may have more"
+        )
 
 
 def _expected_sequences(estimate: Estimate, config: Config) -> int:
@@ -170,7 +226,9 @@ def _seconds_a_step(model_config: ModelConfig, config: Config, device: torch.dev
     while len(seconds) < n_left_out + TIMED_STEPS and sum(seconds[n_left_out:]) < TIMED_SECONDS:
         start = time.perf_counter()
         batch = random_batch(len(seconds), model_config.vocab_size, config.batch_size, config.max_seq_len)
-        masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model_config.vocab_size)
+        masked = mask_batch(
+            batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model_config.vocab_size
+        )
         learner.step(masked, len(seconds), 0.0).read()
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[n_left_out:]))
@@ -181,4 +239,10 @@ def _existing(path: Path) -> Path:
 
 
 def _in_words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

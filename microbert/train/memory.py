@@ -11,15 +11,15 @@ import dataclasses
 import torch
 
 from microbert.config.constants import BY_TIER, Config
+from microbert.data.masking import EVALUATION_PROBABILITY, n_slots
+from microbert.data.shards import Tokens
 from microbert.errors import InputError
-from microbert.runtime.device import GIB, has_bf16, limit_memory, memory_bytes
-from microbert.runtime.distributed import World
+from microbert.model.build import count_parameters, shape_of
 from microbert.model.layers import ModelConfig
 from microbert.model.loss import THIN, chunk_rows
-from microbert.data.masking import EVALUATION_PROBABILITY, n_slots
-from microbert.model.build import count_parameters, shape_of
+from microbert.runtime.device import GIB, has_bf16, limit_memory, memory_bytes
+from microbert.runtime.distributed import World
 from microbert.runtime.run import Run
-from microbert.data.shards import Tokens
 
 BYTES = 4  # fp32; what is narrower is counted as a half of one
 GB = 1e9
@@ -38,7 +38,9 @@ KEPT_OF_INNER, KEPT_OF_INNER_NARROW = {"bert": 2, "modern": 4}, {"bert": 1, "mod
 KEPT_OF_ALL_TOKENS = {"bert": 2, "modern": 4}  # by the last layer: keys and values; the norm, and the keys turned
 KEPT_BY_EMBEDDINGS = 4
 KEPT_BY_HEAD = 4  # [B, M, D]
-USED_BY_BACKWARD = 6  # of the last whole layer: gradients of the expansion and of what goes round it, less what is no longer needed
+USED_BY_BACKWARD = (
+    6  # of the last whole layer: gradients of the expansion and of what goes round it, less what is no longer needed
+)
 USED_AT_THE_END = 3  # gradients of the first layer's query, key and value
 KEPT_BY_DROPOUT = 0.25  # a byte for each value
 # in evaluation: [B, T, D] and [B, T, n_inner] of one layer, and the logits of a chunk, as they are and as logarithms of probabilities
@@ -62,7 +64,11 @@ class Tier:
 
 
 # nominal sizes, as drivers report them: an "80 GB" GPU has 79.6 GiB, an A10 with "24 GB" 22.5
-TIERS = (Tier("GPUs of 100 GB and more", 94 * GIB, 4, 16), Tier("GPUs of 40 GB and more", 38 * GIB, 6, 32), Tier("GPUs of 24 GB", 21.5 * GIB, 4, 8))
+TIERS = (
+    Tier("GPUs of 100 GB and more", 94 * GIB, 4, 16),
+    Tier("GPUs of 40 GB and more", 38 * GIB, 6, 32),
+    Tier("GPUs of 24 GB", 21.5 * GIB, 4, 8),
+)
 CPU_TIER = Tier("the CPU", 0, 4, 32)
 
 
@@ -117,11 +123,19 @@ def plan_memory(config: Config, vocab_size: int, hardware: Hardware) -> Plan:
 
     Raises InputError where not even one sequence fits, or nothing is left for tensors.
     """
-    limits = [limit for limit in (config.memory_budget_gb and config.memory_budget_gb * GB, hardware.memory_bytes) if limit]
+    limits = [
+        limit for limit in (config.memory_budget_gb and config.memory_budget_gb * GB, hardware.memory_bytes) if limit
+    ]
     budget = min(limits, default=None)
     if budget is not None and budget <= hardware.outside_gb() * GB:
-        name = "of memory are too little" if budget == hardware.memory_bytes else f"(memory_budget_gb = {config.memory_budget_gb:g}) are too little"
-        raise InputError(f"{budget / GB:.1f} GB {name}: a process takes {hardware.outside_gb():.1f} GB beside its tensors")
+        name = (
+            "of memory are too little"
+            if budget == hardware.memory_bytes
+            else f"(memory_budget_gb = {config.memory_budget_gb:g}) are too little"
+        )
+        raise InputError(
+            f"{budget / GB:.1f} GB {name}: a process takes {hardware.outside_gb():.1f} GB beside its tensors"
+        )
 
     def plan(size: int) -> Plan:
         tensors = planned_tensors(dataclasses.replace(config, micro_batch_size=size), vocab_size, hardware)
@@ -138,19 +152,31 @@ def plan_memory(config: Config, vocab_size: int, hardware: Hardware) -> Plan:
     largest = bisect.bisect_left(range(1, config.batch_size), True, key=lambda size: not plan(size).fits)
     if not largest:
         one = min(plan(1), whole, key=lambda plan: plan.total)
-        raise InputError(f"one sequence of {config.max_seq_len} tokens takes {one.total / GB:.1f} GB with its model, and {one.budget / GB:.1f} GB are there: "
-                         "a smaller n_embed, n_layers, vocab_size or max_seq_len takes less"
-                         + (f", or raise memory_budget_gb = {config.memory_budget_gb:g}" if budget != hardware.memory_bytes else ""))
+        raise InputError(
+            f"one sequence of {config.max_seq_len} tokens takes {one.total / GB:.1f} GB with its model, and {one.budget / GB:.1f} GB are there: "
+            "a smaller n_embed, n_layers, vocab_size or max_seq_len takes less"
+            + (f", or raise memory_budget_gb = {config.memory_budget_gb:g}" if budget != hardware.memory_bytes else "")
+        )
     n_parts = -(-config.batch_size // largest)
     return plan(-(-config.batch_size // n_parts))
 
 
 def print_memory_plan(plan: Plan, config: Config, hardware: Hardware) -> None:
     """Prints the plan as a table."""
-    what = "each GPU" if hardware.kind == "cuda" and hardware.n_processes > 1 else "the GPU" if hardware.kind == "cuda" else "each process"
+    what = (
+        "each GPU"
+        if hardware.kind == "cuda" and hardware.n_processes > 1
+        else "the GPU"
+        if hardware.kind == "cuda"
+        else "each process"
+    )
     n_parts = -(-config.batch_size // plan.micro_batch_size)
-    print(f"memory of {what}, at most, with {plan.micro_batch_size} sequences of {config.max_seq_len} tokens at a time"
-          + ", in bf16" * is_planned_in_bf16(config, hardware) + (f", {n_parts} times a step" if n_parts > 1 else "") + ":")
+    print(
+        f"memory of {what}, at most, with {plan.micro_batch_size} sequences of {config.max_seq_len} tokens at a time"
+        + ", in bf16" * is_planned_in_bf16(config, hardware)
+        + (f", {n_parts} times a step" if n_parts > 1 else "")
+        + ":"
+    )
     for name, size in plan.parts.items():
         if size:
             print(f"  {name:<22}{size / GB:>8.2f} GB")
@@ -169,9 +195,13 @@ def print_tier(given: Config, hardware: Hardware) -> None:
     if tier.values() == {name: getattr(given, name) for name in BY_TIER}:
         print(f'preset "auto": {size}, the tier of {tier.name}; a constant that is set wins')
     else:
-        print(f'preset "auto": {size}, as set or as in the checkpoint; the tier of {tier.name} has {tier.n_layers} layers, batch {tier.batch_size}')
+        print(
+            f'preset "auto": {size}, as set or as in the checkpoint; the tier of {tier.name} has {tier.n_layers} layers, batch {tier.batch_size}'
+        )
     if hardware.is_below_tiers():
-        print(f"hint: a GPU of {hardware.memory_bytes / GIB:.0f} GiB is smaller than v4 is made for; mlm_pretrain_v1.py to v3 take less")
+        print(
+            f"hint: a GPU of {hardware.memory_bytes / GIB:.0f} GiB is smaller than v4 is made for; mlm_pretrain_v1.py to v3 take less"
+        )
 
 
 def resolve_memory_plan(given: Config, config: Config, vocab_size: int, hardware: Hardware) -> Plan:
@@ -226,27 +256,48 @@ def planned_tensors(config: Config, vocab_size: int, hardware: Hardware) -> dict
     C = min(chunk_rows(hardware.kind, V, D), N)
     hidden, iterations = _muon_numbers(model) if config.optimizer == "muon" else (0, 0)
     is_narrow = is_planned_in_bf16(config, hardware)
-    accumulated = parameters if B < config.batch_size else 0  # the gradients of the micro-batches before
+    accumulated = parameters if config.batch_size > B else 0  # the gradients of the micro-batches before
     narrow_weights = (parameters - V) / 2 * is_narrow
     dropout = KEPT_BY_DROPOUT * (2 * L + 1) * (config.dropout > 0)
     kept, of_inner = (KEPT_A_LAYER_NARROW, KEPT_OF_INNER_NARROW) if is_narrow else (KEPT_A_LAYER, KEPT_OF_INNER)
-    kept_a_layer = kept[model.arch] * D + of_inner[model.arch] * model.n_inner + H + 4  # with attention's sums, and each norm's mean and deviation
+    kept_a_layer = (
+        kept[model.arch] * D + of_inner[model.arch] * model.n_inner + H + 4
+    )  # with attention's sums, and each norm's mean and deviation
     whole_layers = B * T * (kept_a_layer * (L - 1) + KEPT_BY_EMBEDDINGS * D + 2 + dropout * D)
     layers = whole_layers + B * T * D * KEPT_OF_ALL_TOKENS[model.arch] / (1 + is_narrow) + N * kept_a_layer
     with_head = layers + N * (KEPT_BY_HEAD * D + 2) + narrow_weights
     moments = [
-        {"gradients": accumulated, "activations": layers + narrow_weights + USED_BY_DROPOUT * B * T * D * (config.dropout > 0)},
-        {"gradients": accumulated + V * D + 2 * V + N * D, "activations": with_head,
-         "logits, a chunk": C * V + 3 * C * D + V + V * D * (D <= THIN) + is_narrow * (C * V / 2 + V * D)},
+        {
+            "gradients": accumulated,
+            "activations": layers + narrow_weights + USED_BY_DROPOUT * B * T * D * (config.dropout > 0),
+        },
+        {
+            "gradients": accumulated + V * D + 2 * V + N * D,
+            "activations": with_head,
+            "logits, a chunk": C * V + 3 * C * D + V + V * D * (D <= THIN) + is_narrow * (C * V / 2 + V * D),
+        },
         {"gradients": accumulated + 2 * V * D + V + 2 * N * D, "activations": with_head},
-        {"gradients": accumulated + V * D + V + D * (10 * D + 3 * model.n_inner), "activations": whole_layers + narrow_weights + USED_BY_BACKWARD * B * T * D},
-        {"gradients": parameters + 2 * V * D + (V * D if accumulated else 0), "activations": (KEPT_BY_EMBEDDINGS + USED_AT_THE_END) * B * T * D},
+        {
+            "gradients": accumulated + V * D + V + D * (10 * D + 3 * model.n_inner),
+            "activations": whole_layers + narrow_weights + USED_BY_BACKWARD * B * T * D,
+        },
+        {
+            "gradients": parameters + 2 * V * D + (V * D if accumulated else 0),
+            "activations": (KEPT_BY_EMBEDDINGS + USED_AT_THE_END) * B * T * D,
+        },
         {"gradients": parameters, "communication": parameters * (hardware.n_processes > 1)},
         {"gradients": parameters + hidden, "Muon's iterations": iterations},
     ]
     fullest = max(moments, key=lambda moment: sum(moment.values()))
-    numbers = {"weights": parameters, "optimizer's moments": 2 * parameters - hidden, "gradients": 0, "activations": 0, "logits, a chunk": 0, "communication": 0,
-               "Muon's iterations": 0} | fullest
+    numbers = {
+        "weights": parameters,
+        "optimizer's moments": 2 * parameters - hidden,
+        "gradients": 0,
+        "activations": 0,
+        "logits, a chunk": 0,
+        "communication": 0,
+        "Muon's iterations": 0,
+    } | fullest
     numbers["activations"] += 2 * (B * T + 3 * N)  # token ids, int64
     return {name: BYTES * number for name, number in numbers.items()}
 
@@ -256,7 +307,9 @@ def _beside_graphs(config: Config, B: int, V: int, W: int) -> int:
     model = shape_of(config, V)
     T, D, parameters = config.max_seq_len, config.n_embed, count_parameters(model)
     C = min(chunk_rows("cuda", V, D), B * n_slots(T, EVALUATION_PROBABILITY))
-    evaluation = B * T * (USED_BY_EVALUATION * D + USED_OF_INNER_BY_EVALUATION * model.n_inner) + LOGITS_OF_EVALUATION * C * V
+    evaluation = (
+        B * T * (USED_BY_EVALUATION * D + USED_OF_INNER_BY_EVALUATION * model.n_inner) + LOGITS_OF_EVALUATION * C * V
+    )
     return parameters + sum(_muon_numbers(model)) * (config.optimizer == "muon") + max(evaluation, parameters * (W > 1))
 
 

@@ -28,7 +28,11 @@ def parameter_groups(model: nn.Module, optimizer: str) -> dict[str, dict[str, nn
 
     Biases and norms do not decay, as in BERT. Muon is for matrices between hidden states; word and position embeddings are none.
     """
-    hidden = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} if optimizer == "muon" else set()
+    hidden = (
+        {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+        if optimizer == "muon"
+        else set()
+    )
     groups: dict[str, dict[str, nn.Parameter]] = {MUON: {}, ADAMW: {}, NO_DECAY: {}}
     for name, parameter in model.named_parameters():
         groups[NO_DECAY if parameter.ndim < 2 else MUON if id(parameter) in hidden else ADAMW][name] = parameter
@@ -42,7 +46,10 @@ class Optimizer:
         """is_captured: whether a CUDA graph is made of `step`."""
         groups = parameter_groups(model, config.optimizer)
         self._named = {name: parameter for group in groups.values() for name, parameter in group.items()}
-        adamw = [{"params": list(groups[ADAMW].values()), "weight_decay": config.weight_decay}, {"params": list(groups[NO_DECAY].values()), "weight_decay": 0.0}]
+        adamw = [
+            {"params": list(groups[ADAMW].values()), "weight_decay": config.weight_decay},
+            {"params": list(groups[NO_DECAY].values()), "weight_decay": 0.0},
+        ]
         if next(model.parameters()).device.type in FUSED:
             peak = peak_learning_rate(config)
             first = torch.optim.AdamW(adamw, lr=peak, betas=BETAS, eps=EPS, fused=True, capturable=is_captured)
@@ -51,8 +58,14 @@ class Optimizer:
         self.members: list[torch.optim.Optimizer] = [first]
         self._moments = {name: ("exp_avg", "exp_avg_sq") for name in self._named}
         if groups[MUON]:
-            n_matrices = {module.weight: getattr(module, "n_matrices", 1) for module in model.modules() if isinstance(module, nn.Linear)}
-            self.members.append(Muon({parameter: n_matrices[parameter] for parameter in groups[MUON].values()}, config.weight_decay))
+            n_matrices = {
+                module.weight: getattr(module, "n_matrices", 1)
+                for module in model.modules()
+                if isinstance(module, nn.Linear)
+            }
+            self.members.append(
+                Muon({parameter: n_matrices[parameter] for parameter in groups[MUON].values()}, config.weight_decay)
+            )
             self._moments |= {name: ("momentum",) for name in groups[MUON]}
 
     def zero_grad(self) -> None:
@@ -93,7 +106,12 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by kind and parameter, from the first step on. Adam's count of steps is the run's."""
-        return {f"{key}.{name}": self._state(name)[key] for name, keys in self._moments.items() for key in keys if key in self._state(name)}
+        return {
+            f"{key}.{name}": self._state(name)[key]
+            for name, keys in self._moments.items()
+            for key in keys
+            if key in self._state(name)
+        }
 
     def _state(self, name: str) -> dict[str, Tensor]:
         member = self.members[-1 if "momentum" in self._moments[name] else 0]
@@ -184,8 +202,15 @@ class Muon(Prepared):
         changes = []  # weights, and what is subtracted from them, both as wide matrices
         for shape, parameters in by_shape.items():
             weights = [part for parameter in parameters for part in self._wide_parts(parameter, parameter)]
-            updates = orthogonalise(torch.stack([part for parameter in parameters
-                                                 for part in self._wide_parts(parameter, self._direction(parameter, weight))]))
+            updates = orthogonalise(
+                torch.stack(
+                    [
+                        part
+                        for parameter in parameters
+                        for part in self._wide_parts(parameter, self._direction(parameter, weight))
+                    ]
+                )
+            )
             updates *= RMS * max(shape) ** 0.5 * rate
             changes += zip(weights, updates)
 

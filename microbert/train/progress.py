@@ -23,7 +23,11 @@ class Course:
 
     def __init__(self, config: Config, steps: int, step: int, prepared_seconds: float, loading_seconds: float) -> None:
         """Raises InputError where max_minutes leaves no time to train."""
-        self.steps, self.position, self._before = steps, float(step), float(step) - 1  # what was due here, and not done, still is
+        self.steps, self.position, self._before = (
+            steps,
+            float(step),
+            float(step) - 1,
+        )  # what was due here, and not done, still is
         self._config, self.eval_seconds = config, 0.0
         self._seconds, self._idle_seconds = None, 0.0
         if config.max_minutes is not None:
@@ -34,7 +38,8 @@ class Course:
             raise InputError(
                 f"max_minutes = {config.max_minutes:g}: the preparation took {prepared_seconds:.0f} s, and the export "
                 f"takes about {export_seconds:.0f} s, so no time is left to train. The prepared data is saved: the "
-                "same command has more time now")
+                "same command has more time now"
+            )
 
     def reserve_evaluation(self, eval_seconds: float, seconds: float) -> None:
         """Reserve the time for the evaluation at the end. seconds: of the run so far, without its preparation.
@@ -47,7 +52,8 @@ class Course:
             raise InputError(
                 f"max_minutes = {self._config.max_minutes:g}: {left:.0f} s are left before the export, and one "
                 f"evaluation takes about {eval_seconds:.0f} s, so no time is left to train. Set a larger max_minutes, "
-                "or a smaller max_samples")
+                "or a smaller max_samples"
+            )
 
     def time_used(self, seconds: float) -> float:
         """The share of the time for training that is used up after so many seconds of it; 0.0 without max_minutes."""
@@ -81,7 +87,9 @@ class Course:
         if n_points == 1:
             return self.is_over
         interval = max(1, -(-self.steps // n_points))
-        return self.is_over or (self.position // interval > self._before // interval and self.steps - self.position >= interval / 2)
+        return self.is_over or (
+            self.position // interval > self._before // interval and self.steps - self.position >= interval / 2
+        )
 
     def evaluations(self) -> int:
         """How many there are in a run, where eval_every is None."""

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import torch
 
-from microbert.train.checkpoint import State, load_checkpoint, remove_others
+from microbert.data.shards import Tokens
 from microbert.errors import InputError
 from microbert.model.layers import MaskedLanguageModel
-from microbert.train.optim import Optimizer
 from microbert.runtime.run import Run, checkpoint_folders
-from microbert.data.shards import Tokens
+from microbert.train.checkpoint import State, load_checkpoint, remove_others
+from microbert.train.optim import Optimizer
 
 # constants that may differ between machines; of the dataset the tokens are compared, of the device its kind
 OF_THE_MACHINE = {"dataset", "output_dir", "cache_dir", "device"}
 
 
-def resume_together(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, optimizer: Optimizer, tokens: Tokens) -> State:
+def resume_together(
+    run: Run, checkpoint: Path | None, model: MaskedLanguageModel, optimizer: Optimizer, tokens: Tokens
+) -> State:
     """Where the run goes on, with model and optimizer as they are in the checkpoint, in every process alike.
 
     The first process reads the checkpoint, so only its machine needs to hold it, and removes those that the run does not need. Raises InputError where a process has other constants or
@@ -54,18 +56,30 @@ def _facts(run: Run, device: torch.device, tokens: Tokens) -> dict[str, object]:
     """What has to be the same everywhere."""
     constants = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in OF_THE_MACHINE}
     contents = hashlib.sha256(tokens.token_counts.tobytes()).hexdigest()
-    return {**constants, "device": device.type, "tokens": [tokens.key, len(tokens.train), len(tokens.held_out), contents]}
+    return {
+        **constants,
+        "device": device.type,
+        "tokens": [tokens.key, len(tokens.train), len(tokens.held_out), contents],
+    }
 
 
 def _compare(run: Run, first: dict[str, object], here: dict[str, object], step: int) -> None:
     where = f"on {socket.gethostname()}"
-    different = [f"{name} = {here[name]!r}, and the first process has {first[name]!r}" for name in here if name != "tokens" and here[name] != first[name]]
+    different = [
+        f"{name} = {here[name]!r}, and the first process has {first[name]!r}"
+        for name in here
+        if name != "tokens" and here[name] != first[name]
+    ]
     if different:
         raise InputError(f"{where}: {'; '.join(different)}. Start every machine with the same constants")
     if here["tokens"] != first["tokens"]:
-        raise InputError(f"{where} the tokens are not those of the first process: the dataset, its files, the tokenizer or a library differs. Give every "
-                         "machine the same files, or let them share cache_dir")
+        raise InputError(
+            f"{where} the tokens are not those of the first process: the dataset, its files, the tokenizer or a library differs. Give every "
+            "machine the same files, or let them share cache_dir"
+        )
     newest = next((int(path.name[11:]) for path in checkpoint_folders(run.folder)), 0)
     if newest > step:
-        raise InputError(f"{where}, {run.folder} holds checkpoint-{newest}, which is newer than what the first process has found (step {step}): put "
-                         "output_dir where all machines see it, or move that checkpoint to the first process's machine")
+        raise InputError(
+            f"{where}, {run.folder} holds checkpoint-{newest}, which is newer than what the first process has found (step {step}): put "
+            "output_dir where all machines see it, or move that checkpoint to the first process's machine"
+        )

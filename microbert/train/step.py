@@ -20,18 +20,27 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from microbert.config.constants import Config
-from microbert.runtime.counter_rng import random_bits
-from microbert.runtime.cuda_graph import Captured
-from microbert.runtime.device import Fetched, compute_dtype, free_memory, is_compiled, is_captured, multiplying_in, out_of_memory, send
-from microbert.runtime.distributed import World
-from microbert.runtime.torch_compile import compiled
+from microbert.data.masking import IGNORED, MaskedBatch
+from microbert.data.tokenizer import PAD_ID
+from microbert.errors import Diverged, Failed
 from microbert.model.layers import MaskedLanguageModel
 from microbert.model.loss import masked_loss
-from microbert.data.masking import IGNORED, MaskedBatch
+from microbert.runtime.counter_rng import random_bits
+from microbert.runtime.cuda_graph import Captured
+from microbert.runtime.device import (
+    Fetched,
+    compute_dtype,
+    free_memory,
+    is_captured,
+    is_compiled,
+    multiplying_in,
+    out_of_memory,
+    send,
+)
+from microbert.runtime.distributed import World
+from microbert.runtime.torch_compile import compiled
 from microbert.train.memory import GB, Hardware, planned_training_bytes
 from microbert.train.optim import Optimizer
-from microbert.errors import Diverged, Failed
-from microbert.data.tokenizer import PAD_ID
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -41,7 +50,9 @@ T = TypeVar("T")
 class Step:
     """A step that was taken. number: from 0. stopping: the ranks that were told to stop. time_used: as the first process gave it."""
 
-    def __init__(self, number: int, losses: torch.Tensor, grad_norm: torch.Tensor, stopping: list[int], time_used: float) -> None:
+    def __init__(
+        self, number: int, losses: torch.Tensor, grad_norm: torch.Tensor, stopping: list[int], time_used: float
+    ) -> None:
         """losses: [W], each process's share of the mean loss of all masked tokens, in nats. grad_norm: [], before clipping."""
         self.number, self.stopping, self.time_used = number, stopping, time_used
         self._numbers = Fetched(torch.cat([losses, grad_norm[None]]))
@@ -56,8 +67,11 @@ class Step:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             rank = None if math.isfinite(loss) else int(np.argmin(np.isfinite(losses)))
             where = f" (in process {rank} of {len(losses)})" if len(losses) > 1 and rank is not None else ""
-            raise Diverged(f"step {self.number}: the loss is {loss:g}{where} and the gradient's norm {grad_norm:g}, so this step was not applied. The last "
-                           "checkpoint is from before it. A lower learning_rate or a lower grad_clip usually helps", rank)
+            raise Diverged(
+                f"step {self.number}: the loss is {loss:g}{where} and the gradient's norm {grad_norm:g}, so this step was not applied. The last "
+                "checkpoint is from before it. A lower learning_rate or a lower grad_clip usually helps",
+                rank,
+            )
         return loss, grad_norm
 
 
@@ -73,9 +87,16 @@ class Learner:
     def __init__(self, model: MaskedLanguageModel, config: Config, world: World) -> None:
         self.model, self.config, self.world = model, config, world
         self.device = model.output_bias.device
-        self._dtype, self._is_compiled, self._is_captured = compute_dtype(config, self.device), is_compiled(config, self.device), is_captured(config, self.device)
+        self._dtype, self._is_compiled, self._is_captured = (
+            compute_dtype(config, self.device),
+            is_compiled(config, self.device),
+            is_captured(config, self.device),
+        )
         self.optimizer = Optimizer(model, config, self._is_captured)
-        self.micro_batch_size, self.ran_short = min(config.micro_batch_size or config.batch_size, config.batch_size), False
+        self.micro_batch_size, self.ran_short = (
+            min(config.micro_batch_size or config.batch_size, config.batch_size),
+            False,
+        )
         self.evaluation_batch_size, self.number = self.micro_batch_size, 0
         self._forward = self._compiled()
         self._learn = Captured(self._learn_from, self.device, self._is_captured)
@@ -84,7 +105,9 @@ class Learner:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # which stays where it is
         self._broken = torch.zeros((), device=self.device)  # 1 from the first step on whose numbers are not finite
-        self._clipped: tuple[torch.Tensor, torch.Tensor] | None = None  # losses and norm, while gradients are clipped and the weights not updated
+        self._clipped: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # losses and norm, while gradients are clipped and the weights not updated
+        )
         self._shortage = ""  # what torch said when memory ran out
         world.on_shortage = functools.partial(self._ran_short, "in the update ")
 
@@ -99,34 +122,49 @@ class Learner:
         torch.compiler.reset()
         return compiled(self.model, dynamic=False)
 
-    def hidden(self, masked: MaskedBatch, dropout_keys: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def hidden(
+        self, masked: MaskedBatch, dropout_keys: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the loss functions take: hidden [B * M, D], weight [V, D], bias [V], labels [B * M]. dropout_keys: int64 [B].
 
         Never compiled: for what is computed now and then, that would take longer than it saves.
         """
         return self._hidden_of(self.model, *self._send(masked, dropout_keys))
 
-    def _send(self, masked: MaskedBatch, dropout_keys: np.ndarray | None, is_always_masked: bool = False) -> tuple[torch.Tensor | None, ...]:
+    def _send(
+        self, masked: MaskedBatch, dropout_keys: np.ndarray | None, is_always_masked: bool = False
+    ) -> tuple[torch.Tensor | None, ...]:
         """To the device: input_ids, attention_mask (None where there is no padding, unless it is always wanted), positions, dropout_keys, labels."""
         is_real = masked.input_ids != PAD_ID
         attention_mask = None if is_real.all() and not is_always_masked else is_real
         arrays = masked.input_ids, attention_mask, masked.positions, dropout_keys, masked.labels
         return tuple(None if array is None else send(array, self.device) for array in arrays)
 
-    def _hidden_of(self, forward: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor,
-                   dropout_keys: torch.Tensor | None, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _hidden_of(
+        self,
+        forward: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        dropout_keys: torch.Tensor | None,
+        labels: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         with multiplying_in(self._dtype, self.device):
             hidden = forward(input_ids, attention_mask, positions, dropout_keys)
         return hidden.float(), self.model.output_weight, self.model.output_bias, labels.reshape(-1)
 
-    def step(self, masked: MaskedBatch, number: int, learning_rate: float, is_to_stop: bool = False, time_used: float = 0.0) -> Step:
+    def step(
+        self, masked: MaskedBatch, number: int, learning_rate: float, is_to_stop: bool = False, time_used: float = 0.0
+    ) -> Step:
         """One update from one batch, of which `masked` is this process's share. is_to_stop, time_used: for the others to know.
 
         Raises Failed in all processes when one of them has no memory for a single sequence.
         """
         self.model.train()
         self.number = number
-        if self.ran_short or self._learn.is_on != self._update.is_on:  # where one cannot be recorded, the other is not tried
+        if (
+            self.ran_short or self._learn.is_on != self._update.is_on
+        ):  # where one cannot be recorded, the other is not tried
             self._stop_capturing()
         while True:
             flat = self._add_up_micro_batches(masked, number)
@@ -192,18 +230,34 @@ class Learner:
         keys = None
         if self.config.dropout:  # of each sequence by its place in the batch of all processes
             keys = random_bits(self.config.seed, number, self.world.rank * n_rows + np.arange(n_rows)).astype(np.int64)
-        is_always_masked = self._has_fixed_shapes and not self.config.packing  # so that one way is compiled and recorded
+        is_always_masked = (
+            self._has_fixed_shapes and not self.config.packing
+        )  # so that one way is compiled and recorded
         loss = torch.zeros((), device=self.device)
         for part, rows in micro_batches(masked, self.micro_batch_size, is_filled=self._has_fixed_shapes):
             loss += self._learn(self._send(part, None if keys is None else keys[rows], is_always_masked), n_slots)
         return loss
 
-    def _learn_from(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor, dropout_keys: torch.Tensor | None,
-                    labels: torch.Tensor, n_slots: int) -> torch.Tensor:
+    def _learn_from(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        dropout_keys: torch.Tensor | None,
+        labels: torch.Tensor,
+        n_slots: int,
+    ) -> torch.Tensor:
         """Adds to the gradients what a micro-batch gives, and returns its share of the loss: []."""
-        is_usual = (attention_mask is None) == self.config.packing  # with packing, one sequence of the corpus has padding
+        is_usual = (
+            attention_mask is None
+        ) == self.config.packing  # with packing, one sequence of the corpus has padding
         forward = self._forward if is_usual else self.model
-        share = masked_loss(*self._hidden_of(forward, input_ids, attention_mask, positions, dropout_keys, labels), n_slots, self._dtype, self._is_compiled)
+        share = masked_loss(
+            *self._hidden_of(forward, input_ids, attention_mask, positions, dropout_keys, labels),
+            n_slots,
+            self._dtype,
+            self._is_compiled,
+        )
         share.backward()
         return share.detach()
 
@@ -219,7 +273,12 @@ class Learner:
         if self.world.size == 1:
             return
         parameters = list(self.model.parameters())
-        parts = [part.view_as(parameter) for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters] + [self.world.size]))]
+        parts = [
+            part.view_as(parameter)
+            for parameter, part in zip(
+                parameters, flat.split([parameter.numel() for parameter in parameters] + [self.world.size])
+            )
+        ]
         if self._is_captured:
             torch._foreach_copy_([parameter.grad for parameter in parameters], parts)
         else:
@@ -276,20 +335,28 @@ class Learner:
 
         Raises Failed where there is neither a smaller size nor anything recorded.
         """
-        reason = ": ".join(filter(None, (f"process {ranks[0]} of {self.world.size}" * (self.world.size > 1), self._shortage)))
+        reason = ": ".join(
+            filter(None, (f"process {ranks[0]} of {self.world.size}" * (self.world.size > 1), self._shortage))
+        )
         if size == 1 and self.ran_short:
             config = dataclasses.replace(self.config, micro_batch_size=1)
             hardware = Hardware(self.device.type, None, self.world.size)
             planned = planned_training_bytes(config, self.model.config.vocab_size, hardware)
-            raise Failed(f"step {self.number}: out of memory {where}with one sequence of {config.max_seq_len} tokens at a time, "
-                         f"for which about {planned / GB:.2f} GB are planned ({reason}). A smaller max_seq_len, vocab_size, "
-                         "n_embed or n_layers takes less", ranks[0])
+            raise Failed(
+                f"step {self.number}: out of memory {where}with one sequence of {config.max_seq_len} tokens at a time, "
+                f"for which about {planned / GB:.2f} GB are planned ({reason}). A smaller max_seq_len, vocab_size, "
+                "n_embed or n_layers takes less",
+                ranks[0],
+            )
         self.ran_short, half = True, -(-size // 2)
         self._stop_capturing()
         if self.world.rank == ranks[0]:  # which knows what torch said
             sequences = f"{size} sequence{'s' * (size > 1)} of {self.config.max_seq_len} tokens at a time"
-            print(f"\nstep {self.number}: out of memory {where}with {sequences} ({reason}); repeated with {half} at a time, as "
-                  "is all that follows", file=sys.stderr)
+            print(
+                f"\nstep {self.number}: out of memory {where}with {sequences} ({reason}); repeated with {half} at a time, as "
+                "is all that follows",
+                file=sys.stderr,
+            )
         return half
 
 
@@ -302,4 +369,11 @@ def micro_batches(masked: MaskedBatch, size: int, is_filled: bool = False) -> It
     for start in range(0, n_rows, size):
         wanted = np.arange(start, start + size if is_filled else min(start + size, n_rows))
         rows = np.minimum(wanted, n_rows - 1)
-        yield MaskedBatch(masked.input_ids[rows], masked.positions[rows], np.where(wanted[:, None] < n_rows, masked.labels[rows], IGNORED)), rows
+        yield (
+            MaskedBatch(
+                masked.input_ids[rows],
+                masked.positions[rows],
+                np.where(wanted[:, None] < n_rows, masked.labels[rows], IGNORED),
+            ),
+            rows,
+        )

@@ -11,10 +11,10 @@ import sys
 import pytest
 from helpers import ROOT, SCRIPT
 
-from microbert.errors import InputError
-from microbert.config.learning_rate import explain_learning_rate
-from microbert.config.flags import read_config, read_script, whole_number
 from microbert.config.constants import resolve_batch_size
+from microbert.config.flags import read_config, read_script, whole_number
+from microbert.config.learning_rate import explain_learning_rate
+from microbert.errors import InputError
 
 
 def constants(script=SCRIPT):
@@ -25,9 +25,14 @@ def configure(*flags, **changed):
     return read_config(str(SCRIPT), constants() | changed, list(flags))
 
 
-@pytest.mark.parametrize("script, shape, training, data", [
-    ("mlm_pretrain_v1.py", (2, 2, 4), (3, 5e-5), (False, None)), ("mlm_pretrain_v2.py", (4, 4, 8), (5, 3e-5), (True, 500_000)),
-    ("mlm_pretrain_v3.py", (6, 8, 16), (5, 3e-5), (True, 5_000_000))])
+@pytest.mark.parametrize(
+    "script, shape, training, data",
+    [
+        ("mlm_pretrain_v1.py", (2, 2, 4), (3, 5e-5), (False, None)),
+        ("mlm_pretrain_v2.py", (4, 4, 8), (5, 3e-5), (True, 500_000)),
+        ("mlm_pretrain_v3.py", (6, 8, 16), (5, 3e-5), (True, 5_000_000)),
+    ],
+)
 def test_each_version_has_the_reference_configuration(script, shape, training, data):
     config = read_config(str(ROOT / script), constants(ROOT / script), [])
     assert (config.n_layers, config.n_heads, config.n_embed) == shape
@@ -43,8 +48,16 @@ def test_a_flag_wins_over_the_constant_and_the_constant_over_nothing():
     assert configure("--lr", "1e-3").learning_rate == configure("--learning-rate=1e-3").learning_rate == 1e-3
 
 
-@pytest.mark.parametrize("flags, packing", [(["--packing"], True), (["--no-packing"], False), (["--packing", "true"], True),
-                                            (["--packing", "false"], False), (["--packing=True"], True)])
+@pytest.mark.parametrize(
+    "flags, packing",
+    [
+        (["--packing"], True),
+        (["--no-packing"], False),
+        (["--packing", "true"], True),
+        (["--packing", "false"], False),
+        (["--packing=True"], True),
+    ],
+)
 def test_booleans_take_every_usual_form(flags, packing):
     assert configure(*flags, packing=not packing).packing is packing
 
@@ -87,7 +100,11 @@ def test_flags_of_commands_may_have_underscores_and_mistakes_are_one_line(comman
 @pytest.mark.parametrize(
     "script, flags, times",
     [
-        ("mlm_pretrain_v4.py", ["--lr", "1e-3", "--batch-size", "32"], "17 times .* 0.012 at this batch .*learning_rate = 6e-05"),
+        (
+            "mlm_pretrain_v4.py",
+            ["--lr", "1e-3", "--batch-size", "32"],
+            "17 times .* 0.012 at this batch .*learning_rate = 6e-05",
+        ),
         ("mlm_pretrain_v3.py", ["--lr", "1e-2"], "167 times"),
         ("mlm_pretrain_v1.py", ["--lr", "1e-3"], "5 times .* 0.095 at this batch"),
         ("mlm_pretrain_v1.py", ["--lr", "1", "--lr-scaling", "none"], "10 times"),
@@ -98,7 +115,9 @@ def test_a_peak_far_above_those_that_were_swept_is_a_warning_that_says_which(scr
     assert re.search(f"\nwarning: that is {times}", explained)
 
 
-@pytest.mark.parametrize("flags", [[], ["--preset", "large"], ["--preset", "large", "--global-batch-size", "768"], ["--lr", "1e-4"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--preset", "large"], ["--preset", "large", "--global-batch-size", "768"], ["--lr", "1e-4"]]
+)
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_usual_peaks_are_no_warning(version, flags):
     if version == 4 or "--preset" not in flags:
@@ -106,7 +125,9 @@ def test_usual_peaks_are_no_warning(version, flags):
         assert "warning" not in explain_learning_rate(dataclasses.replace(config, batch_size=config.batch_size or 32))
 
 
-@pytest.mark.parametrize("text, number", [("500K", 500_000), ("10m", 10_000_000), ("5000", 5000), ("1.5k", 1500), (7, 7), ("1e6", 1_000_000)])
+@pytest.mark.parametrize(
+    "text, number", [("500K", 500_000), ("10m", 10_000_000), ("5000", 5000), ("1.5k", 1500), (7, 7), ("1e6", 1_000_000)]
+)
 def test_sample_counts_take_k_and_m(text, number):
     assert whole_number("max_samples", text) == number
     assert configure("--max-samples", str(text)).max_samples == number
@@ -189,26 +210,53 @@ def configure_v4(*flags, **changed):
     return read_config(str(V4), constants(V4) | changed, list(flags))
 
 
-@pytest.mark.parametrize("preset, shape, batch_size", [("auto", (None, 8, 128, 128, 50_000), None), ("large", (8, 8, 256, 256, 25_000), 96)])
+@pytest.mark.parametrize(
+    "preset, shape, batch_size", [("auto", (None, 8, 128, 128, 50_000), None), ("large", (8, 8, 256, 256, 25_000), 96)]
+)
 def test_a_preset_gives_what_is_none_and_what_is_set_wins(preset, shape, batch_size):
     config = configure_v4("--preset", preset)
     assert (config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.vocab_size) == shape
     assert config.batch_size == batch_size
     config = configure_v4("--preset", preset, "--n-layers", "3", "--vocab-size", "9000", n_embed=64, batch_size=5)
-    assert (config.n_layers, config.vocab_size, config.n_embed, config.batch_size, config.n_heads) == (3, 9000, 64, 5, 8)
-    assert (config.memory_budget_gb, config.epochs, config.learning_rate, config.max_samples, config.packing) == (24, 5, 3e-5, 10_000_000, True)
+    assert (config.n_layers, config.vocab_size, config.n_embed, config.batch_size, config.n_heads) == (
+        3,
+        9000,
+        64,
+        5,
+        8,
+    )
+    assert (config.memory_budget_gb, config.epochs, config.learning_rate, config.max_samples, config.packing) == (
+        24,
+        5,
+        3e-5,
+        10_000_000,
+        True,
+    )
 
 
 def test_version_4_has_the_constants_of_version_3_and_more():
     v3, v4 = set(constants(ROOT / "mlm_pretrain_v3.py")), set(constants(V4))
-    assert v4 - v3 == {"arch", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"} and v3 < v4
+    assert (
+        v4 - v3 == {"arch", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"}
+        and v3 < v4
+    )
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--preset", "huge"], 'preset = \'huge\' must be "auto" or "large"'), (["--preset", "none"], "must not be None without a preset"),
-    (["--memory-budget-gb", "0"], "memory_budget_gb"), (["--dtype", "float16"], "dtype"), (["--gpu-memory-gb", "24"], "goes with --dry-run"),
-    (["--num-gpus", "8"], "goes with --dry-run"), (["--arch", "gpt"], 'arch = \'gpt\' must be "bert" or "modern"'),
-    (["--n-heads", "128"], "n_embed / n_heads = 128 / 128 must be even"), (["--dry-run", "--num-gpus", "0"], "num_gpus"), (["--batch-size", "auto"], "batch_size")])
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--preset", "huge"], 'preset = \'huge\' must be "auto" or "large"'),
+        (["--preset", "none"], "must not be None without a preset"),
+        (["--memory-budget-gb", "0"], "memory_budget_gb"),
+        (["--dtype", "float16"], "dtype"),
+        (["--gpu-memory-gb", "24"], "goes with --dry-run"),
+        (["--num-gpus", "8"], "goes with --dry-run"),
+        (["--arch", "gpt"], 'arch = \'gpt\' must be "bert" or "modern"'),
+        (["--n-heads", "128"], "n_embed / n_heads = 128 / 128 must be even"),
+        (["--dry-run", "--num-gpus", "0"], "num_gpus"),
+        (["--batch-size", "auto"], "batch_size"),
+    ],
+)
 def test_mistakes_in_what_version_4_adds(flags, told, capsys):
     with pytest.raises(SystemExit) as stop:
         configure_v4(*flags)
@@ -216,7 +264,10 @@ def test_mistakes_in_what_version_4_adds(flags, told, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1 and told in error
 
 
-@pytest.mark.parametrize("flags, value", [([], None), (["--torch-compile"], True), (["--no-torch-compile"], False), (["--torch-compile", "none"], None)])
+@pytest.mark.parametrize(
+    "flags, value",
+    [([], None), (["--torch-compile"], True), (["--no-torch-compile"], False), (["--torch-compile", "none"], None)],
+)
 def test_a_boolean_may_also_be_left_open(flags, value):
     assert configure_v4(*flags, torch_compile=None).torch_compile is value
 
@@ -251,7 +302,9 @@ def test_the_script_answers_in_under_a_second_and_creates_nothing(flags, code, t
     done = subprocess.run([sys.executable, str(SCRIPT), *flags], cwd=tmp_path, capture_output=True, timeout=60)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == code
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of a core: a busy machine may take longer
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    )  # of a core: a busy machine may take longer
     assert not list(tmp_path.iterdir())
 
 
@@ -259,25 +312,45 @@ def test_the_script_answers_in_under_a_second_and_creates_nothing(flags, code, t
 def test_a_misspelt_constant_in_the_script_itself_is_found(tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT.read_text().replace("n_layers = 2", "n_layer = 2"))
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 2 and "did you mean n_layers?" in done.stderr
 
 
 TRAINED = {"batch_size": 16, "global_batch_size": 32}
 
 
-@pytest.mark.parametrize("constants, world_size, trained, settled", [
-    ({"batch_size": 16}, 4, None, (16, 64)), ({"batch_size": 16, "global_batch_size": 32}, 4, None, (8, 32)),
-    ({"batch_size": 16}, 1, TRAINED, (32, 32)), ({"batch_size": 16}, 8, TRAINED, (4, 32)), ({"batch_size": 8}, 4, TRAINED, (8, 32)),
-    ({"batch_size": 16, "global_batch_size": 32}, 2, TRAINED, (16, 32))])
+@pytest.mark.parametrize(
+    "constants, world_size, trained, settled",
+    [
+        ({"batch_size": 16}, 4, None, (16, 64)),
+        ({"batch_size": 16, "global_batch_size": 32}, 4, None, (8, 32)),
+        ({"batch_size": 16}, 1, TRAINED, (32, 32)),
+        ({"batch_size": 16}, 8, TRAINED, (4, 32)),
+        ({"batch_size": 8}, 4, TRAINED, (8, 32)),
+        ({"batch_size": 16, "global_batch_size": 32}, 2, TRAINED, (16, 32)),
+    ],
+)
 def test_the_batch_of_all_processes_is_kept(constants, world_size, trained, settled):
     config = resolve_batch_size(configure(**constants), world_size, trained)
     assert (config.batch_size, config.global_batch_size) == settled
 
 
-@pytest.mark.parametrize("constants, world_size, trained, told", [
-    ({"batch_size": 8}, 1, TRAINED, "batch_size = 8 (was 16)"), ({"global_batch_size": 64}, 2, TRAINED, "global_batch_size = 64 (was 32)"),
-    ({"batch_size": 16}, 5, TRAINED, "5 processes"), ({"global_batch_size": 10}, 4, None, "4 processes")])
+@pytest.mark.parametrize(
+    "constants, world_size, trained, told",
+    [
+        ({"batch_size": 8}, 1, TRAINED, "batch_size = 8 (was 16)"),
+        ({"global_batch_size": 64}, 2, TRAINED, "global_batch_size = 64 (was 32)"),
+        ({"batch_size": 16}, 5, TRAINED, "5 processes"),
+        ({"global_batch_size": 10}, 4, None, "4 processes"),
+    ],
+)
 def test_another_batch_is_refused(constants, world_size, trained, told):
     with pytest.raises(InputError) as caught:
         resolve_batch_size(configure(**constants), world_size, trained)

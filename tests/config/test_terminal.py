@@ -11,7 +11,19 @@ import time
 
 import psutil
 import pytest
-from helpers import ROOT, SLOW_STEPS, TIME_LIMIT, corpus_from, patched_script, result, run, small_flags, start, wait_for_checkpoint, wait_until
+from helpers import (
+    ROOT,
+    SLOW_STEPS,
+    TIME_LIMIT,
+    corpus_from,
+    patched_script,
+    result,
+    run,
+    small_flags,
+    start,
+    wait_for_checkpoint,
+    wait_until,
+)
 
 from microbert.config.terminal import flush_or_discard, safe_output
 
@@ -38,8 +50,13 @@ def writable(kind):
 def test_a_process_goes_on_when_its_reader_is_gone(stream, kind, tmp_path):
     descriptor, leave = writable(kind)
     other = "stderr" if stream == "stdout" else "stdout"
-    process = subprocess.Popen([sys.executable, "-c", PRINTS, str(tmp_path / "end")], cwd=ROOT, stdin=subprocess.PIPE, text=True,
-                               **{stream: descriptor, other: subprocess.PIPE})
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTS, str(tmp_path / "end")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        text=True,
+        **{stream: descriptor, other: subprocess.PIPE},
+    )
     os.close(descriptor)
     leave()
     told = "".join(filter(None, process.communicate("go\n", timeout=TIME_LIMIT)))
@@ -50,7 +67,14 @@ def test_a_process_goes_on_when_its_reader_is_gone(stream, kind, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
 def test_another_error_is_raised(tmp_path):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", PRINTS, str(tmp_path / "end")], cwd=ROOT, input="go", stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PRINTS, str(tmp_path / "end")],
+            cwd=ROOT,
+            input="go",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert done.returncode and "No space left" in done.stderr and not (tmp_path / "end").exists()
 
 
@@ -63,11 +87,20 @@ def test_the_streams_are_as_before_behind_it():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["1", ""])
-@pytest.mark.parametrize("flags", [["-m", "microbert.advise"], ["mlm_pretrain_v1.py", "--dry-run"]], ids=lambda flags: flags[-1])
+@pytest.mark.parametrize(
+    "flags", [["-m", "microbert.advise"], ["mlm_pretrain_v1.py", "--dry-run"]], ids=lambda flags: flags[-1]
+)
 def test_a_reader_that_has_seen_enough_leaves_no_traceback(flags, unbuffered):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, *flags], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, *flags],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -84,8 +117,9 @@ def test_streams_of_any_kind_are_taken(monkeypatch):
 THAI, HARD = "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u2588 \udce9 \U0001f600"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp437", "cp874", "shift_jis", "koi8-r", "utf-16",
-                                      "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", "latin-1", "cp1252", "cp437", "cp874", "shift_jis", "koi8-r", "utf-16", "utf-8"]
+)
 def test_what_the_encoding_lacks_is_escaped(encoding, monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding))
@@ -129,13 +163,17 @@ def test_what_cannot_be_written_can_be_discarded(monkeypatch):
         full.flush()  # raises nothing any more
 
 
-IN_ASCII = [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252:strict"},
-            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+IN_ASCII = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "cp1252:strict"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
 
 
 @pytest.mark.parametrize("variables", IN_ASCII, ids=lambda variables: "-".join(variables.values()))
-@pytest.mark.parametrize("command, code", [(["mlm_pretrain_v4.py", "--help"], 0),
-                                           (["mlm_pretrain_v1.py", "--dataset", f"{THAI}.txt"], 2)])
+@pytest.mark.parametrize(
+    "command, code", [(["mlm_pretrain_v4.py", "--help"], 0), (["mlm_pretrain_v1.py", "--dataset", f"{THAI}.txt"], 2)]
+)
 def test_help_and_errors_are_printed_in_any_encoding(command, code, variables):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **variables}, capture_output=True)
     assert done.returncode == code and b"Traceback" not in done.stderr
@@ -154,7 +192,7 @@ def test_a_module_prints_in_any_encoding(finished_run):
 @pytest.mark.slow
 def test_a_run_on_thai_text_ends_well_whatever_the_log_can_encode(tmp_path):
     corpus = tmp_path / f"{THAI}.txt"
-    lines = (f"{THAI}{chr(0xe01 + number % 40)} {THAI} {number}\n" for number in range(100))
+    lines = (f"{THAI}{chr(0xE01 + number % 40)} {THAI} {number}\n" for number in range(100))
     corpus.write_text("".join(lines), encoding="utf-8")
     done = run(small_flags(tmp_path, dataset=corpus, epochs=1), env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert done.returncode == 0, done.stderr
@@ -177,9 +215,14 @@ with safe_output():
 
 def test_a_signal_during_a_print_that_waits_for_its_reader_stops_the_run(tmp_path):
     read, write = os.pipe()
-    process = subprocess.Popen([sys.executable, "-c", STALLED], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": ""}, stderr=write)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STALLED], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": ""}, stderr=write
+    )
     os.close(write)
-    wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING and select.select([read], [], [], 0)[0], process)
+    wait_until(
+        lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING and select.select([read], [], [], 0)[0],
+        process,
+    )
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)  # the handler prints now
     os.close(read)
@@ -192,7 +235,9 @@ def test_a_ctrl_c_that_ends_tee_too_saves_and_exits_75(finished_run, reference, 
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path)
     read, write = os.pipe()  # 2>&1 | tee log
-    process = subprocess.Popen([sys.executable, str(patched_script(tmp_path / "slow.py", SLOW_STEPS)), *flags], stdout=write, stderr=write)
+    process = subprocess.Popen(
+        [sys.executable, str(patched_script(tmp_path / "slow.py", SLOW_STEPS)), *flags], stdout=write, stderr=write
+    )
     os.close(write)
     wait_for_checkpoint(process, tmp_path / "run")
     os.close(read)

@@ -15,11 +15,18 @@ seeds = st.integers(0, 2**63 - 1)
 
 def whole_run(sequences, epochs, batch_size, seed):
     steps = steps_in_run(len(sequences), epochs, batch_size)
-    return [training_batch(sequences, step=step, epochs=epochs, global_batch_size=batch_size, seed=seed) for step in range(steps)]
+    return [
+        training_batch(sequences, step=step, epochs=epochs, global_batch_size=batch_size, seed=seed)
+        for step in range(steps)
+    ]
 
 
 def real_pairs(*batches):
-    return [(int(epoch), int(i)) for batch in batches for epoch, i in zip(batch.epochs[batch.real], batch.sequence_ids[batch.real])]
+    return [
+        (int(epoch), int(i))
+        for batch in batches
+        for epoch, i in zip(batch.epochs[batch.real], batch.sequence_ids[batch.real])
+    ]
 
 
 @many_examples
@@ -50,8 +57,18 @@ def test_the_order_changes_with_epoch_and_seed():
 def test_the_ranks_share_the_batch_of_one_process(n, rows_a_rank, world_size, epochs, seed):
     sequences, batch_size = as_sequences(token_rows(n)), rows_a_rank * world_size
     for step, whole in enumerate(whole_run(sequences, epochs, batch_size, seed)):
-        shares = [training_batch(sequences, step=step, epochs=epochs, global_batch_size=batch_size, seed=seed, rank=rank,
-                                 world_size=world_size) for rank in range(world_size)]
+        shares = [
+            training_batch(
+                sequences,
+                step=step,
+                epochs=epochs,
+                global_batch_size=batch_size,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+            )
+            for rank in range(world_size)
+        ]
         assert {len(share.input_ids) for share in shares} == {rows_a_rank}
         for name in ("input_ids", "sequence_ids", "epochs", "real"):
             assert np.array_equal(np.concatenate([getattr(share, name) for share in shares]), getattr(whole, name))
@@ -62,16 +79,25 @@ def test_the_ranks_share_the_batch_of_one_process(n, rows_a_rank, world_size, ep
 @pytest.mark.fault(row=14)
 def test_the_ranks_masks_are_those_of_one_process():
     sequences = as_sequences(token_rows(20))
-    masked = [mask_batch(training_batch(sequences, step=3, epochs=2, global_batch_size=8, seed=5, rank=rank, world_size=world_size),
-                         seed=5, probability=0.15, vocab_size=60).labels for world_size in (1, 4) for rank in range(world_size)]
+    masked = [
+        mask_batch(
+            training_batch(sequences, step=3, epochs=2, global_batch_size=8, seed=5, rank=rank, world_size=world_size),
+            seed=5,
+            probability=0.15,
+            vocab_size=60,
+        ).labels
+        for world_size in (1, 4)
+        for rank in range(world_size)
+    ]
     assert np.array_equal(masked[0], np.concatenate(masked[1:]))
 
 
 @pytest.mark.parametrize("batch_size, world_size", [(10, 4), (1, 2), (7, 3)])
 def test_a_batch_that_cannot_be_shared_out_is_refused(batch_size, world_size):
     with pytest.raises(ValueError, match=f"{batch_size}.*{world_size}"):
-        training_batch(as_sequences(token_rows(20)), step=0, epochs=1, global_batch_size=batch_size, seed=0,
-                       world_size=world_size)
+        training_batch(
+            as_sequences(token_rows(20)), step=0, epochs=1, global_batch_size=batch_size, seed=0, world_size=world_size
+        )
 
 
 @many_examples
@@ -89,7 +115,9 @@ def test_evaluation_masks_do_not_depend_on_the_batch_size_and_are_none_of_traini
     rows = token_rows(30, 40, shortest=20)
 
     def labels(batches):
-        return np.concatenate([mask_batch(batch, seed=1, probability=0.15, vocab_size=60).labels[batch.real] for batch in batches])
+        return np.concatenate(
+            [mask_batch(batch, seed=1, probability=0.15, vocab_size=60).labels[batch.real] for batch in batches]
+        )
 
     held_out = labels(evaluation_batches(as_sequences(rows), batch_size))
     assert np.array_equal(held_out, labels(evaluation_batches(as_sequences(rows), 30)))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microbert.errors import InputError
 from microbert.data.delimited import read_delimited, separator_of
+from microbert.errors import InputError
 
 FIELDS = st.text(st.sampled_from('ab ,;|\t"\nz'), max_size=8)
 

@@ -12,9 +12,20 @@ from microbert.data import fast_encode as encoder_module
 from microbert.data.fast_encode import Encoder
 from microbert.data.tokenizer import SPECIAL_TOKENS, UNK_ID, train_tokenizer
 
-SAMPLE = ["The quick brown fox doesn't jump over 3.14 lazy dogs, again & again!", "Die Größe der Bäume über dem Fluß gefällt mir sehr.",
-          "我喜欢看电影，电影很好看。", "Ελληνικά και русский текст, ещё раз", "नमस्ते दुनिया", "한국어 문장", "Việt Nam đẹp lắm"] * 3
-SETTINGS = [{"lowercase": lowercase, "strip_accents": strip_accents} for lowercase in (True, False) for strip_accents in (True, False)]
+SAMPLE = [
+    "The quick brown fox doesn't jump over 3.14 lazy dogs, again & again!",
+    "Die Größe der Bäume über dem Fluß gefällt mir sehr.",
+    "我喜欢看电影，电影很好看。",
+    "Ελληνικά και русский текст, ещё раз",
+    "नमस्ते दुनिया",
+    "한국어 문장",
+    "Việt Nam đẹp lắm",
+] * 3
+SETTINGS = [
+    {"lowercase": lowercase, "strip_accents": strip_accents}
+    for lowercase in (True, False)
+    for strip_accents in (True, False)
+]
 ENCODERS = {}
 
 
@@ -34,15 +45,27 @@ def assert_same_ids(texts, settings):
 
 
 HOSTILE = {
-    "nothing": "", "spaces only": " \t\r\n \u00a0\u3000", "controls": "a\x00b\x07c\x7f \x1b[0m \ufeffd\u200be\u00adf \ufffd",
-    "white space of all kinds": "a\u2003b\u2028c\u205fd\x85e\x0bf\x0cg\u1680h", "Chinese": "我喜欢看电影，电影很好看。abc中文def", "rare Chinese": "𠀀𪜀豈 丽",
-    "accents": "Ünïcödé naïve café cafe\u0301 ÅNGSTRÖM İstanbul ẞtraße ﬁne Ǆ", "Korean": "한국어 문장 한국어", "emoji": "😀 👩‍👩‍👧‍👦 🇩🇪 ❤️ ☃️x☃",
-    "punctuation": "a.b,c!?…—–“x”‘y’«z» $5+3=8 ^_`|~ ¿qué? §1 ©2", "marks that NFD reorders": "a\u302e\u0316\U0001d165b \U0001d165\u302e c\u302f\u0301\u0316",
+    "nothing": "",
+    "spaces only": " \t\r\n \u00a0\u3000",
+    "controls": "a\x00b\x07c\x7f \x1b[0m \ufeffd\u200be\u00adf \ufffd",
+    "white space of all kinds": "a\u2003b\u2028c\u205fd\x85e\x0bf\x0cg\u1680h",
+    "Chinese": "我喜欢看电影，电影很好看。abc中文def",
+    "rare Chinese": "𠀀𪜀豈 丽",
+    "accents": "Ünïcödé naïve café cafe\u0301 ÅNGSTRÖM İstanbul ẞtraße ﬁne Ǆ",
+    "Korean": "한국어 문장 한국어",
+    "emoji": "😀 👩‍👩‍👧‍👦 🇩🇪 ❤️ ☃️x☃",
+    "punctuation": "a.b,c!?…—–“x”‘y’«z» $5+3=8 ^_`|~ ¿qué? §1 ©2",
+    "marks that NFD reorders": "a\u302e\u0316\U0001d165b \U0001d165\u302e c\u302f\u0301\u0316",
     "long words": "x" * 99 + " " + "x" * 100 + " " + "x" * 101 + " ü" * 3 + "ü" * 150 + "İ" * 77 + "a\u0301" * 99,
     "long words of several kinds": "한" * 180 + "\x00x" * 99 + " " + "quickbrown" * 35,
     "long words and special tokens": "quick" * 30 + "[MASK]" + "fox" * 80 + "[UNK]" + "lazy" * 80,
-    "special tokens": "a [MASK] b[SEP]c [PAD][UNK] [CLS", "almost special": "[mask] [ MASK ] [x]",
-    "right to left": "שָׁלוֹם עולם مرحبا بِك", "Thai": "สวัสดีชาวโลก", "mathematics": "𝐇𝐞𝐥𝐥𝐨 ∑∞ ½ ² Ⅷ", "private use": "a\ue000b\U000f0000 \U0010ffff"}
+    "special tokens": "a [MASK] b[SEP]c [PAD][UNK] [CLS",
+    "almost special": "[mask] [ MASK ] [x]",
+    "right to left": "שָׁלוֹם עולם مرحبا بِك",
+    "Thai": "สวัสดีชาวโลก",
+    "mathematics": "𝐇𝐞𝐥𝐥𝐨 ∑∞ ½ ² Ⅷ",
+    "private use": "a\ue000b\U000f0000 \U0010ffff",
+}
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -55,12 +78,18 @@ def test_hostile_text(name, settings):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_every_character_of_the_basic_plane_between_letters(settings):
     characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
-    assert_same_ids([" ".join(f"a{c}B{c}" for c in characters[start : start + 4096]) for start in range(0, len(characters), 4096)], settings)
+    assert_same_ids(
+        [" ".join(f"a{c}B{c}" for c in characters[start : start + 4096]) for start in range(0, len(characters), 4096)],
+        settings,
+    )
 
 
 letters = st.text(alphabet="axéüİ한\u0301\x00中☃", min_size=1, max_size=4)
-words = st.one_of(st.text(max_size=20), st.builds(lambda text, times: text * times, letters, st.integers(1, 130)),
-                  st.sampled_from(SPECIAL_TOKENS))
+words = st.one_of(
+    st.text(max_size=20),
+    st.builds(lambda text, times: text * times, letters, st.integers(1, 130)),
+    st.sampled_from(SPECIAL_TOKENS),
+)
 long_texts = st.lists(words, max_size=5).map("".join)
 
 
@@ -72,7 +101,9 @@ def test_any_long_words_in_chunks_of_any_size(texts, settings, characters):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("text", ["quickbrown" * 500, "한국어" * 900, "é\x00" * 999, "xx" + "[MASK]" * 300, "我喜" * 900])
+@pytest.mark.parametrize(
+    "text", ["quickbrown" * 500, "한국어" * 900, "é\x00" * 999, "xx" + "[MASK]" * 300, "我喜" * 900]
+)
 def test_a_text_without_spaces_is_encoded_in_bounded_pieces(text, settings, monkeypatch):
     monkeypatch.setattr(encoder_module, "CHUNK_CHARACTERS", 400)
     _, encoder = encoder_for(settings)
@@ -115,7 +146,11 @@ def test_any_text(texts, settings):
     assert_same_ids(texts, settings)
 
 
-@given(st.lists(st.text(alphabet="aZé中 \n.[]MASK\x00İ\u0301\u302e\U0001d165", max_size=30), min_size=1, max_size=8), st.sampled_from(SETTINGS), st.integers(1, 40))
+@given(
+    st.lists(st.text(alphabet="aZé中 \n.[]MASK\x00İ\u0301\u302e\U0001d165", max_size=30), min_size=1, max_size=8),
+    st.sampled_from(SETTINGS),
+    st.integers(1, 40),
+)
 def test_any_text_in_chunks_of_any_size(texts, settings, characters):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder_module, "CHUNK_CHARACTERS", characters)
@@ -137,6 +172,8 @@ def test_only_odd_texts_are_left_to_the_library(monkeypatch):
     tokenizer, _ = encoder_for(SETTINGS[1])
     encoder = Encoder(tokenizer)
     left = []
-    monkeypatch.setattr(encoder, "_encode_by_library", lambda texts: left.extend(texts) or Encoder._encode_by_library(encoder, texts))
+    monkeypatch.setattr(
+        encoder, "_encode_by_library", lambda texts: left.extend(texts) or Encoder._encode_by_library(encoder, texts)
+    )
     encoder.encode([*SAMPLE, f"a {SPECIAL_TOKENS[4]} b"])
     assert left == ["a [MASK] b"]

@@ -14,11 +14,19 @@ import pyarrow.parquet
 import pytest
 from helpers import ROOT, TIME_LIMIT
 
-from microbert.errors import InputError
 from microbert.data.corpus import clean
 from microbert.data.file_formats import find_labelled_columns, find_text_column, read_rows
+from microbert.errors import InputError
 
-TEXTS = ["the first document", 'größer, "quoted", naïve', "中文 and emoji 🙂", "NA", "12345", "2024-01-01", "the last one"]
+TEXTS = [
+    "the first document",
+    'größer, "quoted", naïve',
+    "中文 and emoji 🙂",
+    "NA",
+    "12345",
+    "2024-01-01",
+    "the last one",
+]
 
 
 def zst(data):
@@ -28,8 +36,13 @@ def zst(data):
     return buffer.getvalue().to_pybytes()
 
 
-COMPRESSED = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
-              ".zst": lambda data: zst(data[:40]) + zst(data[40:])}  # two frames, as parallel writers leave them
+COMPRESSED = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zst(data[:40]) + zst(data[40:]),
+}  # two frames, as parallel writers leave them
 
 
 def csv_line(*values, delimiter=","):
@@ -42,7 +55,8 @@ CONTENTS = {
     ".ndjson": "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS),
     ".json": json.dumps([{"text": text} for text in TEXTS], indent=1),
     ".csv": csv_line("id", "text") + "".join(csv_line(i, text) for i, text in enumerate(TEXTS)),
-    ".tsv": csv_line("id", "text", delimiter="\t") + "".join(csv_line(i, text, delimiter="\t") for i, text in enumerate(TEXTS)),
+    ".tsv": csv_line("id", "text", delimiter="\t")
+    + "".join(csv_line(i, text, delimiter="\t") for i, text in enumerate(TEXTS)),
 }
 
 
@@ -72,29 +86,43 @@ def test_a_suffix_may_be_in_capitals(tmp_path):
 @pytest.mark.parametrize("group", [1, 3, 100])
 def test_parquet_from_every_row_on(kind, group, tmp_path):
     path = str(tmp_path / "data.parquet")
-    pa.parquet.write_table(pa.table({"id": range(len(TEXTS)), "text": pa.array(TEXTS, kind)}), path, row_group_size=group)
+    pa.parquet.write_table(
+        pa.table({"id": range(len(TEXTS)), "text": pa.array(TEXTS, kind)}), path, row_group_size=group
+    )
     for row in range(len(TEXTS) + 1):
         assert read(path, row) == TEXTS[row:]
 
 
 @pytest.mark.parametrize("others", [(None, "late"), (None, {"a": 1}), (1, "one"), ({"a": 1}, {"b": "c"}), ([], [1])])
 def test_other_columns_of_jsonl_may_hold_anything(others, tmp_path):
-    path = write(tmp_path / "data.jsonl", "".join(json.dumps({"text": "t" * 50, "meta": others[n > 900]}) + "\n" for n in range(1000)))
+    path = write(
+        tmp_path / "data.jsonl",
+        "".join(json.dumps({"text": "t" * 50, "meta": others[n > 900]}) + "\n" for n in range(1000)),
+    )
     assert read(path) == ["t" * 50] * 1000
 
 
 def test_empty_files_of_every_format_hold_no_row(tmp_path):
     pa.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
     empty = {".txt": "", ".jsonl": "\n\n", ".json": "[]", ".csv": "text,id\n", ".tsv": ""}
-    paths = [str(tmp_path / "a.parquet")] + [write(tmp_path / f"a{suffix}", content) for suffix, content in empty.items()]
+    paths = [str(tmp_path / "a.parquet")] + [
+        write(tmp_path / f"a{suffix}", content) for suffix, content in empty.items()
+    ]
     paths.append(write(tmp_path / "a.jsonl.gz", gzip.compress(b"")))
     for path in paths:
         assert find_text_column(path, None) is None
         assert list(read_rows(path, "text")) == []
 
 
-@pytest.mark.parametrize("content, column", [
-    ('{"n": 1, "body": "x"}', "body"), ('{"text": 5, "body": "x"}', "body"), ('{"text": "t", "body": "x"}', "text"), ('{"text": "t", "text2": null}', "text")])
+@pytest.mark.parametrize(
+    "content, column",
+    [
+        ('{"n": 1, "body": "x"}', "body"),
+        ('{"text": 5, "body": "x"}', "body"),
+        ('{"text": "t", "body": "x"}', "text"),
+        ('{"text": "t", "text2": null}', "text"),
+    ],
+)
 def test_the_column_is_found_where_there_is_no_doubt(content, column, tmp_path):
     assert find_text_column(write(tmp_path / "a.jsonl", content), None) == column
 
@@ -104,7 +132,9 @@ def test_a_csv_column_of_numbers_is_no_text(tmp_path):
 
 
 def test_a_missing_text_is_an_empty_row(tmp_path):
-    assert list(read_rows(write(tmp_path / "a.jsonl", '{"text": "a"}\n{"other": 1}\n{"text": null}\n'), "text")) == [["a", None, None]]
+    assert list(read_rows(write(tmp_path / "a.jsonl", '{"text": "a"}\n{"other": 1}\n{"text": null}\n'), "text")) == [
+        ["a", None, None]
+    ]
     assert list(read_rows(write(tmp_path / "a.csv", "id,text\n1,a\n2\n\n3,b\n"), "text")) == [["a", None, "b"]]
 
 
@@ -113,7 +143,9 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
 
 
 def test_a_field_of_a_csv_may_hold_lines_and_megabytes(tmp_path):
-    assert read(write(tmp_path / "a.csv", "text,id\n" + csv_line("one\nand two", 1) + csv_line("x" * 3_000_000, 2))) == ["one\nand two", "x" * 3_000_000]
+    assert read(
+        write(tmp_path / "a.csv", "text,id\n" + csv_line("one\nand two", 1) + csv_line("x" * 3_000_000, 2))
+    ) == ["one\nand two", "x" * 3_000_000]
 
 
 DAMAGED = {
@@ -146,14 +178,18 @@ def test_what_cannot_be_read_is_told_with_its_file(name, tmp_path):
 
 def test_damaged_parquet_is_told_with_its_file(tmp_path):
     path = tmp_path / "a.parquet"
-    texts = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"\xffa")])
+    texts = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"\xffa")]
+    )
     pa.parquet.write_table(pa.table({"text": texts}), path)
     with pytest.raises(InputError, match=r"a\.parquet.*utf-8"):
         list(read_rows(str(path), "text"))
     pa.parquet.write_table(pa.table({"words": texts}), path)
     with pytest.raises(InputError, match=r"a\.parquet.*utf-8"):
         find_text_column(str(path), None)
-    pa.parquet.write_table(pa.table({"text": [str(n) * 50 for n in range(5000)]}), path, compression="snappy", use_dictionary=False)
+    pa.parquet.write_table(
+        pa.table({"text": [str(n) * 50 for n in range(5000)]}), path, compression="snappy", use_dictionary=False
+    )
     data = bytearray(path.read_bytes())
     data[2000:60_000] = bytes(58_000)
     path.write_bytes(data)
@@ -163,15 +199,23 @@ def test_damaged_parquet_is_told_with_its_file(tmp_path):
 
 def test_a_large_parquet_file_that_is_left_unfinished_does_not_hang_the_process(tmp_path):
     texts = [str(n) * 300 for n in range(20_000)]
-    pa.parquet.write_table(pa.table({"text": texts, "other": [text[::-1] for text in texts]}), tmp_path / "a.parquet", row_group_size=2000)
+    pa.parquet.write_table(
+        pa.table({"text": texts, "other": [text[::-1] for text in texts]}), tmp_path / "a.parquet", row_group_size=2000
+    )
     program = f"from microbert.data.file_formats import read_rows\nprint(len(next(read_rows({str(tmp_path / 'a.parquet')!r}, 'text', 5000))))"
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT
+        )
         assert (done.returncode, done.stdout) == (0, "200\n"), done.stderr
 
 
 def test_a_first_line_that_is_a_row_is_no_header(tmp_path):
-    for content in ("great film,pos\nbad film,neg\nfine film,pos\n", "0,it was a film of some kind\n1,and another one\n", "this is the first of all rows,1\nand one,2\n"):
+    for content in (
+        "great film,pos\nbad film,neg\nfine film,pos\n",
+        "0,it was a film of some kind\n1,and another one\n",
+        "this is the first of all rows,1\nand one,2\n",
+    ):
         with pytest.raises(InputError, match=r"a\.csv: the first line should name the columns, and looks like a row"):
             find_text_column(write(tmp_path / "a.csv", content), None)
     path = write(tmp_path / "a.csv", "0,it was a film of some kind\n1,and another one\n")
@@ -179,7 +223,9 @@ def test_a_first_line_that_is_a_row_is_no_header(tmp_path):
 
 
 def test_long_questions_and_usual_names_are_a_header(tmp_path):
-    assert find_text_column(write(tmp_path / "a.csv", "n,How satisfied are you with the service?\n1,not at all\n"), None)
+    assert find_text_column(
+        write(tmp_path / "a.csv", "n,How satisfied are you with the service?\n1,not at all\n"), None
+    )
     labelled = write(tmp_path / "b.csv", "review,sentiment\n" + "so so,x\n" * 300 + "review,y\n")
     assert find_labelled_columns(labelled, None, None) == ("review", "sentiment")
 
@@ -207,7 +253,9 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 
 
 def test_fields_of_nested_columns_from_every_row_on(tmp_path):
-    rows = [{"id": f"doc{number}", "data": {"text": text, "deeper": {"n": number}}} for number, text in enumerate(TEXTS)]
+    rows = [
+        {"id": f"doc{number}", "data": {"text": text, "deeper": {"n": number}}} for number, text in enumerate(TEXTS)
+    ]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=3)
     for path in (path, str(tmp_path / "a.parquet")):
@@ -219,7 +267,11 @@ def test_fields_of_nested_columns_from_every_row_on(tmp_path):
 
 
 def test_columns_are_told_in_a_line_whatever_their_names(tmp_path):
-    (tmp_path / "a.csv").write_text('"two\nlines",' + ",".join(f"column {number}" for number in range(99)) + "\n" + ",".join("x" * 100) + "\n")
+    (tmp_path / "a.csv").write_text(
+        '"two\nlines",' + ",".join(f"column {number}" for number in range(99)) + "\n" + ",".join("x" * 100) + "\n"
+    )
     with pytest.raises(InputError) as caught:
         find_text_column(str(tmp_path / "a.csv"), None)
-    assert "two lines, column 0" in str(caught.value) and "50 more" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        "two lines, column 0" in str(caught.value) and "50 more" in str(caught.value) and "\n" not in str(caught.value)
+    )

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from microbert.errors import InputError
 from microbert.data.file_formats import find_text_column, read_rows
 from microbert.data.file_kinds import is_pointer, is_readable
+from microbert.errors import InputError
 
 LINES = b'{"text": "one text"}\n{"text": "another one"}\n'
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
@@ -99,7 +99,9 @@ def test_a_file_without_an_ending_is_lines_of_text_or_of_json(tmp_path):
 
 def test_too_many_open_files_are_no_fault_of_the_file(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", b"text\n")
-    monkeypatch.setattr("microbert.data.file_kinds.open", lambda *_: os.open("/", os.O_WRONLY | os.O_DIRECTORY), raising=False)
+    monkeypatch.setattr(
+        "microbert.data.file_kinds.open", lambda *_: os.open("/", os.O_WRONLY | os.O_DIRECTORY), raising=False
+    )
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         read(path)
 

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from microbert.errors import InputError
-from microbert.data.sources import IMDB_DOCUMENTS
 from microbert.data.file_formats import read_labelled_rows
 from microbert.data.labelled import read_labelled
+from microbert.data.sources import IMDB_DOCUMENTS
+from microbert.errors import InputError
 
 ROWS = [("a good film", "good"), ("a bad film", "bad"), ("", "good"), ("no label", None), ("the end", "bad")]
 
@@ -81,7 +81,7 @@ def test_labels_are_what_is_written_in_every_format(name, tmp_path):
 
 
 def test_numbers_stay_as_they_are_written_whatever_rows_lack_one(tmp_path):
-    values = "3 null 3.10 10 9 NaN 1e3 -0 Infinity true false".split()
+    values = ["3", "null", "3.10", "10", "9", "NaN", "1e3", "-0", "Infinity", "true", "false"]
     (tmp_path / "a.jsonl").write_text(
         "".join(f'{{"text": "text {number}", "label": {value}}}\n' for number, value in enumerate(values))
         + '{"text": "no label"}\n'

@@ -37,7 +37,9 @@ def originals_and_results(rows, masked):
 @few_examples
 @given(seeds, st.sampled_from([0.1, 0.15, 0.2, 0.4, 0.77]))
 def test_the_share_of_masked_tokens_is_the_probability(seed, probability):
-    rows = token_rows(1000, 40, shortest=10)  # at least one whole masked token a row, so that "at least one" adds nothing
+    rows = token_rows(
+        1000, 40, shortest=10
+    )  # at least one whole masked token a row, so that "at least one" adds nothing
     expected = probability * (rows >= N_SPECIAL).sum()
     # a row's count is rounded up or down at random: a standard deviation of at most a half
     assert abs(mask(as_batch(rows), seed, probability).n_masked - expected) < SIX_SIGMA * 0.5 * np.sqrt(len(rows))
@@ -51,7 +53,11 @@ def test_80_percent_become_mask_10_another_token_10_stay(seed):
     before, after = originals_and_results(rows, mask(as_batch(rows), seed, vocab_size=vocab_size))
     n = len(before)
     by_chance = 0.1 / (vocab_size - N_SPECIAL)  # a drawn token that is the original one
-    for share, chosen in [(0.8, after == MASK_ID), (0.1, after == before), (0.1, (after != before) & (after != MASK_ID))]:
+    for share, chosen in [
+        (0.8, after == MASK_ID),
+        (0.1, after == before),
+        (0.1, (after != before) & (after != MASK_ID)),
+    ]:
         assert abs(chosen.mean() - share) < SIX_SIGMA * np.sqrt(share * (1 - share) / n) + by_chance
 
 
@@ -85,7 +91,9 @@ def test_labels_are_the_original_ids_and_all_else_is_unchanged(n, max_seq_len, p
     assert masked.n_masked == used.sum()
     assert used.any(axis=1).all()  # at least one a row
     changed = masked.input_ids != rows
-    for row, positions, labels, result, differs in zip(rows, masked.positions, masked.labels, masked.input_ids, changed):
+    for row, positions, labels, result, differs in zip(
+        rows, masked.positions, masked.labels, masked.input_ids, changed
+    ):
         places = positions[labels != IGNORED]
         assert len(set(places)) == len(places)
         assert (row[places] >= N_SPECIAL).all()
@@ -133,7 +141,9 @@ def test_a_row_without_ordinary_tokens_is_left_alone():
     assert masked.n_masked == 0 and np.array_equal(masked.input_ids, rows)
 
 
-@pytest.mark.parametrize("max_seq_len, probability, slots", [(128, 0.15, 19), (3, 0.15, 1), (22, 0.15, 3), (22, 0.16, 4), (10, 1.0, 8)])
+@pytest.mark.parametrize(
+    "max_seq_len, probability, slots", [(128, 0.15, 19), (3, 0.15, 1), (22, 0.15, 3), (22, 0.16, 4), (10, 1.0, 8)]
+)
 def test_there_are_slots_for_the_most_masked_tokens_that_a_row_can_have(max_seq_len, probability, slots):
     assert n_slots(max_seq_len, probability) == slots
     rows = token_rows(500, max_seq_len, shortest=max_seq_len - 2)

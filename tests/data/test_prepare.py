@@ -25,7 +25,9 @@ workers.WORTH_MEGABYTES = 0  # so that processes encode"""
 
 
 def start_in_small_blocks(folder):
-    flags = small_flags(folder, dataset="imdb", max_samples=1500, vocab_size=3000, max_seq_len=64, packing=True, prepare_only=True)
+    flags = small_flags(
+        folder, dataset="imdb", max_samples=1500, vocab_size=3000, max_seq_len=64, packing=True, prepare_only=True
+    )
     return start(flags, patched_script(folder.parent / "in_small_blocks.py", IN_SMALL_BLOCKS))
 
 
@@ -58,7 +60,11 @@ def test_kills_at_random_times_give_the_same_results(tmp_path):
     assert len(blocks) > 2, "some of the kills have to fall while blocks are written"
     assert start_in_small_blocks(tmp_path / "killed").wait(TIME_LIMIT) == 0
     assert results(tmp_path / "killed") == whole
-    assert not [path for path in (tmp_path / "killed" / "cache").rglob("*") if path.name.startswith("block-") or path.suffix == ".tmp"]
+    assert not [
+        path
+        for path in (tmp_path / "killed" / "cache").rglob("*")
+        if path.name.startswith("block-") or path.suffix == ".tmp"
+    ]
 
 
 def test_of_two_runs_at_once_one_prepares_and_the_other_waits_and_uses_it(tmp_path):
@@ -99,9 +105,50 @@ def test_a_changed_file_is_prepared_anew_and_an_unchanged_one_is_not(tmp_path):
     assert "prepared in" in changed and "301 read" in changed
 
 
-CHINESE = "我们的电影很好看故事也非常动人导演和演员都做得出色但是结尾有点慢音乐让人难忘天气冷了大家一起去城里吃饭，。！？"
-GERMAN = ("Die schöne Müllerin fährt über die größte Brücke; später müßte sie zurück. Äpfel, Öl und Übermut: ein süßer Gruß aus Köln! "
-          "Früh übt sich, wer höher hinaus möchte. Weiße Gänse, graue Mäuse, zwölf Boxkämpfer. Ähnliche Bäume stehen dafür draußen.").split()
+CHINESE = (
+    "我们的电影很好看故事也非常动人导演和演员都做得出色但是结尾有点慢音乐让人难忘天气冷了大家一起去城里吃饭，。！？"
+)
+GERMAN = [
+    "Die",
+    "schöne",
+    "Müllerin",
+    "fährt",
+    "über",
+    "die",
+    "größte",
+    "Brücke;",
+    "später",
+    "müßte",
+    "sie",
+    "zurück.",
+    "Äpfel,",
+    "Öl",
+    "und",
+    "Übermut:",
+    "ein",
+    "süßer",
+    "Gruß",
+    "aus",
+    "Köln!",
+    "Früh",
+    "übt",
+    "sich,",
+    "wer",
+    "höher",
+    "hinaus",
+    "möchte.",
+    "Weiße",
+    "Gänse,",
+    "graue",
+    "Mäuse,",
+    "zwölf",
+    "Boxkämpfer.",
+    "Ähnliche",
+    "Bäume",
+    "stehen",
+    "dafür",
+    "draußen.",
+]
 
 
 def corpus_of(language, folder, n=400):
@@ -110,7 +157,9 @@ def corpus_of(language, folder, n=400):
         texts = ["".join(rng.choices(CHINESE, k=rng.randint(20, 120))) for _ in range(n)]
     else:
         texts = [" ".join(rng.choices(GERMAN, k=rng.randint(5, 60))) for _ in range(n)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("language", ["chinese", "german"])
@@ -120,11 +169,16 @@ def test_another_language_has_few_unknown_tokens_and_comes_back_word_for_word(la
     assert tokens.report.unknown_rate < 0.001
 
     def words(text):
-        return tuple(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)))
+        return tuple(
+            word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+        )
 
     documents = {words(clean(row)) for rows, _ in corpus.read() for row in rows}
-    decoded = {words(tokenizer.decode([i for i in row if i >= N_SPECIAL]))
-               for split in (tokens.train, tokens.held_out) for row in all_rows(split).tolist()}
+    decoded = {
+        words(tokenizer.decode([i for i in row if i >= N_SPECIAL]))
+        for split in (tokens.train, tokens.held_out)
+        for row in all_rows(split).tolist()
+    }
     assert decoded == documents
     assert {"chinese": "电", "german": "Müllerin"}[language] in {word for document in decoded for word in document}
 
@@ -146,7 +200,9 @@ def test_a_line_of_fifty_megabytes_is_read_in_bounded_memory(kind, tmp_path):
     lines = [line, "x" * 5_000_000, "a short line", "and one more"]
     path.write_text("".join((json.dumps({"text": text}) if kind == "jsonl" else text) + "\n" for text in lines))
     assert len(line) > 50_000_000
-    process = start(small_flags(tmp_path, dataset=path, packing=True, prepare_only=True, max_seq_len=128, vocab_size=5000))
+    process = start(
+        small_flags(tmp_path, dataset=path, packing=True, prepare_only=True, max_seq_len=128, vocab_size=5000)
+    )
     peak, handle = 0, psutil.Process(process.pid)
     deadline = time.monotonic() + TIME_LIMIT
     while process.poll() is None and time.monotonic() < deadline:

@@ -17,13 +17,23 @@ from test_config import configure
 
 from microbert.data import prepare as prepare_module
 from microbert.data import tokenizer as tokenizer_module
-from microbert.errors import InputError
-from microbert.data.sources import lock_cache, open_corpus
 from microbert.data.corpus import clean, split_hash
 from microbert.data.prepare import packed_parts, packed_sequences, packed_text, prepare_tokens, truncated_sequences
-from microbert.errors import Stopped
-from microbert.data.tokenizer import CLS_ID, MASK_ID, N_SPECIAL, PAD_ID, SEP_ID, SPECIAL_TOKENS, get_tokenizer, load_tokenizer, save_tokenizer
-from microbert.data.tokenizer import UNK_ID, train_tokenizer
+from microbert.data.sources import lock_cache, open_corpus
+from microbert.data.tokenizer import (
+    CLS_ID,
+    MASK_ID,
+    N_SPECIAL,
+    PAD_ID,
+    SEP_ID,
+    SPECIAL_TOKENS,
+    UNK_ID,
+    get_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+from microbert.errors import InputError, Stopped
 
 
 def never_stop():
@@ -55,13 +65,25 @@ texts = [row for rows, _ in open_corpus(configure(max_samples=500), lambda: None
 tokenizer = train_tokenizer(lambda: iter(texts), vocab_size=2000, lowercase=True, strip_accents=False)
 print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())
 """
-    answers = {subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT,
-                              env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, timeout=100).stdout.splitlines()[-1] for _ in range(2)}
+    answers = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            timeout=100,
+        ).stdout.splitlines()[-1]
+        for _ in range(2)
+    }
     assert len(answers) == 1
 
 
 def test_special_ids_come_first_and_the_size_is_kept():
-    tokenizer = train_tokenizer(lambda: iter(["a few words, and more words"] * 3), vocab_size=30, lowercase=True, strip_accents=False)
+    tokenizer = train_tokenizer(
+        lambda: iter(["a few words, and more words"] * 3), vocab_size=30, lowercase=True, strip_accents=False
+    )
     assert [tokenizer.id_to_token(i) for i in range(N_SPECIAL)] == list(SPECIAL_TOKENS)
     assert tokenizer.get_vocab_size() <= 30
     ids = tokenizer.encode("words [MASK] more").ids
@@ -70,7 +92,9 @@ def test_special_ids_come_first_and_the_size_is_kept():
 
 @pytest.mark.parametrize("vocab_size", [6, 7, 20])
 def test_a_very_small_vocabulary_is_still_kept(vocab_size):
-    tokenizer = train_tokenizer(lambda: iter(["abcdefghij klmnop " * 5]), vocab_size=vocab_size, lowercase=True, strip_accents=False)
+    tokenizer = train_tokenizer(
+        lambda: iter(["abcdefghij klmnop " * 5]), vocab_size=vocab_size, lowercase=True, strip_accents=False
+    )
     assert tokenizer.get_vocab_size() <= vocab_size
 
 
@@ -87,7 +111,9 @@ def test_case_and_accents_are_two_constants():
 def test_transformers_loads_the_tokenizer_with_the_same_ids(tmp_path):
     import transformers
 
-    tokenizer = train_tokenizer(lambda: iter(["some Wörter here, and there"] * 3), vocab_size=80, lowercase=True, strip_accents=False)
+    tokenizer = train_tokenizer(
+        lambda: iter(["some Wörter here, and there"] * 3), vocab_size=80, lowercase=True, strip_accents=False
+    )
     save_tokenizer(tokenizer, tmp_path, 16)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -103,7 +129,9 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
-encoded_documents = st.lists(st.lists(st.integers(N_SPECIAL, 99), min_size=1, max_size=30).map(lambda ids: np.array(ids, np.uint16)), max_size=12)
+encoded_documents = st.lists(
+    st.lists(st.integers(N_SPECIAL, 99), min_size=1, max_size=30).map(lambda ids: np.array(ids, np.uint16)), max_size=12
+)
 
 
 def joined(encoded):
@@ -165,7 +193,10 @@ def test_the_two_splits_hold_their_own_documents_and_nothing_else(packing, block
         assert np.array_equal(all_rows(getattr(tokens, split)), rows[(rows >= N_SPECIAL).any(axis=1)])
     assert (tokens.report.train, tokens.report.held_out) == (len(encoded["train"]), len(encoded["held_out"]))
     counts = np.bincount(all_rows(tokens.train).reshape(-1), minlength=tokenizer.get_vocab_size())
-    assert np.array_equal(tokens.token_counts[N_SPECIAL:], counts[N_SPECIAL:]) and not tokens.token_counts[:N_SPECIAL].any()
+    assert (
+        np.array_equal(tokens.token_counts[N_SPECIAL:], counts[N_SPECIAL:])
+        and not tokens.token_counts[:N_SPECIAL].any()
+    )
 
 
 def test_about_ten_thousand_documents_are_held_out_at_most(tmp_path, monkeypatch):
@@ -184,17 +215,28 @@ def test_a_tiny_corpus_holds_out_at_least_one_document(n, tmp_path):
 def test_what_is_skipped_and_what_is_doubled_is_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_module, "HASHES_AT_A_TIME", 30)
     monkeypatch.setattr(prepare_module, "BLOCK_ROWS", 200)
-    rows = [f"document number {n % 100}" for n in range(150)] + ["", None, " \ufeff ", "\x00"] + ["[UNK] [UNK]"] + ["\u2060" * 3]
+    rows = (
+        [f"document number {n % 100}" for n in range(150)]
+        + ["", None, " \ufeff ", "\x00"]
+        + ["[UNK] [UNK]"]
+        + ["\u2060" * 3]
+    )
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     report = prepare(tmp_path)[-1].report
     assert (report.rows, report.empty, report.documents, report.unknown, report.duplicates) == (156, 4, 152, 2, 50)
-    assert "156 read" in (printed := capsys.readouterr().out) and "4 empty, 2 without one known token" in printed and "50 duplicates" in printed
+    assert (
+        "156 read" in (printed := capsys.readouterr().out)
+        and "4 empty, 2 without one known token" in printed
+        and "50 duplicates" in printed
+    )
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_loss_a_token_is_told_in_bits_a_byte_of_all_text(packing, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "BLOCK_ROWS", 10)
-    texts = [f"größe number {n} " * (1 + n % 40) for n in range(50)]  # also longer than a sequence, and bytes that are no characters
+    texts = [
+        f"größe number {n} " * (1 + n % 40) for n in range(50)
+    ]  # also longer than a sequence, and bytes that are no characters
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     _, _, tokenizer, tokens = prepare(tmp_path, packing=packing)
     n_tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
@@ -236,8 +278,19 @@ def test_a_preparation_stopped_anywhere_goes_on_to_the_same_bytes(tmp_path, monk
 
 
 def test_what_decides_the_tokens_is_in_their_key(tmp_path):
-    keys = [prepare(tmp_path, **constants)[-1].key for constants in ({}, {"packing": True}, {"max_seq_len": 8}, {"vocab_size": 100},
-                                                                       {"seed": 1}, {"max_samples": 100}, {"lowercase": False}, {})]
+    keys = [
+        prepare(tmp_path, **constants)[-1].key
+        for constants in (
+            {},
+            {"packing": True},
+            {"max_seq_len": 8},
+            {"vocab_size": 100},
+            {"seed": 1},
+            {"max_samples": 100},
+            {"lowercase": False},
+            {},
+        )
+    ]
     assert len(set(keys)) == len(keys) - 1 and keys[0] == keys[-1]
 
 
@@ -358,10 +411,17 @@ def stop_in_the_middle(folder, monkeypatch):
         prepare(folder, check_stop=check_stop)
 
 
-WRONG = {"a text for a number": {"rows": "100"}, "a number with a point": {"tokens": 1.5}, "truth": {"unknown": True},
-         "below 0": {"empty": -1}, "a list": {"end": [0, 30, 30]}, "no position": {"end": None},
-         "no dictionary": {"unknown_characters": []}, "one more": {"more": 1},
-         "another position": {"end": {"part": 0, "row": 0, "rows": 0}}}
+WRONG = {
+    "a text for a number": {"rows": "100"},
+    "a number with a point": {"tokens": 1.5},
+    "truth": {"unknown": True},
+    "below 0": {"empty": -1},
+    "a list": {"end": [0, 30, 30]},
+    "no position": {"end": None},
+    "no dictionary": {"unknown_characters": []},
+    "one more": {"more": 1},
+    "another position": {"end": {"part": 0, "row": 0, "rows": 0}},
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -377,10 +437,15 @@ def test_a_damaged_record_of_a_block_is_reported_in_a_line_and_prepared_again(na
     assert f"{record} is damaged" in warning and "going on behind 30 rows" in printed
 
 
-@pytest.mark.parametrize("damage", [
-    lambda arrays: arrays | {"lengths": arrays["lengths"] + 1},
-    lambda arrays: arrays | {"hashes": arrays["hashes"][1:]},
-    lambda arrays: arrays | {"ids": arrays["ids"].astype(float)}, lambda arrays: {"ids": arrays["ids"]}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda arrays: arrays | {"lengths": arrays["lengths"] + 1},
+        lambda arrays: arrays | {"hashes": arrays["hashes"][1:]},
+        lambda arrays: arrays | {"ids": arrays["ids"].astype(float)},
+        lambda arrays: {"ids": arrays["ids"]},
+    ],
+)
 def test_a_damaged_block_is_reported_in_a_line(damage, tmp_path, monkeypatch):
     stop_in_the_middle(tmp_path, monkeypatch)
     [path] = tmp_path.rglob("block-00001.npz")

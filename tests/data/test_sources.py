@@ -13,16 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from helpers import run_here, small_flags
-
 from test_config import configure
 
-from microbert.errors import InputError
 from microbert.config.constants import dataset_files
-from microbert.data.sources import lock_cache, open_corpus
 from microbert.data.corpus import Position, clean, split_hash
+from microbert.data.sources import lock_cache, open_corpus
+from microbert.errors import InputError
 from microbert.runtime.files import read_json, write_json
 
-TEXTS = ["the first document", "größer, \"quoted\", naïve", "中文 and emoji 🙂", "the last one"]
+TEXTS = ["the first document", 'größer, "quoted", naïve', "中文 and emoji 🙂", "the last one"]
 
 
 def write(path):
@@ -43,7 +42,9 @@ def never_stop():
 
 
 def open_dataset(dataset, tmp_path, **constants):
-    return open_corpus(configure("--dataset", str(dataset), "--cache-dir", str(tmp_path / "cache"), **constants), never_stop)
+    return open_corpus(
+        configure("--dataset", str(dataset), "--cache-dir", str(tmp_path / "cache"), **constants), never_stop
+    )
 
 
 def read(dataset, tmp_path, **constants):
@@ -60,8 +61,17 @@ def test_a_glob_reads_its_files_in_order_of_name(tmp_path):
 def test_several_paths_folders_and_globs_are_read_one_after_another(tmp_path):
     (tmp_path / "folder" / "deeper").mkdir(parents=True)
     for name in ("b.txt", "a.jsonl", "folder/c.txt", "folder/deeper/d.csv", "folder/notes.md"):
-        (tmp_path / name).write_text({".jsonl": '{"text": "from a"}\n', ".csv": "text\nfrom d\n"}.get(name[name.rindex("."):], f"from {name[-5]}\n"))
-    assert read(f"{tmp_path}/b.txt, {tmp_path}/*.jsonl,{tmp_path}/folder", tmp_path) == ["from b", "from a", "from c", "from d"]
+        (tmp_path / name).write_text(
+            {".jsonl": '{"text": "from a"}\n', ".csv": "text\nfrom d\n"}.get(
+                name[name.rindex(".") :], f"from {name[-5]}\n"
+            )
+        )
+    assert read(f"{tmp_path}/b.txt, {tmp_path}/*.jsonl,{tmp_path}/folder", tmp_path) == [
+        "from b",
+        "from a",
+        "from c",
+        "from d",
+    ]
     assert read(f"{tmp_path}/*.txt,{tmp_path}/b.txt", tmp_path) == ["from b"]
     with pytest.raises(SystemExit):
         open_dataset(f"{tmp_path}/b.txt,{tmp_path}/*.nothing", tmp_path)
@@ -70,7 +80,10 @@ def test_several_paths_folders_and_globs_are_read_one_after_another(tmp_path):
 def test_a_shell_may_spell_the_glob_out(tmp_path):
     (tmp_path / "b.txt").write_text("from b\n")
     (tmp_path / "a.txt").write_text("from a\n")
-    assert configure("--dataset", f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", "--epochs", "2").dataset == f"{tmp_path}/a.txt,{tmp_path}/b.txt"
+    assert (
+        configure("--dataset", f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", "--epochs", "2").dataset
+        == f"{tmp_path}/a.txt,{tmp_path}/b.txt"
+    )
 
 
 def test_names_with_wildcards_and_commas_in_them_are_names(tmp_path):
@@ -109,7 +122,13 @@ def test_long_rows_do_not_swell_the_head(tmp_path):
 
 
 def test_files_without_rows_among_others_are_passed_over(tmp_path):
-    for name, content in {"a.txt": b"", "b.jsonl.gz": gzip.compress(b""), "c.csv": b"text,id\n", "d.txt": b"text\n", "e.csv": b"text\n"}.items():
+    for name, content in {
+        "a.txt": b"",
+        "b.jsonl.gz": gzip.compress(b""),
+        "c.csv": b"text,id\n",
+        "d.txt": b"text\n",
+        "e.csv": b"text\n",
+    }.items():
         (tmp_path / name).write_bytes(content)
     pa.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "f.parquet")
     assert read(tmp_path, tmp_path) == ["text"]
@@ -117,10 +136,24 @@ def test_files_without_rows_among_others_are_passed_over(tmp_path):
 
 
 def test_a_folder_leaves_out_hidden_files_and_what_this_suite_has_written(tmp_path):
-    for name in ("data/a.txt", "data/.hidden/b.txt", "data/.c.txt", "data/cache/d.json", "data/out/metrics.jsonl", "data/dataset_infos.json"):
+    for name in (
+        "data/a.txt",
+        "data/.hidden/b.txt",
+        "data/.c.txt",
+        "data/cache/d.json",
+        "data/out/metrics.jsonl",
+        "data/dataset_infos.json",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("from a\n")
-    config = configure("--dataset", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "data" / "cache"), "--output-dir", str(tmp_path / "data" / "out"))
+    config = configure(
+        "--dataset",
+        str(tmp_path / "data"),
+        "--cache-dir",
+        str(tmp_path / "data" / "cache"),
+        "--output-dir",
+        str(tmp_path / "data" / "out"),
+    )
     assert dataset_files(config) == [str(tmp_path / "data" / "a.txt")]
 
 
@@ -138,15 +171,22 @@ def test_empty_names_stand_for_nothing_and_a_tilde_for_the_home(tmp_path, monkey
 
 
 def test_hundreds_of_names_may_be_given(tmp_path):
-    paths = [tmp_path / f"a file with a rather long name, number {number}.txt".replace(",", ";") for number in range(200)]
+    paths = [
+        tmp_path / f"a file with a rather long name, number {number}.txt".replace(",", ";") for number in range(200)
+    ]
     for path in paths:
         path.write_text("x\n")
     assert len(dataset_files(configure("--dataset", *map(str, paths)))) == 200
 
 
 def test_a_folder_leaves_out_and_names_what_it_cannot_read(tmp_path, capsys):
-    for name, content in {"data/AA/wiki_00": b"from 00\n", "data/AB/wiki_00.gz": gzip.compress(b"from gz\n"), "data/a.txt": b"from a\n", "data/notes.md": b"x\n",
-                          "data/program": b"\x7fELF" + bytes(99)}.items():
+    for name, content in {
+        "data/AA/wiki_00": b"from 00\n",
+        "data/AB/wiki_00.gz": gzip.compress(b"from gz\n"),
+        "data/a.txt": b"from a\n",
+        "data/notes.md": b"x\n",
+        "data/program": b"\x7fELF" + bytes(99),
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert read(tmp_path / "data", tmp_path) == ["from 00", "from gz", "from a"]
@@ -157,11 +197,23 @@ def test_a_folder_leaves_out_and_names_what_it_cannot_read(tmp_path, capsys):
     assert "3 without an ending" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("make, told", [
-    (lambda folder: None, "holds no file. Known kinds"), (lambda folder: (folder / "a.md").write_text("x"), r"holds no file of a known kind: .*a\.md. Known kinds"),
-    (lambda folder: (folder / "a.txt").symlink_to("/nowhere/a.txt"), r"a\.txt is a link to /nowhere/a\.txt, which does not exist"),
-    (lambda folder: (folder / "a").write_bytes(b"\xff" * 99), "line 1 is not UTF-8"), (lambda folder: os.mkfifo(folder / "a.txt"), "neither a file nor a folder"),
-    (lambda folder: (folder / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\noid"), "Git LFS pointer")])
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda folder: None, "holds no file. Known kinds"),
+        (lambda folder: (folder / "a.md").write_text("x"), r"holds no file of a known kind: .*a\.md. Known kinds"),
+        (
+            lambda folder: (folder / "a.txt").symlink_to("/nowhere/a.txt"),
+            r"a\.txt is a link to /nowhere/a\.txt, which does not exist",
+        ),
+        (lambda folder: (folder / "a").write_bytes(b"\xff" * 99), "line 1 is not UTF-8"),
+        (lambda folder: os.mkfifo(folder / "a.txt"), "neither a file nor a folder"),
+        (
+            lambda folder: (folder / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\noid"),
+            "Git LFS pointer",
+        ),
+    ],
+)
 def test_a_path_that_is_there_never_goes_to_the_hub(make, told, tmp_path, monkeypatch, capsys):
     (tmp_path / "org" / "name").mkdir(parents=True)
     make(tmp_path / "org" / "name")
@@ -366,7 +418,11 @@ def test_a_damaged_bundle_is_refused(monkeypatch):
 def test_a_cache_that_cannot_be_written_is_a_plain_line(path, tmp_path, monkeypatch, capfd):
     (tmp_path / "a_file").write_text("x")
     if path == "locked":  # as for a user who is not root
-        monkeypatch.setattr(filelock.FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        monkeypatch.setattr(
+            filelock.FileLock,
+            "acquire",
+            lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
+        )
     config = configure("--dataset", "imdb", "--cache-dir", str(tmp_path / path))
     with pytest.raises(InputError, match="cache_dir"):
         with lock_cache(open_corpus(config, never_stop), config, never_stop):
@@ -394,9 +450,8 @@ def test_bad_input_leaves_what_another_run_has_prepared(tmp_path):
     folder = corpus.cache_folder(config)
 
     def second():
-        with pytest.raises(InputError, match="too little"):
-            with lock_cache(corpus, config, never_stop):
-                raise InputError("too little text")
+        with pytest.raises(InputError, match="too little"), lock_cache(corpus, config, never_stop):
+            raise InputError("too little text")
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with filelock.FileLock(tmp_path / f".{corpus.key}.lock"):

@@ -13,15 +13,32 @@ import time
 
 import pytest
 import torch
-from helpers import (SLOW_STEPS, TIME_LIMIT, corpus_from, end_of, fork, interrupted_copy, listing, newest_step, patched_script, result, run, run_here,
-                     small_flags, start, wait_for_checkpoint, wait_until, write_corpus)
+from helpers import (
+    SLOW_STEPS,
+    TIME_LIMIT,
+    corpus_from,
+    end_of,
+    fork,
+    interrupted_copy,
+    listing,
+    newest_step,
+    patched_script,
+    result,
+    run,
+    run_here,
+    small_flags,
+    start,
+    wait_for_checkpoint,
+    wait_until,
+    write_corpus,
+)
 
-import microbert.train.checkpoint
-import microbert.runtime.files
-import microbert.kernels.compile
 import microbert.data.prepare
-import microbert.train.step
+import microbert.kernels.compile
+import microbert.runtime.files
+import microbert.train.checkpoint
 import microbert.train.loop
+import microbert.train.step
 from microbert.train.checkpoint import verify
 
 KILLS_A_SERIES = 10
@@ -33,8 +50,17 @@ def test_twenty_kills_at_random_times_change_nothing(tmp_path):
     """In series from an empty cache, on real reviews: the first kill of each falls before the first checkpoint, the others anywhere."""
 
     def flags(name):
-        return small_flags(tmp_path, dataset="imdb", max_samples=1200, vocab_size=1000, epochs=2, save_every=20, eval_every=200,
-                           output_dir=tmp_path / name, cache_dir=tmp_path / f"{name}_cache")
+        return small_flags(
+            tmp_path,
+            dataset="imdb",
+            max_samples=1200,
+            vocab_size=1000,
+            epochs=2,
+            save_every=20,
+            eval_every=200,
+            output_dir=tmp_path / name,
+            cache_dir=tmp_path / f"{name}_cache",
+        )
 
     def launch(name):
         return fork(flags(name), tmp_path / "log")
@@ -52,7 +78,10 @@ def test_twenty_kills_at_random_times_change_nothing(tmp_path):
 
     rng = random.Random(2)
     where = []
-    for share in (0.4, 1.0):  # of the time to the first checkpoint: in the first, also a machine that has become faster is killed before it
+    for share in (
+        0.4,
+        1.0,
+    ):  # of the time to the first checkpoint: in the first, also a machine that has become faster is killed before it
         shutil.rmtree(killed, ignore_errors=True)
         shutil.rmtree(tmp_path / "killed_cache", ignore_errors=True)
         kills = 0
@@ -91,7 +120,9 @@ def test_resuming_from_every_checkpoint_gives_the_same_run(tmp_path, monkeypatch
         again = tmp_path / f"from-{step}"
         again.mkdir()
         shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", again / f"checkpoint-{step}")
-        shutil.copy(tmp_path / "run" / "metrics.jsonl", again)  # with the lines after the checkpoint, as a kill leaves it
+        shutil.copy(
+            tmp_path / "run" / "metrics.jsonl", again
+        )  # with the lines after the checkpoint, as a kill leaves it
         assert run_here([*flags, "--output-dir", str(again)], monkeypatch) == 0
         assert result(again) == whole, f"resumed at step {step}"
 
@@ -130,7 +161,9 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished
     _, errors = process.communicate(timeout=TIME_LIMIT)
     assert process.returncode == 75, errors
     assert "Traceback" not in errors and errors.count("stopping at the next safe point") == 1
-    assert len([path for path in (tmp_path / "run").glob("checkpoint-*") if int(path.name[11:]) % 10]) <= 1  # one save of two signals
+    assert (
+        len([path for path in (tmp_path / "run").glob("checkpoint-*") if int(path.name[11:]) % 10]) <= 1
+    )  # one save of two signals
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert not (tmp_path / "run" / "README.md").exists()
@@ -138,7 +171,9 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(name, finished
     assert result(tmp_path / "run") == reference
 
 
-def test_a_script_that_is_not_in_the_main_thread_trains_without_handling_signals(finished_run, reference, tmp_path, monkeypatch):
+def test_a_script_that_is_not_in_the_main_thread_trains_without_handling_signals(
+    finished_run, reference, tmp_path, monkeypatch
+):
     """As a server or a notebook may call it."""
     corpus_from(finished_run, tmp_path)
     before, codes = signal.getsignal(signal.SIGTERM), []
@@ -170,12 +205,19 @@ def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tm
     assert "SIGTERM" in stopped.err and "Traceback" not in stopped.err
     assert "preparing" in stopped.out and "training:" not in stopped.out
     n_before, (tokens,) = len(written), tmp_path.glob("cache/*/tokens-*")
-    assert 2 <= n_before < 6 and len(list(tokens.glob("block-*.json"))) == n_before and not (tokens / "manifest.json").exists()
+    assert (
+        2 <= n_before < 6
+        and len(list(tokens.glob("block-*.json"))) == n_before
+        and not (tokens / "manifest.json").exists()
+    )
 
     assert run_here(small_flags(tmp_path), monkeypatch) == 0
     assert f"going on behind {200 * n_before:,} rows" in capfd.readouterr().out
     assert written == [200] * 6  # no block twice
-    assert run_here(small_flags(tmp_path, output_dir=tmp_path / "whole", cache_dir=tmp_path / "other_cache"), monkeypatch) == 0
+    assert (
+        run_here(small_flags(tmp_path, output_dir=tmp_path / "whole", cache_dir=tmp_path / "other_cache"), monkeypatch)
+        == 0
+    )
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
@@ -237,6 +279,7 @@ def die_in_second_save(kill_at, points):
         def call(*arguments, **options):
             point(name)
             return real(*arguments, **options)
+
         return call
 
     class HalfWritten:
@@ -265,7 +308,9 @@ def die_in_second_save(kill_at, points):
         is_second = False
 
     microbert.train.loop.save_checkpoint = save
-    microbert.runtime.files.open = lambda path, mode="r", **options: HalfWritten(builtins.open(path, mode, **options)) if mode == "wb" else builtins.open(path, mode, **options)
+    microbert.runtime.files.open = lambda path, mode="r", **options: (
+        HalfWritten(builtins.open(path, mode, **options)) if mode == "wb" else builtins.open(path, mode, **options)
+    )
     for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
         setattr(os, name, pointed(name, getattr(os, name)))
 
@@ -273,17 +318,36 @@ def die_in_second_save(kill_at, points):
 @pytest.mark.slow
 @pytest.mark.fault(row=2)
 def test_a_kill_at_every_point_inside_a_save_changes_nothing(tmp_path):
-    flags = small_flags(tmp_path, epochs=1, max_samples=180, save_every=15, eval_every=1000, keep_checkpoints=1)  # the second save is the last
-    assert end_of(fork([*flags, "--output-dir", str(tmp_path / "whole")], tmp_path / "log", die_in_second_save, None, tmp_path / "points")) == 0
+    flags = small_flags(
+        tmp_path, epochs=1, max_samples=180, save_every=15, eval_every=1000, keep_checkpoints=1
+    )  # the second save is the last
+    assert (
+        end_of(
+            fork(
+                [*flags, "--output-dir", str(tmp_path / "whole")],
+                tmp_path / "log",
+                die_in_second_save,
+                None,
+                tmp_path / "points",
+            )
+        )
+        == 0
+    )
     whole, points = result(tmp_path / "whole"), (tmp_path / "points").read_text().splitlines()
     assert set(points) == {"half a write", "fsync", "replace", "rename", "unlink", "rmdir"}
     for number, name in enumerate(points, start=1):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        assert end_of(fork(flags, tmp_path / "log", die_in_second_save, number, tmp_path / "again")) == -signal.SIGKILL, (number, name)
+        assert (
+            end_of(fork(flags, tmp_path / "log", die_in_second_save, number, tmp_path / "again")) == -signal.SIGKILL
+        ), (number, name)
         left = [path for path in (tmp_path / "run").glob("checkpoint-*") if (path / "manifest.json").exists()]
         assert left, (number, name)
         verify(max(left, key=lambda path: int(path.name[11:])))
-        assert end_of(fork(flags, tmp_path / "log", without_kernels)) == 0, (number, name, (tmp_path / "log").read_text())
+        assert end_of(fork(flags, tmp_path / "log", without_kernels)) == 0, (
+            number,
+            name,
+            (tmp_path / "log").read_text(),
+        )
         assert result(tmp_path / "run") == whole, (number, name)
         assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith(".tmp")], (number, name)
         assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1, (number, name)
@@ -305,8 +369,12 @@ def die_in_micro_batch(number):
 @pytest.mark.fault(row=3)
 def test_a_kill_between_the_micro_batches_of_a_step_changes_nothing(tmp_path):
     flags = small_flags(tmp_path, max_samples=120, micro_batch_size=3, save_every=5, epochs=2)
-    assert end_of(fork([*flags, "--output-dir", str(tmp_path / "whole")], tmp_path / "log")) == 0, (tmp_path / "log").read_text()
-    assert end_of(fork(flags, tmp_path / "log", die_in_micro_batch, 3 * 8 + 2)) == -signal.SIGKILL  # three of them a step: in step 8
+    assert end_of(fork([*flags, "--output-dir", str(tmp_path / "whole")], tmp_path / "log")) == 0, (
+        tmp_path / "log"
+    ).read_text()
+    assert (
+        end_of(fork(flags, tmp_path / "log", die_in_micro_batch, 3 * 8 + 2)) == -signal.SIGKILL
+    )  # three of them a step: in step 8
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
     assert end_of(fork(flags, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
     assert "going on after step 5" in (tmp_path / "log").read_text()
@@ -336,7 +404,10 @@ def test_a_stop_during_a_save_lets_it_end_and_the_same_command_goes_on(tmp_path,
     flags = small_flags(tmp_path)
     assert end_of(fork(flags, tmp_path / "log", stop_in_second_save)) == 75, (tmp_path / "log").read_text()
     checkpoints = list((tmp_path / "run").glob("checkpoint-*"))
-    assert sorted(path.name for path in checkpoints) in (["checkpoint-10", "checkpoint-20"], ["checkpoint-20", "checkpoint-21"])
+    assert sorted(path.name for path in checkpoints) in (
+        ["checkpoint-10", "checkpoint-20"],
+        ["checkpoint-20", "checkpoint-21"],
+    )
     for checkpoint in checkpoints:
         verify(checkpoint)
     assert end_of(fork(flags, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
@@ -351,7 +422,12 @@ def plant_incomplete_folders_and_die():
         nonlocal saves
         saves += 1
         if saves > 1:
-            for name in (f"checkpoint-{state.step}", "checkpoint-9999", f"checkpoint-{state.step - 1}", ".checkpoint.tmp"):
+            for name in (
+                f"checkpoint-{state.step}",
+                "checkpoint-9999",
+                f"checkpoint-{state.step - 1}",
+                ".checkpoint.tmp",
+            ):
                 (run.folder / name).mkdir(exist_ok=True)
                 (run.folder / name / "config.json").write_text("{}")
         real_save(run, state, *arguments)
@@ -366,7 +442,9 @@ def plant_incomplete_folders_and_die():
 def test_incomplete_folders_beside_checkpoints_cost_no_valid_one(keep_checkpoints, tmp_path, reference, finished_run):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path, keep_checkpoints=keep_checkpoints)
-    assert end_of(fork(flags, tmp_path / "log", plant_incomplete_folders_and_die)) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert end_of(fork(flags, tmp_path / "log", plant_incomplete_folders_and_die)) == -signal.SIGKILL, (
+        tmp_path / "log"
+    ).read_text()
     for step in (40, 30)[:keep_checkpoints]:
         verify(tmp_path / "run" / f"checkpoint-{step}")
     assert end_of(fork(flags, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
@@ -402,7 +480,9 @@ def test_a_run_resumes_on_its_text_under_another_name(finished_run, reference, t
 @pytest.mark.parametrize("kind", ["truncated", "zeroed", "bit-flipped"])
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.fault(row=8)
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(kind, file, finished_run, reference, tmp_path, monkeypatch, capfd):
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
+    kind, file, finished_run, reference, tmp_path, monkeypatch, capfd
+):
     folder = interrupted_copy(finished_run, tmp_path)
     damage(folder / "run" / reference["checkpoint"] / file, kind)
     assert run_here(small_flags(folder), monkeypatch) == 0
@@ -413,7 +493,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(kind, file, f
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO])
 @pytest.mark.parametrize("function", ["sha256", "load_file"])
 @pytest.mark.fault(row=34)
-def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(number, function, finished_run, tmp_path, monkeypatch, capfd):
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(
+    number, function, finished_run, tmp_path, monkeypatch, capfd
+):
     folder = interrupted_copy(finished_run, tmp_path)
     before = listing(folder / "run")
 
@@ -452,7 +534,9 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_is_named(tmp_path):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         second = run(flags)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # of a core: a busy machine may take longer
+        assert (
+            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+        )  # of a core: a busy machine may take longer
         assert second.returncode == 2 and f"process {first.pid}" in second.stderr
     finally:
         first.kill()

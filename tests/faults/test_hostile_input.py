@@ -11,8 +11,8 @@ import sys
 import pytest
 from helpers import ROOT, TIME_LIMIT, interrupted_copy, listing, result, run, small_flags
 
-from microbert.train.checkpoint import verify
 from microbert.runtime.files import sha256, write_json
+from microbert.train.checkpoint import verify
 
 FINE = b'{"text": "a good film"}\n{"text": "a bad film"}\n{"text": "the end"}\n'
 
@@ -22,15 +22,39 @@ TEXTS = {
     "NUL": ("corpus.jsonl", FINE + b'{"text": "a\\u0000b film"}\n', [], 0, "documents: 4 read"),
     "byte order mark": ("corpus.jsonl", b"\xef\xbb\xbf" + FINE, [], 0, "documents: 3 read"),
     "CRLF": ("corpus.txt", b"a good film\r\na bad film\r\nthe end\r\n", [], 0, "documents: 3 read"),
-    "a line of 5 MB": ("corpus.txt", b"a good film\n" + b"bad film " * 600_000 + b"\nthe end\n", [], 0, "documents: 3 read"),
+    "a line of 5 MB": (
+        "corpus.txt",
+        b"a good film\n" + b"bad film " * 600_000 + b"\nthe end\n",
+        [],
+        0,
+        "documents: 3 read",
+    ),
     "empty": ("corpus.jsonl", b"", [], 2, "is empty"),
     "white space only": ("corpus.txt", b"  \n\t\n \n", [], 2, "no text found"),
-    "column of nulls": ("corpus.jsonl", b'{"text": null}\n{"text": null}\n', ["--text-column", "text"], 2, "no text found"),
+    "column of nulls": (
+        "corpus.jsonl",
+        b'{"text": null}\n{"text": null}\n',
+        ["--text-column", "text"],
+        2,
+        "no text found",
+    ),
     "some nulls": ("corpus.jsonl", FINE + b'{"text": null}\n', [], 0, "skipped: 1 empty"),
     "wrong column": ("corpus.csv", b"title,body\nx,y z\n", ["--text-column", "nope"], 2, "title, body"),
     "broken JSON": ("corpus.jsonl", FINE + b'{"text": oops}\n', [], 2, "line 4 is not JSON"),
-    "JSON nested deeply": ("corpus.jsonl", FINE + b'{"text": "a", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", [], 2, "line 4"),
-    "a number with more digits than Python converts": ("corpus.jsonl", FINE + b'{"text": "a", "more": ' + b"9" * 10_000 + b"}\n", [], 2, "line 4"),
+    "JSON nested deeply": (
+        "corpus.jsonl",
+        FINE + b'{"text": "a", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+        [],
+        2,
+        "line 4",
+    ),
+    "a number with more digits than Python converts": (
+        "corpus.jsonl",
+        FINE + b'{"text": "a", "more": ' + b"9" * 10_000 + b"}\n",
+        [],
+        2,
+        "line 4",
+    ),
     "everything filtered out": ("corpus.txt", b"[UNK]\n[UNK] [UNK]\n", [], 2, "knows no token"),
     "half a compressed file": ("corpus.jsonl.gz", gzip.compress(FINE * 99)[:-9], [], 2, "cannot be read"),
 }
@@ -46,7 +70,11 @@ def test_text_is_read_or_told_in_a_line(name, tmp_path):
     assert done.returncode == code, done.stderr
     assert told in done.stdout + done.stderr and "Traceback" not in done.stderr
     if code:
-        assert done.stderr.splitlines()[-1].startswith("error: ") and done.stderr.count("error: ") == 1 and file in done.stderr
+        assert (
+            done.stderr.splitlines()[-1].startswith("error: ")
+            and done.stderr.count("error: ") == 1
+            and file in done.stderr
+        )
         assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
@@ -73,11 +101,19 @@ def test_a_constant_that_cannot_be_is_answered_in_a_second_with_nothing_created(
     if version == 4 and name == "width that the heads do not divide":
         flags = [*flags, "--n-heads", "2"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, str(ROOT / f"mlm_pretrain_v{version}.py"), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=TIME_LIMIT)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"mlm_pretrain_v{version}.py"), *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and told in done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of a core: a busy machine may take longer
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    )  # of a core: a busy machine may take longer
     assert not list(tmp_path.iterdir())
 
 
@@ -96,14 +132,22 @@ def go_on(run_folder, *flags):
 def seal(checkpoint):
     """A manifest that agrees with the files, as whoever means harm would write it."""
     names = json.loads((checkpoint / "manifest.json").read_text())
-    write_json(checkpoint / "manifest.json", {name: {"size": (checkpoint / name).stat().st_size, "sha256": sha256(checkpoint / name)} for name in names})
+    write_json(
+        checkpoint / "manifest.json",
+        {name: {"size": (checkpoint / name).stat().st_size, "sha256": sha256(checkpoint / name)} for name in names},
+    )
 
 
 @pytest.mark.fault(row=29)
-@pytest.mark.parametrize("flags, told", [
-    (["--n-embed", "8", "--dropout", "0.5"], ["n_embed = 8 (was 4)", "dropout = 0.5 (was 0.0)"]),
-    (["--vocab-size", "200"], ["vocab_size = 200 (was 300)"]), (["--no-lowercase"], ["lowercase = False (was True)"]),
-    (["--max-samples", "200"], ["max_samples = 200 (was None)"])])
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--n-embed", "8", "--dropout", "0.5"], ["n_embed = 8 (was 4)", "dropout = 0.5 (was 0.0)"]),
+        (["--vocab-size", "200"], ["vocab_size = 200 (was 300)"]),
+        (["--no-lowercase"], ["lowercase = False (was True)"]),
+        (["--max-samples", "200"], ["max_samples = 200 (was None)"]),
+    ],
+)
 def test_a_checkpoint_of_other_constants_names_those_that_differ(flags, told, interrupted):
     before = listing(interrupted[0])
     done = go_on(interrupted[0], *flags)
@@ -140,7 +184,9 @@ class Bomb:
 
 
 @pytest.mark.fault(row=30)
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("is_sealed", [False, True])
 @pytest.mark.slow
 def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(name, is_sealed, interrupted, tmp_path, reference):
@@ -170,8 +216,9 @@ def test_a_safetensors_header_that_claims_to_be_huge_is_refused(header, interrup
 
 
 @pytest.mark.fault(row=30)
-@pytest.mark.parametrize("pattern", ["*/tokenizer*.json", "*/tokens-*/token_counts.npy", "*/tokens-*/train.bin",
-                                     "*/tokens-*/manifest.json"])
+@pytest.mark.parametrize(
+    "pattern", ["*/tokenizer*.json", "*/tokens-*/token_counts.npy", "*/tokens-*/train.bin", "*/tokens-*/manifest.json"]
+)
 @pytest.mark.slow
 def test_a_pickle_in_the_cache_is_refused_and_not_run(pattern, finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "copy")
@@ -189,10 +236,23 @@ def test_a_pickle_in_the_cache_is_refused_and_not_run(pattern, finished_run, tmp
 def test_a_pickle_in_a_folder_that_somebody_shares_is_refused_and_not_run(name, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
-    for command in (["fill_mask", "{run}", "a [MASK]"], ["plot", "{run}", "--output-dir", "{out}"], ["finetune", "{run}", "--max-samples", "50", "--output-dir", "{out}"]):
+    for command in (
+        ["fill_mask", "{run}", "a [MASK]"],
+        ["plot", "{run}", "--output-dir", "{out}"],
+        ["finetune", "{run}", "--max-samples", "50", "--output-dir", "{out}"],
+    ):
         command = [part.format(run=tmp_path / "run", out=tmp_path / "out") for part in command]
-        done = subprocess.run([sys.executable, "-m", f"microbert.{command[0]}", *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
-        assert done.returncode == 2 and "\nerror: " in "\n" + done.stderr and "Traceback" not in done.stderr, (command, done.stderr)
+        done = subprocess.run(
+            [sys.executable, "-m", f"microbert.{command[0]}", *command[1:]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT,
+        )
+        assert done.returncode == 2 and "\nerror: " in "\n" + done.stderr and "Traceback" not in done.stderr, (
+            command,
+            done.stderr,
+        )
         assert not (tmp_path / "canary").exists() and not (tmp_path / "out").exists()
 
 
@@ -204,7 +264,13 @@ def test_weights_that_would_have_to_be_unpickled_are_not_looked_for(module, fini
     (tmp_path / "run" / "model.safetensors").unlink()
     (tmp_path / "run" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
     flags = ["--output-dir", str(tmp_path / "out"), *(["--max-samples", "50"] if module == "finetune" else [])]
-    done = subprocess.run([sys.executable, "-m", f"microbert.{module}", str(tmp_path / "run"), *flags], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+    done = subprocess.run(
+        [sys.executable, "-m", f"microbert.{module}", str(tmp_path / "run"), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+    )
     assert done.returncode == 2 and "cannot be loaded" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "canary").exists()
 

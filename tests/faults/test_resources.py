@@ -10,15 +10,26 @@ import sys
 
 import pytest
 import torch
-from helpers import LARGEST_FILE, ROOT, SCRIPT, TIME_LIMIT, corpus_from, patched_script, result, run, run_here, small_flags
-from small_disk import SmallDisk, has_small_disks
+from helpers import (
+    LARGEST_FILE,
+    ROOT,
+    SCRIPT,
+    TIME_LIMIT,
+    corpus_from,
+    patched_script,
+    result,
+    run,
+    run_here,
+    small_flags,
+)
 from safetensors.torch import load_file
+from small_disk import SmallDisk, has_small_disks
 from test_config import configure
 
 import microbert.train.loop
-from microbert.train.checkpoint import verify
 from microbert.errors import InputError
 from microbert.runtime.run import open_run
+from microbert.train.checkpoint import verify
 
 
 @pytest.mark.parametrize("learning_rate", ["1e20", "1e38"])
@@ -28,7 +39,11 @@ def test_numbers_that_break_down_stop_the_run_before_the_step_is_applied(learnin
     assert run_here(flags, monkeypatch) == 1
     errors = capfd.readouterr().err
     assert ("not applied" in errors or "not saved" in errors) and "Traceback" not in errors
-    assert all(weight.isfinite().all() for file in (tmp_path / "run").glob("checkpoint-*/*.safetensors") for weight in load_file(file).values())
+    assert all(
+        weight.isfinite().all()
+        for file in (tmp_path / "run").glob("checkpoint-*/*.safetensors")
+        for weight in load_file(file).values()
+    )
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 1
 
 
@@ -56,7 +71,9 @@ def small_disk():
 
 
 def run_on(disk, flags, script=SCRIPT):
-    return subprocess.run(disk.command([sys.executable, str(script), *flags]), capture_output=True, text=True, timeout=TIME_LIMIT)
+    return subprocess.run(
+        disk.command([sys.executable, str(script), *flags]), capture_output=True, text=True, timeout=TIME_LIMIT
+    )
 
 
 FILLED_AT_THE_SECOND_SAVE = """import microbert.train.loop as training
@@ -73,10 +90,16 @@ training.save_checkpoint = save"""
 
 @pytest.mark.fault(row=22)
 @pytest.mark.slow
-def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space_the_same_command_goes_on(small_disk, finished_run, reference, tmp_path):
+def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space_the_same_command_goes_on(
+    small_disk, finished_run, reference, tmp_path
+):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path, output_dir=small_disk.mount_point / "run")
-    full = run_on(small_disk, flags, patched_script(tmp_path / "fills.py", FILLED_AT_THE_SECOND_SAVE.format(tests=str(ROOT / "tests"))))
+    full = run_on(
+        small_disk,
+        flags,
+        patched_script(tmp_path / "fills.py", FILLED_AT_THE_SECOND_SAVE.format(tests=str(ROOT / "tests"))),
+    )
     assert full.returncode == 1 and "Traceback" not in full.stderr
     assert "error: the disk is full" in full.stderr and "the same command goes on" in full.stderr
     assert [path.name for path in small_disk.path.glob("run/checkpoint-*")] == ["checkpoint-10"]
@@ -94,7 +117,10 @@ def test_a_read_only_folder_is_told_before_anything_is_prepared(small_disk, tmp_
     flags = small_flags(tmp_path, output_dir=small_disk.mount_point / "run")
     done = run_on(small_disk, flags)
     assert done.returncode == 2
-    assert done.stderr == f"error: output_dir = '{small_disk.mount_point / 'run'}' cannot be written: Read-only file system\n"
+    assert (
+        done.stderr
+        == f"error: output_dir = '{small_disk.mount_point / 'run'}' cannot be written: Read-only file system\n"
+    )
     assert not list(small_disk.path.iterdir()) and not (tmp_path / "cache").exists()
 
 
@@ -106,7 +132,10 @@ def test_a_run_in_a_folder_that_has_become_read_only_is_refused_and_stays_as_it_
     small_disk.make_read_only()
     done = run_on(small_disk, small_flags(tmp_path, output_dir=small_disk.mount_point / "run"))
     assert done.returncode == 2
-    assert done.stderr == f"error: output_dir = '{small_disk.mount_point / 'run'}' cannot be written: Read-only file system\n"
+    assert (
+        done.stderr
+        == f"error: output_dir = '{small_disk.mount_point / 'run'}' cannot be written: Read-only file system\n"
+    )
 
 
 def caused(full):
@@ -127,7 +156,9 @@ def as_it_is(full):
 @pytest.mark.parametrize("number, filename", [(errno.ENOSPC, None), (errno.EDQUOT, None), (errno.ENOSPC, "/mnt/x.bin")])
 @pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
 @pytest.mark.fault(row=22)
-def test_a_full_disk_is_told_with_the_places_to_look_at(raise_it, number, filename, finished_run, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_is_told_with_the_places_to_look_at(
+    raise_it, number, filename, finished_run, tmp_path, monkeypatch, capfd
+):
     import microbert.data.prepare
 
     corpus_from(finished_run, tmp_path)

@@ -13,14 +13,27 @@ import numpy as np
 import pytest
 import torch
 from helpers import SLOW_STEPS, TIME_LIMIT, end_tree, patched_script, result, run, wait_for_checkpoint, wait_until
-from launches import FOREVER, SCRIPT, all_gone, faulty_script, finish, flags_of, free_port, launch, ranks, start, status, wait_for_training
+from launches import (
+    FOREVER,
+    SCRIPT,
+    all_gone,
+    faulty_script,
+    finish,
+    flags_of,
+    free_port,
+    launch,
+    ranks,
+    start,
+    status,
+    wait_for_training,
+)
 from models import VOCAB_SIZE, as_batch, as_sequences, noisy_model, token_rows
 from safetensors.torch import load_file
 from test_config import configure
 
 from microbert.data.batches import steps_in_run, training_batch
-from microbert.runtime.distributed import World
 from microbert.data.masking import mask_batch
+from microbert.runtime.distributed import World
 from microbert.train.step import Learner
 
 
@@ -53,7 +66,9 @@ def assert_weights_close(folder, other, atol=2e-4):
     """Of runs that add in another order. Adam's first steps turn rounding into differences far above that of one sum in fp32."""
     weights, others = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, others[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            weight, others[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def losses(folder, key="eval/loss"):
@@ -70,10 +85,16 @@ def test_two_processes_train_as_one_does(two, one):
 @pytest.mark.slow
 def test_of_memory_they_tell_what_the_one_with_the_most_has_held(two, tmp_path):
     beside(two, tmp_path)
-    code, out, err = launch(flags_of(tmp_path, 2), 2, script=faulty_script(tmp_path / "holds.py", "ballast = b'1' * (10**9 * rank)"))
+    code, out, err = launch(
+        flags_of(tmp_path, 2), 2, script=faulty_script(tmp_path / "holds.py", "ballast = b'1' * (10**9 * rank)")
+    )
     assert code == 0, err
     at_the_end = re.search(r"^held-out loss: .*, at most (\S+) GB in any process$", out, re.MULTILINE)
-    assert max(losses(two / "run", "train/peak_memory_gb")) < 1 < min([float(at_the_end[1]), *losses(tmp_path / "run", "train/peak_memory_gb")])
+    assert (
+        max(losses(two / "run", "train/peak_memory_gb"))
+        < 1
+        < min([float(at_the_end[1]), *losses(tmp_path / "run", "train/peak_memory_gb")])
+    )
 
 
 def gradients(rank, size, port, micro_batch_size):
@@ -83,7 +104,9 @@ def gradients(rank, size, port, micro_batch_size):
     rows[20:, 3:] = 0
     rows[20:, 2] = 3
     mine = slice(rank * 32 // size, (rank + 1) * 32 // size)
-    masked = mask_batch(as_batch(rows[mine], sequence_ids=np.arange(32)[mine]), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
+    masked = mask_batch(
+        as_batch(rows[mine], sequence_ids=np.arange(32)[mine]), seed=0, probability=0.3, vocab_size=VOCAB_SIZE
+    )
     model = noisy_model(dropout=0.2)
     if size > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
@@ -113,14 +136,26 @@ def test_one_process_of_32_four_micro_batches_of_8_and_two_processes_of_16_give_
             np.testing.assert_allclose(part, of_whole, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("n_sequences, global_batch_size, world_size", [(271, 8, 2), (100, 12, 4), (7, 8, 2), (64, 8, 8)])
+@pytest.mark.parametrize(
+    "n_sequences, global_batch_size, world_size", [(271, 8, 2), (100, 12, 4), (7, 8, 2), (64, 8, 8)]
+)
 @pytest.mark.fault(row=16)
-def test_sequences_that_do_not_divide_give_equal_steps_and_each_once_an_epoch(n_sequences, global_batch_size, world_size):
+def test_sequences_that_do_not_divide_give_equal_steps_and_each_once_an_epoch(
+    n_sequences, global_batch_size, world_size
+):
     sequences = as_sequences(token_rows(n_sequences))
     epochs, seen = 2, []
     for step in range(steps_in_run(n_sequences, epochs, global_batch_size)):
         for rank in range(world_size):
-            batch = training_batch(sequences, step=step, epochs=epochs, global_batch_size=global_batch_size, seed=1, rank=rank, world_size=world_size)
+            batch = training_batch(
+                sequences,
+                step=step,
+                epochs=epochs,
+                global_batch_size=global_batch_size,
+                seed=1,
+                rank=rank,
+                world_size=world_size,
+            )
             assert len(batch.input_ids) == global_batch_size // world_size
             seen += list(zip(batch.epochs[batch.real], batch.sequence_ids[batch.real]))
     assert sorted(seen) == [(epoch, number) for epoch in range(epochs) for number in range(n_sequences)]
@@ -147,7 +182,13 @@ def test_sigterm_to_torchrun_saves_and_ends_with_75_and_the_same_command_comes_t
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_nothing_starts_again(two, tmp_path):
     beside(two, tmp_path)
-    process = start(flags_of(tmp_path, 2), 2, "--max-restarts=1", module="torch.distributed.run", script=patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT))
+    process = start(
+        flags_of(tmp_path, 2),
+        2,
+        "--max-restarts=1",
+        module="torch.distributed.run",
+        script=patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT),
+    )
     wait_for_training(process, tmp_path / "run")[1].terminate()
     code, out, err = finish(process)
     assert code == 1  # of torchrun itself
@@ -178,7 +219,12 @@ def test_a_killed_process_ends_the_run_with_an_error(rank, two, tmp_path):
 def test_a_killed_process_with_a_restart_comes_to_the_same_model(two, tmp_path):
     """With --overwrite, which must not throw away what the first attempt has saved."""
     beside(two, tmp_path)
-    process = start([*flags_of(tmp_path, 2), "--overwrite"], 2, "--max-restarts=1", script=patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT))
+    process = start(
+        [*flags_of(tmp_path, 2), "--overwrite"],
+        2,
+        "--max-restarts=1",
+        script=patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT),
+    )
     wait_for_training(process, tmp_path / "run")[random.Random(1).choice((0, 1))].kill()
     code, out, err = finish(process)
     assert code == 0, err
@@ -204,12 +250,21 @@ def test_a_silent_process_is_given_up_after_the_time_limit_at_a_step_that_is_nam
 def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(two, tmp_path):
     """Also where a process is killed on one of them, and both start theirs again."""
     beside(two, tmp_path)
-    options = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=pair", "--local-addr=127.0.0.1", "--max-restarts=1")
+    options = (
+        "--nnodes=2",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--rdzv-id=pair",
+        "--local-addr=127.0.0.1",
+        "--max-restarts=1",
+    )
     script = patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT)
     agents = [start([*flags_of(tmp_path, 2), "--overwrite"], 1, *options, script=script) for _ in range(2)]
     try:
         wait_for_checkpoint(agents[0], tmp_path / "run")
-        {rank: worker for agent in agents for rank, worker in ranks(agent).items()}[1].kill()  # the first process's torchrun counts no restart
+        {rank: worker for agent in agents for rank, worker in ranks(agent).items()}[
+            1
+        ].kill()  # the first process's torchrun counts no restart
         ends = [finish(agent) for agent in agents]
         assert [code for code, _, _ in ends] == [0, 0], ends
         assert any("going on after step" in out for _, out, _ in ends)
@@ -238,7 +293,11 @@ def test_a_run_goes_on_with_another_number_of_processes(two, one, tmp_path):
 
     # four of them are enough for the order to matter in which gradients are added up: going on once more must not change it
     expected = result(folder / "run")
-    for path in (folder / "run" / "README.md", folder / "run" / "model.safetensors", folder / "run" / expected["checkpoint"]):
+    for path in (
+        folder / "run" / "README.md",
+        folder / "run" / "model.safetensors",
+        folder / "run" / expected["checkpoint"],
+    ):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     code, out, err = launch(flags_of(folder, 2), 4)
     assert code == 0 and "going on after step 70" in out, err
@@ -250,7 +309,10 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_group_for
     beside(two, tmp_path)
     code, out, err = launch(flags_of(tmp_path, 1, global_batch_size=8), 3)
     assert code == 2
-    assert err.strip() == "error: process 0 of 3: global_batch_size = 8 cannot be shared equally by 3 processes: start a number that divides it"
+    assert (
+        err.strip()
+        == "error: process 0 of 3: global_batch_size = 8 cannot be shared equally by 3 processes: start a number that divides it"
+    )
     assert status(tmp_path / "run")["exit_code"] == 2
     assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")] == ["status.json"]
 
@@ -279,7 +341,9 @@ def test_preparation_that_crashes_ends_every_process(two, tmp_path):
 def crash(*arguments):
     raise RuntimeError("out of luck")
 prepare.prepare_tokens = crash"""
-    process = start(flags_of(tmp_path, 2), script=faulty_script(tmp_path / "crash.py", patch), module="torch.distributed.run")
+    process = start(
+        flags_of(tmp_path, 2), script=faulty_script(tmp_path / "crash.py", patch), module="torch.distributed.run"
+    )
     wait_until(lambda: len(ranks(process)) == 2, process)
     workers = list(ranks(process).values())
     code, out, err = finish(process)
@@ -301,7 +365,12 @@ def long(corpus, tokenizer, config, check_stop):
         check_stop()
         time.sleep(0.1)
 prepare.prepare_tokens = long"""
-    process = start(flags_of(tmp_path, 2), script=faulty_script(tmp_path / "long.py", patch), module="torch.distributed.run", patience=FOREVER)
+    process = start(
+        flags_of(tmp_path, 2),
+        script=faulty_script(tmp_path / "long.py", patch),
+        module="torch.distributed.run",
+        patience=FOREVER,
+    )
     wait_until((tmp_path / "preparing").exists, process)
     workers = ranks(process)
     workers[1].kill()
@@ -348,7 +417,9 @@ def test_a_second_launch_in_the_folder_is_refused_and_torchruns_death_orphans_no
     first = start(flags)
     workers = wait_for_training(first, tmp_path / "run")
     code, out, err = launch(flags)
-    assert code == 2 and err.startswith("error: output_dir") and f"process {workers[0].pid}" in err  # of torchrun: its processes give their number
+    assert (
+        code == 2 and err.startswith("error: output_dir") and f"process {workers[0].pid}" in err
+    )  # of torchrun: its processes give their number
     assert status(tmp_path / "run")["state"] == "running"
 
     first.kill()
@@ -374,7 +445,9 @@ def broken(*arguments):
     return real(*arguments) * (float("nan") if rank == 1 and len(calls) == 26 else 1.0)
 step.masked_loss = broken"""
     script = faulty_script(tmp_path / "broken.py", patch)
-    code, out, err = launch(flags_of(tmp_path, 2, save_every=1, keep_checkpoints=100), script=script, module="torch.distributed.run")
+    code, out, err = launch(
+        flags_of(tmp_path, 2, save_every=1, keep_checkpoints=100), script=script, module="torch.distributed.run"
+    )
     assert code == 1
     found = status(tmp_path / "run")
     assert (found["exit_code"], found["rank"]) == (1, 1)

@@ -44,14 +44,26 @@ def is_ours(output):
 
 @needs_kernel
 @many_examples
-@given(B=st.integers(1, 4), H=st.integers(1, 4), M=st.integers(1, 20), T=st.integers(1, 40), d=st.integers(1, NARROW_HEAD), seed=st.integers(0, 100),
-       scale=st.sampled_from([0.01, 1.0, 3.0]), is_masked=st.booleans())
+@given(
+    B=st.integers(1, 4),
+    H=st.integers(1, 4),
+    M=st.integers(1, 20),
+    T=st.integers(1, 40),
+    d=st.integers(1, NARROW_HEAD),
+    seed=st.integers(0, 100),
+    scale=st.sampled_from([0.01, 1.0, 3.0]),
+    is_masked=st.booleans(),
+)
 def test_output_and_gradients_are_those_of_pytorch(d, scale, is_masked, **sizes):
     tensors, mask, output_grad = inputs(d=d, scale=scale, is_masked=is_masked, **sizes)
     assert is_ours(attend(*tensors, mask))
-    in_doubles = output_and_gradients(pytorch_attention, [x.detach().double().requires_grad_() for x in tensors], mask, output_grad.double())
+    in_doubles = output_and_gradients(
+        pytorch_attention, [x.detach().double().requires_grad_() for x in tensors], mask, output_grad.double()
+    )
     for ours, exact in zip(output_and_gradients(attend, tensors, mask, output_grad), in_doubles):
-        assert (ours - exact).abs().max() <= 1e-5 * scale * max(1, d * scale**2)  # what is summed up in a gradient is a product of three
+        assert (ours - exact).abs().max() <= 1e-5 * scale * max(
+            1, d * scale**2
+        )  # what is summed up in a gradient is a product of three
 
 
 @needs_kernel
@@ -59,7 +71,11 @@ def test_output_and_gradients_are_those_of_pytorch(d, scale, is_masked, **sizes)
 def test_any_layout_will_do(layout):
     tensors, mask, output_grad = inputs(is_masked=True)
     expected = output_and_gradients(attend, tensors, mask, output_grad)
-    change = torch.Tensor.contiguous if layout == "contiguous" else lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    change = (
+        torch.Tensor.contiguous
+        if layout == "contiguous"
+        else lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    )
     *tensors, output_grad = map(change, (*tensors, output_grad))
     tensors = [x.detach().requires_grad_() for x in tensors]
     for a, b in zip(output_and_gradients(attend, tensors, mask.expand(2, 1, 1, 7), output_grad), expected):
@@ -82,7 +98,12 @@ def test_queries_that_are_far_from_all_keys_have_gradients_too(T):
         query[..., 0] = score * 2**0.5
         value = torch.linspace(-1, 1, 2 * T).view(1, 1, T, 2)
         tensors = [x.requires_grad_() for x in (query, key, value)]
-        in_doubles = output_and_gradients(pytorch_attention, [x.detach().double().requires_grad_() for x in tensors], None, torch.ones(1, 1, 3, 2).double())
+        in_doubles = output_and_gradients(
+            pytorch_attention,
+            [x.detach().double().requires_grad_() for x in tensors],
+            None,
+            torch.ones(1, 1, 3, 2).double(),
+        )
         for ours, exact in zip(output_and_gradients(attend, tensors, None, torch.ones(1, 1, 3, 2)), in_doubles):
             assert (ours - exact).abs().max() <= 1e-4 * (1 + score.abs())
 
@@ -91,7 +112,10 @@ def test_queries_that_are_far_from_all_keys_have_gradients_too(T):
 def test_rows_may_be_as_long_as_they_are_taken():
     tensors, mask, output_grad = inputs(B=1, H=2, M=3, T=LONGEST_ROW, d=NARROW_HEAD, scale=0.5)
     assert is_ours(attend(*tensors, mask))
-    for ours, theirs in zip(on_threads(2, output_and_gradients, attend, tensors, mask, output_grad), output_and_gradients(pytorch_attention, tensors, mask, output_grad)):
+    for ours, theirs in zip(
+        on_threads(2, output_and_gradients, attend, tensors, mask, output_grad),
+        output_and_gradients(pytorch_attention, tensors, mask, output_grad),
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
@@ -104,17 +128,26 @@ def test_large_scores_stay_finite_and_what_is_not_a_number_stays_so():
             spoilt = [x.clone() for x in tensors]
             spoilt[number][1, 1, 3, 0] = float("nan")
         output, *gradients = output_and_gradients(attend, [x.requires_grad_() for x in spoilt], mask, output_grad)
-        assert output[1, 1].isnan().any() and all(x[1, 1].isnan().any() for x in gradients[:2]) and output[0].isfinite().all()
+        assert (
+            output[1, 1].isnan().any()
+            and all(x[1, 1].isnan().any() for x in gradients[:2])
+            and output[0].isfinite().all()
+        )
 
 
 def test_wide_heads_long_rows_and_what_is_only_looked_at_are_left_to_pytorch(monkeypatch):
     assert is_ours(attend(*inputs(d=NARROW_HEAD)[0], None)) or compiled_kernel(SOURCE, HEAD=2) is None
-    assert not is_ours(attend(*inputs(d=NARROW_HEAD + 1)[0], None)) and not is_ours(attend(*inputs(dtype=torch.float64)[0], None))
+    assert not is_ours(attend(*inputs(d=NARROW_HEAD + 1)[0], None)) and not is_ours(
+        attend(*inputs(dtype=torch.float64)[0], None)
+    )
     (query, key, value), *_ = inputs()
     assert not is_ours(attend(*(x.to("meta") for x in (query, key, value)), None))
     with FakeTensorMode():
         assert attend(*(torch.empty(2, 3, 7, 2) for _ in range(3)), None).shape == (2, 3, 7, 2)
-    assert torch.equal(torch.compile(attend, backend="eager", fullgraph=True)(query, key, value, None), pytorch_attention(query, key, value, None))
+    assert torch.equal(
+        torch.compile(attend, backend="eager", fullgraph=True)(query, key, value, None),
+        pytorch_attention(query, key, value, None),
+    )
     monkeypatch.setattr(microbert.kernels.attention, "LONGEST_ROW", 6)
     assert not is_ours(attend(query, key, value, None))
 
@@ -125,7 +158,9 @@ def test_under_autocast_a_cpu_attends_in_fp32(d):
     expected = output_and_gradients(attend, tensors, mask, output_grad)
     with torch.autocast("cpu", torch.bfloat16):
         output = attend(*tensors, mask)
-    assert all(torch.equal(a, b) for a, b in zip((output, *torch.autograd.grad(output, tensors, output_grad)), expected))
+    assert all(
+        torch.equal(a, b) for a, b in zip((output, *torch.autograd.grad(output, tensors, output_grad)), expected)
+    )
 
 
 def test_without_the_kernel_it_is_pytorch_that_computes(monkeypatch):

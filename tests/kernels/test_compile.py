@@ -14,14 +14,12 @@ import torch
 from helpers import LARGEST_FILE, ROOT, TIME_LIMIT, listing
 
 import microbert.kernels.compile
-from microbert.kernels import attention
-from microbert.kernels import gelu
-from microbert.model import loss
-from microbert.kernels import norm
 from microbert.config.environment import COMPILER_CACHES
+from microbert.kernels import attention, gelu, norm
+from microbert.kernels.compile import address, compiled_kernel, n_threads
+from microbert.model import loss
 from microbert.runtime.device import find_compiler, is_for_kernels
 from microbert.runtime.files import private_folder
-from microbert.kernels.compile import address, compiled_kernel, n_threads
 from microbert.runtime.torch_compile import compiled
 
 ALL = [(attention.SOURCE, {"HEAD": 3}), (gelu.SOURCE, {}), (loss.SOURCE, {}), (norm.SOURCE, {"D": 5})]
@@ -38,7 +36,9 @@ def forgotten_kernels():
 @needs_compiler
 def test_a_kernel_is_compiled_once_for_its_constants():
     for source, constants in ALL:
-        assert isinstance(compiled_kernel(source, **constants), ctypes.CDLL) and compiled_kernel(source, **constants) is compiled_kernel(source, **constants)
+        assert isinstance(compiled_kernel(source, **constants), ctypes.CDLL) and compiled_kernel(
+            source, **constants
+        ) is compiled_kernel(source, **constants)
     assert compiled_kernel(norm.SOURCE, D=5) is not compiled_kernel(norm.SOURCE, D=6)
 
 
@@ -47,9 +47,25 @@ def test_a_kernel_is_compiled_once_for_its_constants():
 def test_sources_compile_without_a_warning_for_old_processors_too(source, constants, tmp_path):
     processors = {"x86_64": ["x86-64-v2", "haswell", "skylake-avx512"]}.get(platform.machine(), ["native"])
     for processor in processors:
-        flags = [f"-march={processor}" if flag.startswith("-march") else flag for flag in microbert.kernels.compile.FLAGS]
-        done = subprocess.run([find_compiler(), *flags, "-Wall", "-Wextra", "-Wno-psabi", *(f"-D{name}={value}" for name, value in constants.items()), "-o", tmp_path / "x.so",
-                               source, "-lm"], capture_output=True, text=True)
+        flags = [
+            f"-march={processor}" if flag.startswith("-march") else flag for flag in microbert.kernels.compile.FLAGS
+        ]
+        done = subprocess.run(
+            [
+                find_compiler(),
+                *flags,
+                "-Wall",
+                "-Wextra",
+                "-Wno-psabi",
+                *(f"-D{name}={value}" for name, value in constants.items()),
+                "-o",
+                tmp_path / "x.so",
+                source,
+                "-lm",
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0 and not done.stderr
 
 
@@ -58,7 +74,15 @@ def test_sources_compile_without_a_warning_for_old_processors_too(source, consta
 def test_no_file_on_the_way_to_a_library_is_longer_than_it(source, constants, tmp_path):
     """So that a limit on files that lets a run go on does not change what it computes with."""
     resource = pytest.importorskip("resource")
-    command = [find_compiler(), *microbert.kernels.compile.FLAGS, *(f"-D{name}={value}" for name, value in constants.items()), "-o", tmp_path / "x.so", source, "-lm"]
+    command = [
+        find_compiler(),
+        *microbert.kernels.compile.FLAGS,
+        *(f"-D{name}={value}" for name, value in constants.items()),
+        "-o",
+        tmp_path / "x.so",
+        source,
+        "-lm",
+    ]
     subprocess.run(command, check=True)
     size = (tmp_path / "x.so").stat().st_size
     assert size < LARGEST_FILE
@@ -91,10 +115,19 @@ def results():
 def test_processors_with_narrower_vectors_compute_the_same(processor, monkeypatch):
     here = [(name, output.detach(), torch.autograd.grad(output.sum(), tensors)) for name, output, tensors in results()]
     compiled_kernel.cache_clear()
-    monkeypatch.setattr(microbert.kernels.compile, "FLAGS", [f"-march={processor}" if flag.startswith("-march") else flag for flag in microbert.kernels.compile.FLAGS])
+    monkeypatch.setattr(
+        microbert.kernels.compile,
+        "FLAGS",
+        [f"-march={processor}" if flag.startswith("-march") else flag for flag in microbert.kernels.compile.FLAGS],
+    )
     for (name, output, gradients), (_, other_output, tensors) in zip(here, results(), strict=True):
         tolerance = 1e-2 if "bf16" in name or "large" in name else 1e-4
-        torch.testing.assert_close((output, gradients), (other_output.detach(), torch.autograd.grad(other_output.sum(), tensors)), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            (output, gradients),
+            (other_output.detach(), torch.autograd.grad(other_output.sum(), tensors)),
+            rtol=tolerance,
+            atol=tolerance,
+        )
 
 
 @needs_compiler
@@ -120,7 +153,11 @@ def test_a_compiler_is_found_by_any_of_its_names(monkeypatch):
 
 def test_they_are_for_numbers_in_fp32_on_a_cpu():
     x = torch.ones(2)
-    assert is_for_kernels(x, torch.nn.Parameter(x)) and not is_for_kernels(x, x.double()) and not is_for_kernels(x.to("meta"))
+    assert (
+        is_for_kernels(x, torch.nn.Parameter(x))
+        and not is_for_kernels(x, x.double())
+        and not is_for_kernels(x.to("meta"))
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_for_kernels(x)
 
@@ -160,6 +197,7 @@ def make_with_mode(mode):
     def make(folder):
         folder.mkdir()
         folder.chmod(mode)
+
     return make
 
 
@@ -171,8 +209,16 @@ def make_of_somebody_else(folder):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows protects folders by access lists")
-@pytest.mark.parametrize("make, told", [(make_link, "is a link"), (make_file, "not a folder|exists"), (make_with_mode(0o770), "written to by other"), (make_with_mode(0o1777), "written to by other"),
-                                        (make_of_somebody_else, "belongs to another user")])
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (make_link, "is a link"),
+        (make_file, "not a folder|exists"),
+        (make_with_mode(0o770), "written to by other"),
+        (make_with_mode(0o1777), "written to by other"),
+        (make_of_somebody_else, "belongs to another user"),
+    ],
+)
 def test_a_folder_that_another_user_can_write_to_is_refused(make, told, tmp_path):
     make(tmp_path / "folder")
     with pytest.raises(OSError, match=told):
@@ -180,7 +226,14 @@ def test_a_folder_that_another_user_can_write_to_is_refused(make, told, tmp_path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows protects folders by access lists")
-@pytest.mark.parametrize("make, told", [(make_with_mode(0o777), "written to by other"), (make_with_mode(0o1777), ""), (make_of_somebody_else, "belongs to another user")])
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (make_with_mode(0o777), "written to by other"),
+        (make_with_mode(0o1777), ""),
+        (make_of_somebody_else, "belongs to another user"),
+    ],
+)
 def test_a_folder_that_another_user_can_replace_is_refused(make, told, tmp_path):
     """Where folders above it are another user's, or may be written to by others and are not sticky, as /tmp is."""
     make(tmp_path / "above")
@@ -201,7 +254,9 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
 
     def compile_with(**variables):
-        for name, value in ({name: "" for name in COMPILER_CACHES} | {"XDG_CACHE_HOME": tmp_path / "cache"} | variables).items():
+        for name, value in (
+            {name: "" for name in COMPILER_CACHES} | {"XDG_CACHE_HOME": tmp_path / "cache"} | variables
+        ).items():
             monkeypatch.setenv(name, str(value))
         microbert.kernels.compile._use_private_caches.cache_clear()
         torch._inductor.config.cpp_cache_precompile_headers = True
@@ -216,10 +271,15 @@ def caches(tmp_path, monkeypatch):
 def test_compiled_kernels_are_saved_in_the_users_cache(caches, tmp_path, capsys):
     own = [tmp_path / "cache" / "microbert" / name for name in ("torchinductor", "triton")]
     assert caches() == own and {mode_of(folder) for folder in own} == {0o700}
-    default = Path(microbert.kernels.compile.tempfile.gettempdir()) / "torchinductor_somebody"  # torch sets this one when its compiler is imported
+    default = (
+        Path(microbert.kernels.compile.tempfile.gettempdir()) / "torchinductor_somebody"
+    )  # torch sets this one when its compiler is imported
     assert caches(TORCHINDUCTOR_CACHE_DIR=default) == own and not default.exists()
     (tmp_path / "mine").mkdir()
-    assert caches(TORCHINDUCTOR_CACHE_DIR=tmp_path / "mine", TRITON_CACHE_DIR=tmp_path / "new") == [tmp_path / "mine", tmp_path / "new"]
+    assert caches(TORCHINDUCTOR_CACHE_DIR=tmp_path / "mine", TRITON_CACHE_DIR=tmp_path / "new") == [
+        tmp_path / "mine",
+        tmp_path / "new",
+    ]
     assert mode_of(tmp_path / "new") == 0o700 and capsys.readouterr().out == ""
 
 
@@ -228,7 +288,11 @@ def test_a_cache_that_is_not_private_is_named_and_another_one_used(caches, tmp_p
     make_with_mode(0o777)(tmp_path / "open")
     assert caches(TRITON_CACHE_DIR=tmp_path / "open")[1] == tmp_path / "cache" / "microbert" / "triton"
     told = capsys.readouterr().out
-    assert told.count("\n") == 1 and f"TRITON_CACHE_DIR = {tmp_path / 'open'} is not used" in told and "other users" in told
+    assert (
+        told.count("\n") == 1
+        and f"TRITON_CACHE_DIR = {tmp_path / 'open'} is not used" in told
+        and "other users" in told
+    )
     folders = caches(XDG_CACHE_HOME=tmp_path / "open")
     assert all(mode_of(folder.parent) == 0o700 and folder.parent.name.startswith("microbert-") for folder in folders)
     told = capsys.readouterr().out
@@ -244,7 +308,14 @@ def test_what_lies_where_torch_would_look_for_compiled_kernels_is_not_touched(tm
         (hostile / name / "planted").write_text("")
     before = listing(hostile)
     program = "import torch; from microbert.kernels.compile import compiled; print(compiled(lambda x: x.sin() + 1)(torch.ones(3)))"
-    environment = {**os.environ, "TMPDIR": str(hostile.parent), "XDG_CACHE_HOME": str(tmp_path / "cache"), **dict.fromkeys(COMPILER_CACHES, "")}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+    environment = {
+        **os.environ,
+        "TMPDIR": str(hostile.parent),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        **dict.fromkeys(COMPILER_CACHES, ""),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT
+    )
     assert done.returncode == 0 and "1.8415" in done.stdout, done.stderr
     assert listing(hostile) == before and listing(tmp_path / "cache" / "microbert" / "torchinductor")

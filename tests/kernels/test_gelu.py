@@ -6,8 +6,8 @@ from models import on_threads
 from torch.nn import functional as F
 
 import microbert.kernels.gelu
-from microbert.kernels.gelu import SOURCE, gelu
 from microbert.kernels.compile import compiled_kernel
+from microbert.kernels.gelu import SOURCE, gelu
 
 needs_kernel = pytest.mark.skipif(compiled_kernel(SOURCE) is None, reason="no C compiler with OpenMP")
 
@@ -15,7 +15,9 @@ needs_kernel = pytest.mark.skipif(compiled_kernel(SOURCE) is None, reason="no C 
 def output_and_gradient(function, x):
     x = x.requires_grad_()
     output = function(x)
-    return output.detach(), *torch.autograd.grad(output, x, torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape))
+    return output.detach(), *torch.autograd.grad(
+        output, x, torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)
+    )
 
 
 @needs_kernel
@@ -32,7 +34,9 @@ def test_values_and_slopes_are_those_of_pytorch_in_doubles(n, extent):
 def test_far_from_zero_it_is_the_number_itself_or_nothing():
     x = torch.tensor([-1e30, -30.0, 0.0, 30.0, 1e30])
     output, gradient = output_and_gradient(gelu, x)
-    assert torch.allclose(output, torch.tensor([0.0, 0.0, 0.0, 30.0, 1e30])) and torch.allclose(gradient, torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0]))
+    assert torch.allclose(output, torch.tensor([0.0, 0.0, 0.0, 30.0, 1e30])) and torch.allclose(
+        gradient, torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0])
+    )
     assert output_and_gradient(gelu, torch.tensor([float("nan")]))[0].isnan()
 
 
@@ -41,7 +45,10 @@ def test_far_from_zero_it_is_the_number_itself_or_nothing():
 def test_any_layout_will_do_and_a_part_of_a_wider_tensor_is_not_copied(n_threads):
     x = torch.randn(6, 5, 50, generator=torch.Generator().manual_seed(0))
     for view in (x, x.transpose(0, 2), x[..., 20:41], x[:, 1], x[0, :, :7]):
-        for ours, exact in zip(on_threads(n_threads, output_and_gradient, gelu, view.detach()), output_and_gradient(F.gelu, view.detach().double())):
+        for ours, exact in zip(
+            on_threads(n_threads, output_and_gradient, gelu, view.detach()),
+            output_and_gradient(F.gelu, view.detach().double()),
+        ):
             assert (ours - exact).abs().max() < 1e-6
     part = x[..., 20:41].requires_grad_()
     assert gelu(part).grad_fn.saved_tensors[0].data_ptr() == part.data_ptr()

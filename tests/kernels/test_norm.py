@@ -20,7 +20,9 @@ EPS = 1e-12
 
 def inputs(D=4, rows=(3, 5), seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    x, weight, bias, output_grad = (torch.randn(shape, generator=generator) for shape in ((*rows, D), (D,), (D,), (*rows, D)))
+    x, weight, bias, output_grad = (
+        torch.randn(shape, generator=generator) for shape in ((*rows, D), (D,), (D,), (*rows, D))
+    )
     x = scale * (x + 2 * torch.arange(D)) + 1  # no row of nearly equal numbers, which is hard for both
     return [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()], output_grad
 
@@ -44,13 +46,23 @@ def is_ours(output):
 
 @needs_kernel
 @many_examples
-@given(st.integers(3, NARROW_ROW), st.integers(1, 70), st.integers(0, 100), st.sampled_from([0.1, 1.0, 10.0]), st.integers(1, 4))
+@given(
+    st.integers(3, NARROW_ROW),
+    st.integers(1, 70),
+    st.integers(0, 100),
+    st.sampled_from([0.1, 1.0, 10.0]),
+    st.integers(1, 4),
+)
 def test_output_and_gradients_are_those_of_pytorch(D, n_rows, seed, scale, n_threads):
     tensors, output_grad = inputs(D, (n_rows,), seed, scale)
     assert is_ours(ours(*tensors))
-    in_doubles = output_and_gradients(pytorch_norm, [x.detach().double().requires_grad_() for x in tensors], output_grad.double())
+    in_doubles = output_and_gradients(
+        pytorch_norm, [x.detach().double().requires_grad_() for x in tensors], output_grad.double()
+    )
     for mine, exact in zip(on_threads(n_threads, output_and_gradients, ours, tensors, output_grad), in_doubles):
-        assert mine.shape == exact.shape and (mine - exact).abs().max() <= 1e-5 / min(1, scale) * (1 + exact.abs().max())
+        assert mine.shape == exact.shape and (mine - exact).abs().max() <= 1e-5 / min(1, scale) * (
+            1 + exact.abs().max()
+        )
 
 
 @needs_kernel
@@ -58,7 +70,10 @@ def test_any_layout_will_do_and_the_numbers_are_the_same_each_time():
     tensors, output_grad = inputs(rows=(30, 50))
     expected = on_threads(3, output_and_gradients, ours, tensors, output_grad)
     apart = [tensors[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(), *tensors[1:]]
-    for a, b in zip(on_threads(3, output_and_gradients, ours, apart, output_grad.transpose(0, 1).contiguous().transpose(0, 1)), expected):
+    for a, b in zip(
+        on_threads(3, output_and_gradients, ours, apart, output_grad.transpose(0, 1).contiguous().transpose(0, 1)),
+        expected,
+    ):
         assert torch.equal(a, b)
 
 
@@ -76,7 +91,13 @@ def test_wherever_the_arrays_lie_gradients_are_the_same_bits(n_embed, n_rows):
     """A compiler may take other loops for arrays that lie close to each other; found where a product and its sum were fused in some of them."""
     kernel, generator, rng = compiled_kernel(SOURCE, D=n_embed), torch.Generator().manual_seed(0), random.Random(0)
     x, output_grad = torch.randn(2, n_rows * n_embed, generator=generator)
-    arrays = [x, output_grad, torch.randn(n_embed, generator=generator), torch.zeros_like(x), torch.zeros(2 * n_embed)]  # the last two: x_grad, parameter_grads
+    arrays = [
+        x,
+        output_grad,
+        torch.randn(n_embed, generator=generator),
+        torch.zeros_like(x),
+        torch.zeros(2 * n_embed),
+    ]  # the last two: x_grad, parameter_grads
 
     def gradients():
         buffer, placed, end = torch.zeros(10_000), {}, 0
@@ -85,7 +106,16 @@ def test_wherever_the_arrays_lie_gradients_are_the_same_bits(n_embed, n_rows):
             end = start + len(arrays[number])
             placed[number] = buffer[start:end].copy_(arrays[number])
         of_x, of_output, of_weight, x_grad, parameter_grads = (address(placed[number]) for number in range(5))
-        kernel.backward(ctypes.c_int(1), ctypes.c_long(n_rows), ctypes.c_float(EPS), of_x, of_weight, of_output, x_grad, parameter_grads)
+        kernel.backward(
+            ctypes.c_int(1),
+            ctypes.c_long(n_rows),
+            ctypes.c_float(EPS),
+            of_x,
+            of_weight,
+            of_output,
+            x_grad,
+            parameter_grads,
+        )
         return placed[3].tolist(), placed[4].tolist()
 
     expected = gradients()

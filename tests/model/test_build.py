@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import VOCAB_SIZE, as_batch, few_examples, token_rows
 
+from microbert.data.masking import mask_batch
+from microbert.data.tokenizer import N_SPECIAL
 from microbert.errors import InputError
+from microbert.model.build import build_model, count_parameters, new_model, unigram_entropy, with_max_seq_len
 from microbert.model.layers import ModelConfig
 from microbert.model.loss import masked_scores
-from microbert.data.masking import mask_batch
-from microbert.model.build import build_model, count_parameters, new_model, unigram_entropy, with_max_seq_len
-from microbert.data.tokenizer import N_SPECIAL
 
 
 def zipf_counts(vocab_size=VOCAB_SIZE):
@@ -62,7 +62,13 @@ def test_the_weights_are_a_function_of_the_seed(arch):
 
 
 @few_examples
-@given(heads=st.integers(1, 4), half=st.integers(1, 4), layers=st.integers(1, 4), vocab_size=st.integers(6, 500), arch=st.sampled_from(["bert", "modern"]))
+@given(
+    heads=st.integers(1, 4),
+    half=st.integers(1, 4),
+    layers=st.integers(1, 4),
+    vocab_size=st.integers(6, 500),
+    arch=st.sampled_from(["bert", "modern"]),
+)
 def test_parameters_are_counted_without_a_model(heads, half, layers, vocab_size, arch):
     config = ModelConfig(vocab_size, layers, heads, 2 * heads * half, 16, arch=arch)
     assert count_parameters(config) == sum(parameter.numel() for parameter in new_model(config).parameters())
@@ -71,7 +77,10 @@ def test_parameters_are_counted_without_a_model(heads, half, layers, vocab_size,
 @pytest.mark.parametrize("arch", ["bert", "modern"])
 def test_fewer_positions_compute_the_same(arch):
     model = build_model(ModelConfig(VOCAB_SIZE, 2, 2, 4, 16, arch=arch), 0).eval()
-    shorter, input_ids = with_max_seq_len(model, 6).eval(), torch.from_numpy(token_rows(3, shortest=6)[:, :6].astype(np.int64))
+    shorter, input_ids = (
+        with_max_seq_len(model, 6).eval(),
+        torch.from_numpy(token_rows(3, shortest=6)[:, :6].astype(np.int64)),
+    )
     assert shorter.config.max_seq_len == 6 and with_max_seq_len(model, None) is model is with_max_seq_len(model, 16)
     assert torch.equal(shorter.hidden_states(input_ids, None, None), model.hidden_states(input_ids, None, None))
 

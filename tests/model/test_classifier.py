@@ -6,8 +6,8 @@ import torch
 import transformers
 from models import noise_, noisy_model, token_rows
 
-from microbert.model.classifier import TextClassifier, batch_of, check_classifier, encode_texts, save_classifier
 from microbert.fill_mask import load_run
+from microbert.model.classifier import TextClassifier, batch_of, check_classifier, encode_texts, save_classifier
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,14 @@ def test_padding_does_not_change_a_texts_logits(model):
 
 
 def test_texts_are_read_as_the_stock_tokenizer_reads_them(tokenizer, finished_run):
-    texts = ["", "great film", "a [PAD] b [PAD]", "the [MASK] was\x00 slow , never bad ! " * 9, "\u00fcber caf\u00e9", *(finished_run / "corpus.jsonl").read_text().splitlines()[:50]]
+    texts = [
+        "",
+        "great film",
+        "a [PAD] b [PAD]",
+        "the [MASK] was\x00 slow , never bad ! " * 9,
+        "\u00fcber caf\u00e9",
+        *(finished_run / "corpus.jsonl").read_text().splitlines()[:50],
+    ]
     stock = transformers.AutoTokenizer.from_pretrained(finished_run / "run", model_max_length=16)
     expected = stock(texts, truncation=True, padding="max_length", return_tensors="np")["input_ids"]
     np.testing.assert_array_equal(encode_texts(tokenizer, texts, 16), expected)
@@ -54,7 +61,10 @@ def test_texts_are_read_as_the_stock_tokenizer_reads_them(tokenizer, finished_ru
 def test_the_new_weights_are_a_function_of_the_seed():
     first, same, other = (TextClassifier(noisy_model(), 2, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], same[name]) for name in first)
-    assert {name for name in first if not torch.equal(first[name], other[name])} == {"classifier.weight", "pooler.weight"}
+    assert {name for name in first if not torch.equal(first[name], other[name])} == {
+        "classifier.weight",
+        "pooler.weight",
+    }
 
 
 def test_dropout_is_that_of_the_encoder_and_only_with_keys():

@@ -8,16 +8,37 @@ import numpy as np
 import pytest
 import torch
 
+from microbert.data.prepare import packed_sequences, packed_text, truncated_sequences
+from microbert.data.shards import Sequences
+from microbert.data.tokenizer import N_SPECIAL, UNK_ID, train_tokenizer
+from microbert.fill_mask import fill_mask
+from microbert.model.build import build_model
 from microbert.model.examples import N_EXAMPLES, Example, find_examples
 from microbert.model.export import write_model_card
-from microbert.fill_mask import fill_mask
 from microbert.model.layers import ModelConfig
-from microbert.model.build import build_model
-from microbert.data.prepare import packed_sequences, packed_text, truncated_sequences
-from microbert.data.tokenizer import N_SPECIAL, UNK_ID, train_tokenizer
-from microbert.data.shards import Sequences
 
-WORDS = "the a film actor story was is great bad slow and it of scene music end plot never always funny".split()
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "actor",
+    "story",
+    "was",
+    "is",
+    "great",
+    "bad",
+    "slow",
+    "and",
+    "it",
+    "of",
+    "scene",
+    "music",
+    "end",
+    "plot",
+    "never",
+    "always",
+    "funny",
+]
 THAI = [chr(0xE01 + number) for number in range(40)]
 
 
@@ -139,7 +160,7 @@ def test_the_model_is_left_as_it_was():
     assert all(map(torch.equal, before, model.parameters()))
 
 
-@pytest.mark.parametrize("text", ["``` # title | <b>[MASK]", "| [MASK] | `` ` ````` '", "\u0e17 [MASK] \"\\", "[MASK]"])
+@pytest.mark.parametrize("text", ["``` # title | <b>[MASK]", "| [MASK] | `` ` ````` '", '\u0e17 [MASK] "\\', "[MASK]"])
 def test_a_model_card_shows_any_text_as_text(text, tmp_path):
     example = Example(text, "a|b", 0.5, [("```", 0.25), ("<script>", 0.125)])
     write_model_card(tmp_path, "runs", {"trained on": "texts|more\n# x `y` <b> [z]"}, [example])

@@ -8,8 +8,8 @@ import sys
 import pytest
 from helpers import ROOT
 
-from microbert.train.checkpoint import verify
 from microbert.fill_mask import fill_mask, load_run
+from microbert.train.checkpoint import verify
 
 LOAD = """
 import sys, transformers
@@ -31,8 +31,17 @@ def test_transformers_loads_the_run_and_its_checkpoints_without_a_warning_about_
 
 def test_the_folder_holds_what_was_promised(finished_run):
     names = {path.name for path in (finished_run / "run").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "README.md",
-            "metrics.jsonl", "training_curve.png", "status.json"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "README.md",
+        "metrics.jsonl",
+        "training_curve.png",
+        "status.json",
+    } <= names
     status = json.loads((finished_run / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["rank"]) == ("done", 0, 0)
 
@@ -42,8 +51,13 @@ def test_metrics_have_evaluations_first_last_and_between(finished_run):
     evaluated = [line["step"] for line in lines if "eval/loss" in line]
     assert evaluated[0] == 0 and evaluated[-1] == max(line["step"] for line in lines) and len(evaluated) > 2
     trained = [line for line in lines if "train/loss" in line]
-    assert {"train/learning_rate", "train/grad_norm", "train/samples_per_second", "train/tokens_per_second",
-            "train/peak_memory_gb"} <= set(trained[0])
+    assert {
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/samples_per_second",
+        "train/tokens_per_second",
+        "train/peak_memory_gb",
+    } <= set(trained[0])
     assert lines[-1]["epoch"] == 2.0
 
 
@@ -58,7 +72,9 @@ def test_fill_mask_agrees_with_the_pipeline_of_transformers(finished_run):
 
 
 def fill(*arguments):
-    return subprocess.run([sys.executable, "-m", "microbert.fill_mask", *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "microbert.fill_mask", *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
 
 
 def test_fill_mask_on_the_command_line(finished_run):
@@ -66,8 +82,14 @@ def test_fill_mask_on_the_command_line(finished_run):
     assert done.returncode == 0 and done.stdout.count("%") == 15
 
 
-@pytest.mark.parametrize("arguments, words", [(["{run}", "no mask here"], "[MASK]"), (["{run}/nowhere", "a [MASK]"], "holds no model"),
-                                              (["{run}", "[MASK] " + "word " * 100], "takes 32")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["{run}", "no mask here"], "[MASK]"),
+        (["{run}/nowhere", "a [MASK]"], "holds no model"),
+        (["{run}", "[MASK] " + "word " * 100], "takes 32"),
+    ],
+)
 def test_fill_mask_says_what_is_wrong(arguments, words, finished_run):
     done = fill(*(argument.format(run=finished_run / "run") for argument in arguments))
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -5,10 +5,15 @@ import torch
 import transformers
 from models import VOCAB_SIZE, noise_, noisy_model, token_rows
 
-from microbert.model.hugging_face import from_hugging_face, hugging_face_config, read_hugging_face_config, to_hugging_face
-from microbert.model.layers import ModelConfig
-from microbert.model.build import ARCHITECTURES, new_model
 from microbert.data.tokenizer import PAD_ID
+from microbert.model.build import ARCHITECTURES, new_model
+from microbert.model.hugging_face import (
+    from_hugging_face,
+    hugging_face_config,
+    read_hugging_face_config,
+    to_hugging_face,
+)
+from microbert.model.layers import ModelConfig
 
 TOLERANCE = 1e-4
 SHAPES = [(1, 1, 4), (2, 2, 4), (3, 4, 32), (2, 3, 24)]  # layers, heads, width

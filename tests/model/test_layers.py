@@ -5,8 +5,8 @@ import torch
 from models import VOCAB_SIZE, noisy_model, token_rows
 
 import microbert.model.layers
-from microbert.model.layers import Dropout, ModelConfig, Rotary, at_positions
 from microbert.data.tokenizer import N_SPECIAL, PAD_ID
+from microbert.model.layers import Dropout, ModelConfig, Rotary, at_positions
 
 ARCHS = ("bert", "modern")
 
@@ -36,7 +36,9 @@ def test_what_stands_in_the_padding_changes_nothing(arch):
     before, after = (model.logits(x, real, positions).view(6, 16, -1) for x in (ids, other))
     assert torch.equal(before[real], after[real])
     assert not torch.equal(before, after)
-    assert not torch.allclose(before[real], model.logits(other, None, positions).view(6, 16, -1)[real], atol=1e-3)  # the mask did it
+    assert not torch.allclose(
+        before[real], model.logits(other, None, positions).view(6, 16, -1)[real], atol=1e-3
+    )  # the mask did it
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -74,10 +76,15 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 
 def test_rotary_turns_asked_positions_as_all_of_them():
-    rotary, x = Rotary(ModelConfig(VOCAB_SIZE, 1, 2, 16, 32)), torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(0))
+    rotary, x = (
+        Rotary(ModelConfig(VOCAB_SIZE, 1, 2, 16, 32)),
+        torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(0)),
+    )
     positions = torch.randint(0, 32, (3, 5), generator=torch.Generator().manual_seed(1))
     whole = rotary(x.view(3, 32, 2, 8)).flatten(2)
-    assert torch.equal(at_positions(whole, positions), rotary(at_positions(x, positions).view(3, 5, 2, 8), positions).flatten(2))
+    assert torch.equal(
+        at_positions(whole, positions), rotary(at_positions(x, positions).view(3, 5, 2, 8), positions).flatten(2)
+    )
 
 
 def test_rotary_tables_that_grow_are_those_that_are_built_at_once(monkeypatch):

@@ -14,16 +14,22 @@ from models import VOCAB_SIZE, as_batch, many_examples, noisy_model, on_threads,
 from test_config import configure
 from torch.nn import functional as F
 
-from microbert.model import loss as loss_module
-from microbert.runtime.distributed import World
-from microbert.model.loss import SOURCE, THIN, masked_loss, masked_scores
 from microbert.data.masking import IGNORED, mask_batch
+from microbert.model import loss as loss_module
+from microbert.model.loss import SOURCE, THIN, masked_loss, masked_scores
+from microbert.runtime.distributed import World
 from microbert.train.step import Learner, micro_batches
 
 N, V = 23, 50  # V is no whole number of vectors
 KERNEL, TORCH, COMPILED = "loss.c", "PyTorch", "torch.compile"
-WAYS = {"thin": (6, KERNEL), "thinnest": (1, KERNEL), "wide": (40, KERNEL), "thin, by PyTorch": (6, TORCH), "wide, by PyTorch": (40, TORCH),
-        "wide, for torch.compile": (40, COMPILED)}  # D; by what
+WAYS = {
+    "thin": (6, KERNEL),
+    "thinnest": (1, KERNEL),
+    "wide": (40, KERNEL),
+    "thin, by PyTorch": (6, TORCH),
+    "wide, by PyTorch": (40, TORCH),
+    "wide, for torch.compile": (40, COMPILED),
+}  # D; by what
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-6}, torch.float64: {"rtol": 1e-11, "atol": 1e-13}}
 
 
@@ -35,7 +41,9 @@ def n_embed(request, monkeypatch):
         monkeypatch.setattr(loss_module, "compiled_kernel", lambda _: None)
         if way == COMPILED:
             monkeypatch.setattr(loss_module, "_TorchSoftmax", lambda bias, _: loss_module._CompiledSoftmax(bias))
-            monkeypatch.setattr(loss_module, "_compiled_softmax", lambda: loss_module._softmax)  # which is not compiled here: that takes seconds a shape
+            monkeypatch.setattr(
+                loss_module, "_compiled_softmax", lambda: loss_module._softmax
+            )  # which is not compiled here: that takes seconds a shape
     elif loss_module.compiled_kernel(SOURCE) is None:
         pytest.skip("no C compiler with OpenMP")
     return D
@@ -43,7 +51,9 @@ def n_embed(request, monkeypatch):
 
 def inputs(dtype=torch.float32, scale=1.0, n_embed=6):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (scale * torch.randn(shape, generator=generator, dtype=dtype) for shape in ((N, n_embed), (V, n_embed), (V,)))
+    hidden, weight, bias = (
+        scale * torch.randn(shape, generator=generator, dtype=dtype) for shape in ((N, n_embed), (V, n_embed), (V,))
+    )
     labels = torch.randint(0, V, (N,), generator=generator)
     labels[::4] = IGNORED
     return [tensor.requires_grad_() for tensor in (hidden, weight, bias)], labels
@@ -72,8 +82,11 @@ def expected(leaves, labels, n_masked):
 def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, n_embed, chunk_elements, dtype):
     in_chunks_of(monkeypatch, chunk_elements)
     leaves, labels = inputs(dtype, n_embed=n_embed)
-    torch.testing.assert_close(loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves), expected(leaves, labels, 17),
-                               **TOLERANCE[dtype])
+    torch.testing.assert_close(
+        loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves),
+        expected(leaves, labels, 17),
+        **TOLERANCE[dtype],
+    )
 
 
 @pytest.mark.slow
@@ -82,11 +95,17 @@ def test_so_they_are_when_torch_compiles_them(monkeypatch, dtype):
     monkeypatch.setattr(loss_module, "compiled_kernel", lambda _: None)
     in_chunks_of(monkeypatch, 8 * V)
     leaves, labels = inputs(n_embed=40)
-    results = [loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype, is_compiled), leaves) for is_compiled in (True, False)]
+    results = [
+        loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype, is_compiled), leaves)
+        for is_compiled in (True, False)
+    ]
     (loss, gradients), (expected_loss, expected_gradients) = results
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert loss == pytest.approx(expected_loss.item(), rel=tolerance)
-    assert all((gradient - other).norm() <= tolerance * other.norm() for gradient, other in zip(gradients, expected_gradients, strict=True))
+    assert all(
+        (gradient - other).norm() <= tolerance * other.norm()
+        for gradient, other in zip(gradients, expected_gradients, strict=True)
+    )
 
 
 @given(chunk=st.integers(1, 3000), n_rows=st.integers(0, 20_000))
@@ -97,13 +116,24 @@ def test_where_chunks_are_compiled_they_are_alike_if_that_makes_few_more(chunk, 
 
 
 @many_examples
-@given(n_rows=st.integers(1, 40), vocab_size=st.integers(2, 100), n_embed=st.integers(1, 40), n_threads=st.integers(1, 4), seed=st.integers(0, 100))
+@given(
+    n_rows=st.integers(1, 40),
+    vocab_size=st.integers(2, 100),
+    n_embed=st.integers(1, 40),
+    n_threads=st.integers(1, 4),
+    seed=st.integers(0, 100),
+)
 def test_so_they_are_for_any_sizes_and_threads(n_rows, vocab_size, n_embed, n_threads, seed):
     generator = torch.Generator().manual_seed(seed)
-    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((n_rows, n_embed), (vocab_size, n_embed), (vocab_size,))]
+    leaves = [
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((n_rows, n_embed), (vocab_size, n_embed), (vocab_size,))
+    ]
     labels = torch.randint(0, vocab_size, (n_rows,), generator=generator)
     labels[torch.rand(n_rows, generator=generator) < 0.3] = IGNORED
-    results = [on_threads(n_threads, loss_and_gradients, lambda *x: masked_loss(*x, labels, n_rows), leaves) for _ in range(2)]
+    results = [
+        on_threads(n_threads, loss_and_gradients, lambda *x: masked_loss(*x, labels, n_rows), leaves) for _ in range(2)
+    ]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     torch.testing.assert_close(results[0], expected(leaves, labels, n_rows), rtol=1e-4, atol=1e-5)
 
@@ -111,9 +141,13 @@ def test_so_they_are_for_any_sizes_and_threads(n_rows, vocab_size, n_embed, n_th
 def test_products_in_bf16_give_about_the_same_loss_and_gradients(monkeypatch, n_embed):
     in_chunks_of(monkeypatch, 5 * V)
     leaves, labels = inputs(scale=0.5, n_embed=n_embed)
-    (loss, gradients), (exact_loss, exact) = (loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype), leaves)
-                                              for dtype in (torch.bfloat16, torch.float32))
-    is_thin_kernel = n_embed <= THIN and loss_module.compiled_kernel(SOURCE) is not None  # which multiplies in fp32 all the same
+    (loss, gradients), (exact_loss, exact) = (
+        loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype), leaves)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    is_thin_kernel = (
+        n_embed <= THIN and loss_module.compiled_kernel(SOURCE) is not None
+    )  # which multiplies in fp32 all the same
     assert (loss == exact_loss) == is_thin_kernel and loss == pytest.approx(exact_loss.item(), rel=0.01)
     for gradient, of_fp32 in zip(gradients, exact):
         assert gradient.dtype == torch.float32
@@ -142,7 +176,11 @@ def test_any_layout_will_do_and_labels_beyond_the_vocabulary_are_told(n_embed):
     leaves, labels = inputs(n_embed=n_embed)
     result = loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves)
     (hidden, weight, bias), apart = leaves, torch.stack([labels, labels], dim=1)[:, 0]
-    elsewhere = [torch.stack([hidden, hidden], dim=1)[:, 0], weight.T.contiguous().T, torch.stack([bias, bias], dim=1)[:, 0]]
+    elsewhere = [
+        torch.stack([hidden, hidden], dim=1)[:, 0],
+        weight.T.contiguous().T,
+        torch.stack([bias, bias], dim=1)[:, 0],
+    ]
     elsewhere = [x.detach().as_strided(x.shape, x.stride()).requires_grad_() for x in elsewhere]
     assert not elsewhere[0].is_contiguous() and not apart.is_contiguous()
     torch.testing.assert_close(loss_and_gradients(lambda *x: masked_loss(*x, apart, 17), elsewhere), result)
@@ -152,7 +190,9 @@ def test_any_layout_will_do_and_labels_beyond_the_vocabulary_are_told(n_embed):
 
 def test_no_rows_give_no_loss(n_embed):
     (hidden, weight, bias), labels = inputs(n_embed=n_embed)
-    loss, gradients = loss_and_gradients(lambda *x: masked_loss(*x, labels[:0], 1), [hidden.detach()[:0].requires_grad_(), weight, bias])
+    loss, gradients = loss_and_gradients(
+        lambda *x: masked_loss(*x, labels[:0], 1), [hidden.detach()[:0].requires_grad_(), weight, bias]
+    )
     assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
@@ -182,7 +222,18 @@ def test_scores_without_a_masked_token_are_zero():
 @pytest.mark.slow
 def test_it_takes_a_tenth_at_most_of_the_memory_of_all_logits():
     rows, vocab_size, n_embed = 8192, 50_000, 128
-    command = [sys.executable, str(ROOT / "benchmarks" / "head.py"), "--growth-of", "chunks", "--rows", str(rows), "--vocab-size", str(vocab_size), "--n-embed", str(n_embed)]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "head.py"),
+        "--growth-of",
+        "chunks",
+        "--rows",
+        str(rows),
+        "--vocab-size",
+        str(vocab_size),
+        "--n-embed",
+        str(n_embed),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stderr
     gradients = 4 * (rows + vocab_size) * n_embed
@@ -193,7 +244,10 @@ def gradients_of_a_step(micro_batch_size):
     masked = mask_batch(as_batch(token_rows(32)), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
     model = noisy_model(dropout=0.2)
     learner = Learner(model, configure(micro_batch_size=micro_batch_size, grad_clip=None, dropout=0.2), World({}))
-    return [*map(torch.tensor, learner.step(masked, 0, 0.0).read()), *(parameter.grad for parameter in model.parameters())]
+    return [
+        *map(torch.tensor, learner.step(masked, 0, 0.0).read()),
+        *(parameter.grad for parameter in model.parameters()),
+    ]
 
 
 @pytest.mark.parametrize("size", [8, 16, 5, 1])

@@ -12,15 +12,25 @@ import torch
 import transformers
 from models import noise_, noisy_model, token_rows
 
+from microbert.data.tokenizer import MASK_ID, PAD_ID, save_tokenizer, train_tokenizer
 from microbert.model.classifier import TextClassifier, save_classifier
 from microbert.model.export import save_model
 from microbert.model.hugging_face import hugging_face_config
-from microbert.data.tokenizer import MASK_ID, PAD_ID, save_tokenizer, train_tokenizer
 
-TEXTS = ["Überraschend GUTE Filme, 世界 and café's naïve Ärger!",
-         "a film for the whole world .", "word wörd WORD Wörd ÉCOLE école Ecole ecole"]
-EDGES = ["", "ÉCOLE école ECOLE", "über-naïve: [MASK] wasn't\u00a0it?", "世界and世 界",
-         "\u0130stanbul \u00df \u1e9e 1\u00bd", "a\x00b\u200bc \ufb01lm", "[CLS] the [SEP]"]
+TEXTS = [
+    "Überraschend GUTE Filme, 世界 and café's naïve Ärger!",
+    "a film for the whole world .",
+    "word wörd WORD Wörd ÉCOLE école Ecole ecole",
+]
+EDGES = [
+    "",
+    "ÉCOLE école ECOLE",
+    "über-naïve: [MASK] wasn't\u00a0it?",
+    "世界and世 界",
+    "\u0130stanbul \u00df \u1e9e 1\u00bd",
+    "a\x00b\u200bc \ufb01lm",
+    "[CLS] the [SEP]",
+]
 NORMALIZERS = list(itertools.product([False, True], repeat=2))  # lowercase, strip_accents
 N_LAYERS, N_TOKENS = 3, 200  # more tokens than ModernBERT's window, and more layers than one of three that sees past it
 OLD = "4.57.1"
@@ -114,8 +124,13 @@ def test_transformers_4_computes_the_same_and_reads_the_same(old_python, tmp_pat
         tokenizers[str(folder)] = texts
         expected[str(folder)] = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     classes = ["AutoTokenizer", "BertTokenizer", "BertTokenizerFast"]
-    asked = {"ids": ids.tolist(), "mask": real.long().tolist(),
-             "models": models, "tokenizers": tokenizers, "classes": classes}
+    asked = {
+        "ids": ids.tolist(),
+        "mask": real.long().tolist(),
+        "models": models,
+        "tokenizers": tokenizers,
+        "classes": classes,
+    }
     (tmp_path / "asked.json").write_text(json.dumps(asked))
     command = [old_python, "-c", READ, tmp_path / "asked.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -67,7 +67,9 @@ def test_each_counter_and_each_of_its_bits_changes_the_bits(values, data):
 
 
 def test_the_order_and_number_of_counters_matter():
-    assert len({int(random_bits(*values)[0]) for values in [(1, 2), (2, 1), (1, 2, 0), (0, 1, 2), (3,), (1,), (2,)]}) == 7
+    assert (
+        len({int(random_bits(*values)[0]) for values in [(1, 2), (2, 1), (1, 2, 0), (0, 1, 2), (3,), (1,), (2,)]}) == 7
+    )
 
 
 @many_examples
@@ -75,7 +77,11 @@ def test_the_order_and_number_of_counters_matter():
 def test_arrays_of_counters_are_broadcast(seed, rows, columns):
     bits = random_bits(seed, np.array(rows)[:, None], np.array(columns))
     assert bits.shape == (len(rows), len(columns))
-    assert all(bits[i, j] == random_bits(seed, row, column)[0] for i, row in enumerate(rows) for j, column in enumerate(columns))
+    assert all(
+        bits[i, j] == random_bits(seed, row, column)[0]
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    )
 
 
 @few_examples

@@ -35,7 +35,9 @@ def test_it_is_recorded_after_a_few_calls_alike_and_reads_from_places_of_its_own
     assert all(x is calls[WARM_UP][0] and y is calls[WARM_UP][1] for x, y, _ in calls[WARM_UP:])
 
 
-@pytest.mark.parametrize("other", [((torch.ones(3), torch.ones(3)), 3), ((ONE, None), 3), ((ONE.int(), ONE), 3), ((ONE, ONE), 4)])
+@pytest.mark.parametrize(
+    "other", [((torch.ones(3), torch.ones(3)), 3), ((ONE, None), 3), ((ONE.int(), ONE), 3), ((ONE, ONE), 4)]
+)
 def test_other_arguments_are_computed_as_they_come_and_end_the_recording(recordings, other):
     recorded, calls = new_recorded()
     for _ in range(WARM_UP):
@@ -73,4 +75,6 @@ def test_what_is_off_or_cannot_be_recorded_is_called_as_it_is(monkeypatch, capsy
         assert all(torch.equal(one((ONE, ONE), 2), 4 * ONE) for _ in range(2 * WARM_UP + 2))
     assert len(calls) == 2 * WARM_UP + 2
     told = capsys.readouterr().err
-    assert told.count("hint: ") == 1 and "operation not permitted when stream is capturing" in told and not failing.is_on
+    assert (
+        told.count("hint: ") == 1 and "operation not permitted when stream is capturing" in told and not failing.is_on
+    )

@@ -11,7 +11,16 @@ from test_config import configure, configure_v4
 
 import microbert.runtime.device
 from microbert.errors import InputError
-from microbert.runtime.device import choose_device, compute_dtype, describe_compute, is_compiled, is_captured, limit_memory, memory_bytes, out_of_memory
+from microbert.runtime.device import (
+    choose_device,
+    compute_dtype,
+    describe_compute,
+    is_captured,
+    is_compiled,
+    limit_memory,
+    memory_bytes,
+    out_of_memory,
+)
 from microbert.runtime.distributed import World
 
 GIB = 2**30
@@ -21,16 +30,31 @@ GIB = 2**30
 def two_gpus(monkeypatch):
     """As if there were two GPUs of 40 GiB from Ampere on; returns the fractions that the allocators were told, by device."""
     fractions = {}
-    for name, value in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": lambda device: None, "memory._lazy_init": lambda: None,
-                        "get_device_properties": lambda device: type("properties", (), {"total_memory": 40 * GIB}),
-                        "get_device_capability": lambda device: (8, 0), "is_bf16_supported": lambda including_emulation: True}.items():
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "set_device": lambda device: None,
+        "memory._lazy_init": lambda: None,
+        "get_device_properties": lambda device: type("properties", (), {"total_memory": 40 * GIB}),
+        "get_device_capability": lambda device: (8, 0),
+        "is_bf16_supported": lambda including_emulation: True,
+    }.items():
         monkeypatch.setattr(f"torch.cuda.{name}", value)
-    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda fraction, index: fractions.update({index: fraction}), raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda fraction, index: fractions.update({index: fraction}), raising=False
+    )
     return fractions
 
 
-@pytest.mark.parametrize("name, environment, index", [
-    ("auto", {}, 0), ("cuda", {}, 0), ("cuda:1", {}, 1), ("auto", {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 1)])
+@pytest.mark.parametrize(
+    "name, environment, index",
+    [
+        ("auto", {}, 0),
+        ("cuda", {}, 0),
+        ("cuda:1", {}, 1),
+        ("auto", {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 1),
+    ],
+)
 def test_a_gpu_has_its_number_and_its_allocator_a_limit(name, environment, index, two_gpus):
     device = choose_device(name, World(environment))
     assert device == torch.device("cuda", index) and memory_bytes(device, World(environment)) == 40 * GIB
@@ -40,7 +64,13 @@ def test_a_gpu_has_its_number_and_its_allocator_a_limit(name, environment, index
     assert two_gpus == {index: 1.0}
 
 
-@pytest.mark.parametrize("name, environment, told", [("cuda:2", {}, "there are 2 GPUs"), ("cuda", {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, "start one for each GPU")])
+@pytest.mark.parametrize(
+    "name, environment, told",
+    [
+        ("cuda:2", {}, "there are 2 GPUs"),
+        ("cuda", {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, "start one for each GPU"),
+    ],
+)
 def test_a_gpu_that_is_not_there_is_told(name, environment, told, two_gpus):
     with pytest.raises(InputError, match=told):
         choose_device(name, World(environment))
@@ -51,15 +81,29 @@ def test_how_a_gpu_computes_is_chosen_and_what_is_asked_for_wins(two_gpus, monke
     monkeypatch.setattr(microbert.runtime.device.importlib.util, "find_spec", lambda name: object())
     assert describe_compute(configure_v4(), gpu) == ", in bf16, compiled, as CUDA graphs"
     assert describe_compute(configure(), gpu) == ", as CUDA graphs"
-    assert describe_compute(configure_v4("--no-cuda-graphs"), gpu) == ", in bf16, compiled" and not is_captured(configure(), cpu)
-    assert compute_dtype(configure_v4("--dtype", "bfloat16"), cpu) == torch.bfloat16 and compute_dtype(configure_v4("--dtype", "float32"), gpu) == torch.float32
-    assert is_compiled(configure_v4("--torch-compile"), cpu) and not is_compiled(configure_v4("--no-torch-compile"), gpu)
+    assert describe_compute(configure_v4("--no-cuda-graphs"), gpu) == ", in bf16, compiled" and not is_captured(
+        configure(), cpu
+    )
+    assert (
+        compute_dtype(configure_v4("--dtype", "bfloat16"), cpu) == torch.bfloat16
+        and compute_dtype(configure_v4("--dtype", "float32"), gpu) == torch.float32
+    )
+    assert is_compiled(configure_v4("--torch-compile"), cpu) and not is_compiled(
+        configure_v4("--no-torch-compile"), gpu
+    )
     monkeypatch.setattr(microbert.runtime.device.shutil, "which", lambda name: None)  # no C compiler
     assert not is_compiled(configure_v4(), gpu)
 
 
-@pytest.mark.parametrize("capabilities, n_embed, is_bf16", [
-    ({"amx_bf16": True}, 128, True), ({"amx_bf16": True}, 32, False), ({"avx512_bf16": True}, 128, True), ({"avx2": True, "amx_bf16": False}, 128, False)])
+@pytest.mark.parametrize(
+    "capabilities, n_embed, is_bf16",
+    [
+        ({"amx_bf16": True}, 128, True),
+        ({"amx_bf16": True}, 32, False),
+        ({"avx512_bf16": True}, 128, True),
+        ({"avx2": True, "amx_bf16": False}, 128, False),
+    ],
+)
 def test_a_cpu_with_units_for_bf16_uses_them_where_matrices_are_wide(capabilities, n_embed, is_bf16, monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
     config, cpu = configure_v4("--n-embed", str(n_embed)), torch.device("cpu")

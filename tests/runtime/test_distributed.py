@@ -14,9 +14,8 @@ from helpers import end_of, end_tree, fork, small_flags, wait_until
 from launches import faulty_script, finish, flags_of, free_port, ranks, start, wait_for_training
 
 import microbert.runtime.distributed
-from microbert.errors import InputError
+from microbert.errors import InputError, Stopped
 from microbert.runtime.distributed import GO, World, _Store, in_background, is_loopback, loopback_store
-from microbert.errors import Stopped
 
 SOON = 20  # seconds to stop in, with room for a busy machine; a meeting lasts up to 300
 
@@ -86,7 +85,10 @@ def meet_marked(environment, mark):
 
 
 @pytest.mark.fault(row=5)
-@pytest.mark.parametrize("rank, host, is_silent", [(0, "127.0.0.1", False), (1, "127.0.0.1", False), (1, "127.0.0.1", True), (1, "no.such.host.invalid", False)])
+@pytest.mark.parametrize(
+    "rank, host, is_silent",
+    [(0, "127.0.0.1", False), (1, "127.0.0.1", False), (1, "127.0.0.1", True), (1, "no.such.host.invalid", False)],
+)
 def test_sigterm_while_processes_meet_ends_soon_with_75(rank, host, is_silent, tmp_path):
     """The first process, which waits for the other; and the other, where no store is, or one that never answers, or not even its machine is known."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -103,9 +105,15 @@ def test_sigterm_while_processes_meet_ends_soon_with_75(rank, host, is_silent, t
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("environment, told", [
-    ({}, "MASTER_ADDR is not set"), ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
-    ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "'70000' is not a port"), ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "taken"}, "cannot be listened at")])
+@pytest.mark.parametrize(
+    "environment, told",
+    [
+        ({}, "MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "'70000' is not a port"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "taken"}, "cannot be listened at"),
+    ],
+)
 def test_a_meeting_place_that_cannot_be_is_told(environment, told, monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
@@ -118,13 +126,29 @@ def test_a_meeting_place_that_cannot_be_is_told(environment, told, monkeypatch):
 
 @pytest.mark.fault(row=5)
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=is_host=0"), ("--node-rank=1", "--master-port={port}")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=is_host=0"),
+        ("--node-rank=1", "--master-port={port}"),
+    ],
+)
 def test_sigterm_while_machines_meet_ends_soon_with_75(options, tmp_path):
     """The second machine, where the first does not come."""
-    options = ["--nnodes=2", *(option.format(port=free_port()) for option in options), "--log-dir", str(tmp_path / "logs")]
+    options = [
+        "--nnodes=2",
+        *(option.format(port=free_port()) for option in options),
+        "--log-dir",
+        str(tmp_path / "logs"),
+    ]
     process = start(flags_of(tmp_path, 2), 1, *options)
     try:
-        wait_until(lambda: psutil.Process(process.pid).num_threads() > 1 and "pt_elastic" in psutil.Process(process.pid).name(), process)  # torchrun's name for itself
+        wait_until(
+            lambda: (
+                psutil.Process(process.pid).num_threads() > 1 and "pt_elastic" in psutil.Process(process.pid).name()
+            ),
+            process,
+        )  # torchrun's name for itself
         time.sleep(1.0)
         process.terminate()
         code, _, errors = finish(process, SOON)
@@ -136,11 +160,14 @@ def test_sigterm_while_machines_meet_ends_soon_with_75(options, tmp_path):
 @pytest.mark.fault(row=5)
 @pytest.mark.slow
 def test_sigterm_to_torchrun_while_its_processes_meet_ends_soon_with_75(tmp_path):
-    script = faulty_script(tmp_path / "late.py", f"""if rank == 1:
+    script = faulty_script(
+        tmp_path / "late.py",
+        f"""if rank == 1:
     import signal
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     open({str(tmp_path / "mark")!r}, "w")
-    time.sleep(1000)""")
+    time.sleep(1000)""",
+    )
     process = start(flags_of(tmp_path, 2), script=script)
     wait_until((tmp_path / "mark").exists, process)
     workers = ranks(process)
@@ -150,24 +177,47 @@ def test_sigterm_to_torchrun_while_its_processes_meet_ends_soon_with_75(tmp_path
     assert code == 75 and "Traceback" not in errors
 
 
-@pytest.mark.parametrize("host, expected", [("localhost", True), ("127.0.0.1", True), ("127.0.1.1", True), ("::1", True), ("[::1]", True), ("10.0.0.1", False),
-                                            ("0.0.0.0", False), ("host0", False), ("", False)])
+@pytest.mark.parametrize(
+    "host, expected",
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.0.1.1", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("10.0.0.1", False),
+        ("0.0.0.0", False),
+        ("host0", False),
+        ("", False),
+    ],
+)
 def test_only_names_that_mean_this_machine_everywhere_are_loopback(host, expected):
     assert is_loopback(host) == expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")], ids=["standalone", "endpoint"])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")],
+    ids=["standalone", "endpoint"],
+)
 def test_on_one_machine_nothing_listens_on_the_network(options, tmp_path):
     process = start(flags_of(tmp_path, 2, epochs=200), 2, *options)
     try:
         wait_for_training(process, tmp_path / "run")
         everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        listening = [connection.laddr.ip for one in everybody for connection in one.net_connections() if connection.status == "LISTEN"]
+        listening = [
+            connection.laddr.ip
+            for one in everybody
+            for connection in one.net_connections()
+            if connection.status == "LISTEN"
+        ]
     finally:
         end_tree(process)
         process.communicate()
-    assert len(listening) >= 3 and all(is_loopback(address) for address in listening)  # torchrun's store, and gloo in each process
+    assert len(listening) >= 3 and all(
+        is_loopback(address) for address in listening
+    )  # torchrun's store, and gloo in each process
 
 
 def test_standalone_on_several_machines_is_refused(tmp_path):

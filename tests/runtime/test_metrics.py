@@ -28,7 +28,9 @@ def test_metrics_after_the_checkpoint_are_dropped_when_a_run_goes_on(tmp_path):
     assert scalars(tmp_path / "tensorboard") == {"train/loss": [(10, 10.0), (20, 20.0), (30, 31.0)]}
 
 
-def test_tensorboard_gets_what_metrics_jsonl_gets_and_changes_nothing_else(finished_run, reference, tmp_path, monkeypatch):
+def test_tensorboard_gets_what_metrics_jsonl_gets_and_changes_nothing_else(
+    finished_run, reference, tmp_path, monkeypatch
+):
     corpus_from(finished_run, tmp_path)
     assert run_here(small_flags(tmp_path, report_to="tensorboard"), monkeypatch) == 0
     assert result(tmp_path / "run") == reference

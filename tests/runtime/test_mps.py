@@ -14,12 +14,12 @@ from test_optim import BROKEN, FINE, parameters_after, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import microbert.train.optim
-from microbert.runtime.distributed import World
 from microbert.data.masking import mask_batch
-from microbert.train.optim import GuardedAdamW, Optimizer
+from microbert.runtime.distributed import World
 from microbert.runtime.run import Run
-from microbert.train.step import Learner
 from microbert.train.loop import evaluate
+from microbert.train.optim import GuardedAdamW, Optimizer
+from microbert.train.step import Learner
 
 RECIPES = [(arch, optimizer) for arch in ("bert", "modern") for optimizer in ("adamw", "muon")]
 

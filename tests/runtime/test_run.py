@@ -16,8 +16,7 @@ from test_config import configure
 
 import microbert.model.export
 import microbert.runtime.run
-from microbert.errors import InputError
-from microbert.errors import Stopped
+from microbert.errors import InputError, Stopped
 from microbert.runtime.run import _quiet_but_first, open_run, take_lock
 
 
@@ -40,10 +39,20 @@ def raising(error):
 
 
 @pytest.mark.fault(row=33)
-@pytest.mark.parametrize("error", [
-    InputError("the text has 14 tokens"), UnicodeEncodeError("cp1252", "\u0e17", 0, 1, "?"),
-    OSError(errno.ENOSPC, "no space"), RuntimeError("gloo"), Stopped("a signal"), MemoryError(),
-    KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError("the text has 14 tokens"),
+        UnicodeEncodeError("cp1252", "\u0e17", 0, 1, "?"),
+        OSError(errno.ENOSPC, "no space"),
+        RuntimeError("gloo"),
+        Stopped("a signal"),
+        MemoryError(),
+        KeyboardInterrupt(),
+        SystemExit(3),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_once_the_model_is_written_an_error_is_a_warning(error, tmp_path, capsys):
     code, end = finish(tmp_path / "run", is_done=True, body=raising(error))
     assert (code, end["state"], end["exit_code"]) == (0, "done", 0)
@@ -180,9 +189,15 @@ def end_of(flags, monkeypatch, capfd):
 
 
 @pytest.mark.fault(row=7)
-@pytest.mark.parametrize("changed", [
-    {}, {"save_every": 7, "keep_checkpoints": 1, "device": "cpu", "micro_batch_size": 4, "cuda_graphs": False},
-    {"cache_dir": "elsewhere"}], ids=["nothing", "what may change", "no cache"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"save_every": 7, "keep_checkpoints": 1, "device": "cpu", "micro_batch_size": 4, "cuda_graphs": False},
+        {"cache_dir": "elsewhere"},
+    ],
+    ids=["nothing", "what may change", "no cache"],
+)
 def test_the_same_command_on_a_finished_run_is_done_already(changed, finished, monkeypatch, capfd):
     monkeypatch.chdir(finished)
     with unchanged(finished, "run/status.json"):
@@ -190,14 +205,20 @@ def test_the_same_command_on_a_finished_run_is_done_already(changed, finished, m
 
 
 @pytest.mark.fault(row=7)
-@pytest.mark.parametrize("changed, told", [
-    ({"seed": 1, "epochs": 3}, ["seed = 1 (was 42)", "epochs = 3 (was 2)"]),
-    ({"max_seq_len": 16}, ["max_seq_len = 16 (was 32)"]), ({"max_samples": 100}, ["max_samples = 100 (was None)"]),
-    ({"batch_size": 4}, ["batch_size = 4 (was 8)"]), ({"dataset": "imdb"}, ["dataset = 'imdb' (was '"]),
-    ({"dataset": "other.jsonl"}, ["dataset = 'other.jsonl' (was '"]),
-    ({"dataset": "some/where"}, ["dataset = 'some/where' (was '"]),
-    ({"dataset": "hf", "n_layers": 2}, ["n_layers = 2 (was 1)", "dataset = 'hf' (was '"])],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"seed": 1, "epochs": 3}, ["seed = 1 (was 42)", "epochs = 3 (was 2)"]),
+        ({"max_seq_len": 16}, ["max_seq_len = 16 (was 32)"]),
+        ({"max_samples": 100}, ["max_samples = 100 (was None)"]),
+        ({"batch_size": 4}, ["batch_size = 4 (was 8)"]),
+        ({"dataset": "imdb"}, ["dataset = 'imdb' (was '"]),
+        ({"dataset": "other.jsonl"}, ["dataset = 'other.jsonl' (was '"]),
+        ({"dataset": "some/where"}, ["dataset = 'some/where' (was '"]),
+        ({"dataset": "hf", "n_layers": 2}, ["n_layers = 2 (was 1)", "dataset = 'hf' (was '"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
 def test_another_command_on_a_finished_run_names_what_differs(changed, told, finished, monkeypatch, capfd):
     monkeypatch.chdir(finished)
     (finished / "other.jsonl").write_text('{"text": "another text"}\n')
@@ -252,8 +273,10 @@ def test_a_dataset_of_the_hub_is_compared_by_name_without_the_network(finished, 
     known = json.loads(record.read_text())
     record.write_text(json.dumps(known | {"config": known["config"] | {"dataset": "org/name"}}))
     assert end_of(small_flags(finished, dataset="org/name"), monkeypatch, capfd) == (0, "")
-    for changed, told in [({"streaming": True}, "streaming = True (was False)"),
-                          ({"dataset": "org/name:part"}, "dataset = 'org/name:part' (was 'org/name')")]:
+    for changed, told in [
+        ({"streaming": True}, "streaming = True (was False)"),
+        ({"dataset": "org/name:part"}, "dataset = 'org/name:part' (was 'org/name')"),
+    ]:
         code, errors = end_of(small_flags(finished, **{"dataset": "org/name", **changed}), monkeypatch, capfd)
         assert code == 2 and told in errors
 

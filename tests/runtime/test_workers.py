@@ -10,8 +10,8 @@ import psutil
 import pytest
 from helpers import ROOT, TIME_LIMIT
 
-from microbert.runtime import workers
 from microbert.errors import Failed
+from microbert.runtime import workers
 from microbert.runtime.workers import WORTH_MEGABYTES, open_pool
 
 MUCH = 2 * WORTH_MEGABYTES
@@ -46,14 +46,13 @@ def test_one_core_starts_no_process(monkeypatch):
 
 
 def test_a_killed_process_ends_the_work_with_a_plain_reason():
-    with pytest.raises(Failed, match="killed"):
-        with open_pool(MUCH, begin, 1) as pool:
-            process, _ = pool.submit(process_and_value).result(TIME_LIMIT)
-            tasks = [pool.submit(process_and_value, ["x" * 1000] * 4000) for _ in range(20)]
-            os.kill(process, signal.SIGKILL)
-            for task in tasks:
-                task.result(TIME_LIMIT)
-            time.sleep(60)  # not reached
+    with pytest.raises(Failed, match="killed"), open_pool(MUCH, begin, 1) as pool:
+        process, _ = pool.submit(process_and_value).result(TIME_LIMIT)
+        tasks = [pool.submit(process_and_value, ["x" * 1000] * 4000) for _ in range(20)]
+        os.kill(process, signal.SIGKILL)
+        for task in tasks:
+            task.result(TIME_LIMIT)
+        time.sleep(60)  # not reached
 
 
 def test_signals_are_left_to_the_process_that_started_them():
@@ -65,10 +64,9 @@ def test_signals_are_left_to_the_process_that_started_them():
 
 
 def test_what_has_not_begun_when_the_work_is_given_up_is_not_done():
-    with pytest.raises(ValueError):
-        with open_pool(MUCH, begin, 1) as pool:
-            tasks = [pool.submit(time.sleep, 1) for _ in range(100)]
-            raise ValueError
+    with pytest.raises(ValueError), open_pool(MUCH, begin, 1) as pool:
+        tasks = [pool.submit(time.sleep, 1) for _ in range(100)]
+        raise ValueError
     assert sum(task.cancelled() for task in tasks) > 90
 
 
@@ -83,7 +81,9 @@ if __name__ == "__main__":
         time.sleep(1000)
 """
     (tmp_path / "program.py").write_text(program)
-    process = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
+    )
     for _ in range(2):
         process.stdout.readline()
     children = psutil.Process(process.pid).children(recursive=True)

@@ -23,14 +23,19 @@ def dry(monkeypatch, capfd, tmp_path):
         out, err = capfd.readouterr()
         assert everything(folder) == before
         assert "Traceback" not in err
-        return types.SimpleNamespace(code=code, out=out, err=err, plan=json.loads(out.splitlines()[-1]) if code == 0 else None)
+        return types.SimpleNamespace(
+            code=code, out=out, err=err, plan=json.loads(out.splitlines()[-1]) if code == 0 else None
+        )
 
     return tell
 
 
 def everything(folder):
     """Every path below, folders as well, with size and time of change."""
-    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns, path.is_dir()) for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns, path.is_dir())
+        for path in folder.rglob("*")
+    }
 
 
 @pytest.fixture
@@ -62,8 +67,17 @@ def test_before_preparing_it_tells_everything_and_writes_nothing(tmp_path):
     assert "to be prepared from" in done.stdout and "twice that meanwhile" in done.stdout
     assert str(tmp_path / "cache") in done.stdout and str(tmp_path / "run") in done.stdout
     plan = json.loads(done.stdout.splitlines()[-1])
-    assert {"n_layers": 1, "n_heads": 2, "n_embed": 4, "max_seq_len": 32, "vocab_size": 300, "batch_size": 8, "micro_batch_size": 8,
-            "steps_done": 0, "tokens_known": False}.items() <= plan.items()
+    assert {
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_embed": 4,
+        "max_seq_len": 32,
+        "vocab_size": 300,
+        "batch_size": 8,
+        "micro_batch_size": 8,
+        "steps_done": 0,
+        "tokens_known": False,
+    }.items() <= plan.items()
     assert plan["peak_learning_rate"] == pytest.approx(5e-5 * 128 * (768 / 4) ** 0.25 * (8 * 32 / 4096) ** 0.5)
     assert 0 < plan["planned_peak_gb"] < 2 and plan["planned_seconds"] > 0
 
@@ -85,7 +99,11 @@ def test_of_a_finished_run_nothing_is_left_to_do(dry, copy, reference):
     assert told.code == 0 and "is finished" in told.out and "training:" not in told.out
     assert (told.plan["steps"], told.plan["steps_done"], told.plan["planned_seconds"]) == (steps, steps, 0)
     overwritten = dry(copy, [*small_flags(copy), "--overwrite"])
-    assert "would be removed" in overwritten.out and overwritten.plan["steps_done"] == 0 and overwritten.plan["steps"] == steps
+    assert (
+        "would be removed" in overwritten.out
+        and overwritten.plan["steps_done"] == 0
+        and overwritten.plan["steps"] == steps
+    )
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
@@ -162,7 +180,9 @@ def test_a_disk_too_small_is_warned_of_for_either_folder(full, dry, tmp_path, mo
         (tmp_path / name).mkdir()
     assert "may be too small" not in dry(tmp_path, flags).out
     usage = collections.namedtuple("usage", "free")
-    monkeypatch.setattr(microbert.train.dry_run.shutil, "disk_usage", lambda path: usage(10 if path.name == full else 10**12))
+    monkeypatch.setattr(
+        microbert.train.dry_run.shutil, "disk_usage", lambda path: usage(10 if path.name == full else 10**12)
+    )
     assert "may be too small" in dry(tmp_path, flags).out
 
 

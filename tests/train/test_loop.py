@@ -17,11 +17,11 @@ from models import as_sequences, noisy_model
 from test_config import configure
 
 import microbert.train.step
+from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
 from microbert.errors import Failed
 from microbert.runtime.run import Run
-from microbert.train.step import Learner
-from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
 from microbert.train.loop import evaluate
+from microbert.train.step import Learner
 
 
 def evaluations(folder):
@@ -32,7 +32,9 @@ def evaluations(folder):
 def alternating_corpus(folder):
     """Text in which each word follows from its neighbours: three words in a fixed round."""
     words = ["alpha", "beta", "gamma"]
-    lines = [json.dumps({"text": " ".join(words[(start + i) % 3] for i in range(25 + start % 4))}) for start in range(300)]
+    lines = [
+        json.dumps({"text": " ".join(words[(start + i) % 3] for i in range(25 + start % 4))}) for start in range(300)
+    ]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
 
 
@@ -76,9 +78,13 @@ def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transform
     lines = write_corpus(tmp_path / "plain.txt", n_documents=400).read_bytes().splitlines(keepends=True)
     (tmp_path / "plain.txt").unlink()
     for number in range(4):
-        (tmp_path / f"part-{number}.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[number * 100 : (number + 1) * 100])))
+        (tmp_path / f"part-{number}.jsonl.gz").write_bytes(
+            gzip.compress(b"".join(lines[number * 100 : (number + 1) * 100]))
+        )
     flags = small_flags(tmp_path, dataset=tmp_path / "part-*.jsonl.gz", n_layers=2, packing=True)
-    done = subprocess.run([sys.executable, str(ROOT / "mlm_pretrain_v2.py"), *flags], capture_output=True, text=True, timeout=TIME_LIMIT)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "mlm_pretrain_v2.py"), *flags], capture_output=True, text=True, timeout=TIME_LIMIT
+    )
     assert done.returncode == 0, done.stderr
     assert "documents: 400 read" in done.stdout
     (path,) = tmp_path.glob("cache/*/tokens-*/train.bin")

@@ -16,35 +16,70 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import microbert.train.memory
-from microbert.errors import InputError
 from microbert.config.constants import fill_in
-from microbert.runtime.device import multiplying_in
+from microbert.data.masking import n_slots
+from microbert.errors import InputError
+from microbert.model.build import count_parameters, new_model
 from microbert.model.layers import ModelConfig
 from microbert.model.loss import CHUNK_ELEMENTS, masked_loss
-from microbert.data.masking import n_slots
-from microbert.train.memory import CPU_TIER, GB, GIB, TIERS, Hardware, apply_memory_budget, plan_memory, planned_training_bytes
-from microbert.model.build import count_parameters, new_model
-from microbert.train.optim import Optimizer
+from microbert.runtime.device import multiplying_in
 from microbert.runtime.run import Run
+from microbert.train.memory import (
+    CPU_TIER,
+    GB,
+    GIB,
+    TIERS,
+    Hardware,
+    apply_memory_budget,
+    plan_memory,
+    planned_training_bytes,
+)
+from microbert.train.optim import Optimizer
 
-SHAPES = {"v1": (10_000, 2, 2, 4, 128, 32), "v2": (10_000, 4, 4, 8, 128, 32), "v3": (10_000, 6, 8, 16, 128, 32), "wide": (25_000, 4, 8, 128, 128, 32),
-          "a 140 GB GPU": (50_000, 4, 8, 128, 128, 16), "an 80 GB GPU": (50_000, 6, 8, 128, 128, 32), "a 24 GB GPU": (50_000, 4, 8, 128, 128, 8),
-          "large": (25_000, 8, 8, 256, 256, 96), "one sequence": (25_000, 4, 8, 128, 128, 1), "long": (1_000, 2, 2, 64, 1024, 8)}
+SHAPES = {
+    "v1": (10_000, 2, 2, 4, 128, 32),
+    "v2": (10_000, 4, 4, 8, 128, 32),
+    "v3": (10_000, 6, 8, 16, 128, 32),
+    "wide": (25_000, 4, 8, 128, 128, 32),
+    "a 140 GB GPU": (50_000, 4, 8, 128, 128, 16),
+    "an 80 GB GPU": (50_000, 6, 8, 128, 128, 32),
+    "a 24 GB GPU": (50_000, 4, 8, 128, 128, 8),
+    "large": (25_000, 8, 8, 256, 256, 96),
+    "one sequence": (25_000, 4, 8, 128, 128, 1),
+    "long": (1_000, 2, 2, 64, 1024, 8),
+}
 PRODUCTION = ("a 140 GB GPU", "an 80 GB GPU", "a 24 GB GPU", "large")
 AT_LEAST, AT_MOST = 1.0, 1.25  # of what the step takes
 CPU = Hardware("cpu", None)
-NARROW = Hardware("mps", None)  # which takes bf16 as a GPU does, and logits in the chunks of a CPU, where this is computed
+NARROW = Hardware(
+    "mps", None
+)  # which takes bf16 as a GPU does, and logits in the chunks of a CPU, where this is computed
 # by the rows of docs/memory.md
-VERSION_4 = {f"auto, {tier.name.removeprefix('GPUs of ').removeprefix('the ')}": fill_in(configure_v4(), tier.values()) for tier in (*TIERS, CPU_TIER)}
+VERSION_4 = {
+    f"auto, {tier.name.removeprefix('GPUs of ').removeprefix('the ')}": fill_in(configure_v4(), tier.values())
+    for tier in (*TIERS, CPU_TIER)
+}
 VERSION_4["large"] = configure_v4("--preset", "large")
-RECIPES = {"v4": {name: getattr(VERSION_4["large"], name) for name in ("arch", "optimizer", "mlm_probability")},
-           "modern with AdamW": {"arch": "modern"}, "BERT with Muon": {"optimizer": "muon"}}
+RECIPES = {
+    "v4": {name: getattr(VERSION_4["large"], name) for name in ("arch", "optimizer", "mlm_probability")},
+    "modern with AdamW": {"arch": "modern"},
+    "BERT with Muon": {"optimizer": "muon"},
+}
 
 
 def constants(shape, **others):
     _, n_layers, n_heads, n_embed, max_seq_len, batch_size = shape
-    return configure(**{"n_layers": n_layers, "n_heads": n_heads, "n_embed": n_embed, "max_seq_len": max_seq_len, "batch_size": batch_size,
-                        "optimizer": "adamw", **others})
+    return configure(
+        **{
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "n_embed": n_embed,
+            "max_seq_len": max_seq_len,
+            "batch_size": batch_size,
+            "optimizer": "adamw",
+            **others,
+        }
+    )
 
 
 def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, mlm_probability=0.15, **recipe):
@@ -55,14 +90,19 @@ def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, mlm_probability=0
         model = new_model(ModelConfig(vocab_size, n_layers, n_heads, n_embed, T, dropout, recipe.get("arch", "bert")))
         optimizer = Optimizer(model, configure(optimizer=recipe.get("optimizer", "adamw")))
         optimizer.begin_after(1)  # the moments are there from the second step on
-        ids, positions, labels, keys = (torch.zeros(size, dtype=torch.long) for size in ((batch_size, T), (batch_size, M), batch_size * M, batch_size))
+        ids, positions, labels, keys = (
+            torch.zeros(size, dtype=torch.long)
+            for size in ((batch_size, T), (batch_size, M), batch_size * M, batch_size)
+        )
         tracker = MemTracker()
         tracker.track_external(model, *optimizer.members, ids, positions, labels)
         with tracker:
             for _ in range(n_parts):
                 with multiplying_in(dtype or torch.float32, torch.device("cpu")):
                     hidden = model(ids, None, positions, keys if dropout else None)
-                masked_loss(hidden.float(), model.output_weight, model.output_bias, labels, batch_size * M, dtype).backward()
+                masked_loss(
+                    hidden.float(), model.output_weight, model.output_bias, labels, batch_size * M, dtype
+                ).backward()
                 del hidden
                 tracker.reset_mod_stats()
             optimizer.step(1e-3, torch.zeros(()))
@@ -73,8 +113,14 @@ def random_shapes(n):
     rng = random.Random(5)
     for _ in range(n):
         heads = rng.choice([1, 2, 4, 8])
-        yield (rng.choice([300, 1000, 10_000, 25_000, 50_000]), rng.randint(1, 4), heads, heads * rng.choice([2, 4, 8, 16, 32, 64]),
-               rng.choice([16, 32, 64, 128, 256, 512]), rng.choice([1, 2, 4, 8, 16, 32, 64, 96]))
+        yield (
+            rng.choice([300, 1000, 10_000, 25_000, 50_000]),
+            rng.randint(1, 4),
+            heads,
+            heads * rng.choice([2, 4, 8, 16, 32, 64]),
+            rng.choice([16, 32, 64, 128, 256, 512]),
+            rng.choice([1, 2, 4, 8, 16, 32, 64, 96]),
+        )
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(50)], ids=str)
@@ -84,7 +130,9 @@ def test_the_plan_is_what_a_training_step_takes(shape):
 
 
 @pytest.mark.parametrize("n_parts, dropout", [(2, 0.0), (1, 0.1), (2, 0.1)])
-@pytest.mark.parametrize("shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["one sequence"], SHAPES["long"], *random_shapes(2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["one sequence"], SHAPES["long"], *random_shapes(2)], ids=str
+)
 def test_so_it_is_with_micro_batches_and_with_dropout(shape, n_parts, dropout):
     config = constants(shape, batch_size=n_parts * shape[-1], micro_batch_size=shape[-1], dropout=dropout)
     assert AT_LEAST <= planned_training_bytes(config, shape[0]) / taken_by_a_step(shape, n_parts, dropout) <= AT_MOST
@@ -103,12 +151,28 @@ def test_so_it_is_with_each_architecture_and_optimizer(shape, recipe):
     assert AT_LEAST <= planned / taken_by_a_step(shape, **recipe) <= AT_MOST
 
 
-@pytest.mark.parametrize("n_parts, dropout, dtype", [(2, 0.1, None), (1, 0.0, torch.bfloat16), (2, 0.1, torch.bfloat16)])
-@pytest.mark.parametrize("shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["large"], SHAPES["one sequence"], SHAPES["long"]], ids=str)
+@pytest.mark.parametrize(
+    "n_parts, dropout, dtype", [(2, 0.1, None), (1, 0.0, torch.bfloat16), (2, 0.1, torch.bfloat16)]
+)
+@pytest.mark.parametrize(
+    "shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["large"], SHAPES["one sequence"], SHAPES["long"]], ids=str
+)
 @pytest.mark.slow
 def test_so_it_is_with_all_of_that_together(shape, n_parts, dropout, dtype):
-    config = constants(shape, batch_size=n_parts * shape[-1], micro_batch_size=shape[-1], dropout=dropout, dtype="bfloat16" if dtype else "float32", **RECIPES["v4"])
-    assert AT_LEAST <= planned_training_bytes(config, shape[0], NARROW if dtype else CPU) / taken_by_a_step(shape, n_parts, dropout, dtype, **RECIPES["v4"]) <= AT_MOST
+    config = constants(
+        shape,
+        batch_size=n_parts * shape[-1],
+        micro_batch_size=shape[-1],
+        dropout=dropout,
+        dtype="bfloat16" if dtype else "float32",
+        **RECIPES["v4"],
+    )
+    assert (
+        AT_LEAST
+        <= planned_training_bytes(config, shape[0], NARROW if dtype else CPU)
+        / taken_by_a_step(shape, n_parts, dropout, dtype, **RECIPES["v4"])
+        <= AT_MOST
+    )
 
 
 @pytest.mark.parametrize("chunks_of", ["cpu", "cuda"])
@@ -119,24 +183,50 @@ def test_so_it_is_with_each_size_of_version_4_also_with_the_chunks_of_a_gpu(conf
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", CHUNK_ELEMENTS[chunks_of])  # of the step, which is followed on a CPU
     shape = (config.vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.batch_size)
     hardware = Hardware("cuda", None) if chunks_of == "cuda" else NARROW if dtype else CPU
-    planned = planned_training_bytes(dataclasses.replace(config, dtype="bfloat16" if dtype else "float32"), config.vocab_size, hardware)
+    planned = planned_training_bytes(
+        dataclasses.replace(config, dtype="bfloat16" if dtype else "float32"), config.vocab_size, hardware
+    )
     assert AT_LEAST <= planned / taken_by_a_step(shape, dtype=dtype, **RECIPES["v4"]) <= AT_MOST
 
 
 def test_the_table_in_the_docs_has_the_tiers_and_the_plan():
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", page, re.MULTILINE)]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", page, re.MULTILINE)
+    ]
     told = {name: figures for name, _, *figures in (row for row in rows if row[0] in VERSION_4)}
     assert told.keys() == VERSION_4.keys()
     for name, config in VERSION_4.items():
         kind = "cpu" if name == "auto, CPU" else "cuda"
-        planned = [f"{planned_training_bytes(config, config.vocab_size, Hardware(kind, None, has_bf16=has_bf16)) / GB:.2f} GB" for has_bf16 in (False, True)]
-        sizes = (config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.vocab_size, config.batch_size)
+        planned = [
+            f"{planned_training_bytes(config, config.vocab_size, Hardware(kind, None, has_bf16=has_bf16)) / GB:.2f} GB"
+            for has_bf16 in (False, True)
+        ]
+        sizes = (
+            config.n_layers,
+            config.n_heads,
+            config.n_embed,
+            config.max_seq_len,
+            config.vocab_size,
+            config.batch_size,
+        )
         assert told[name] == [*(f"{size:,}" for size in sizes), planned[0], planned[1] if kind == "cuda" else ""]
 
 
-@pytest.mark.parametrize("gib, n_layers, batch_size", [(139.8, 4, 16), (94, 4, 16), (93.5, 6, 32), (79.6, 6, 32), (39.4, 6, 32), (37, 4, 8), (23.6, 4, 8),
-                                                       (22.0, 4, 8), (15.8, 4, 8)])
+@pytest.mark.parametrize(
+    "gib, n_layers, batch_size",
+    [
+        (139.8, 4, 16),
+        (94, 4, 16),
+        (93.5, 6, 32),
+        (79.6, 6, 32),
+        (39.4, 6, 32),
+        (37, 4, 8),
+        (23.6, 4, 8),
+        (22.0, 4, 8),
+        (15.8, 4, 8),
+    ],
+)
 def test_the_tier_goes_by_the_gpus_memory(gib, n_layers, batch_size):
     hardware = Hardware("cuda", round(gib * GIB))
     assert hardware.tier().values() == {"n_layers": n_layers, "batch_size": batch_size}
@@ -145,7 +235,10 @@ def test_the_tier_goes_by_the_gpus_memory(gib, n_layers, batch_size):
 
 def test_the_cpu_has_a_tier_of_its_own():
     for kind in ("cpu", "mps"):
-        assert Hardware(kind, 8 * GIB).tier().values() == {"n_layers": 4, "batch_size": 32} and not Hardware(kind, GIB).is_below_tiers()
+        assert (
+            Hardware(kind, 8 * GIB).tier().values() == {"n_layers": 4, "batch_size": 32}
+            and not Hardware(kind, GIB).is_below_tiers()
+        )
 
 
 @pytest.mark.parametrize("name", PRODUCTION)
@@ -153,7 +246,11 @@ def test_the_cpu_has_a_tier_of_its_own():
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_every_tier_and_the_large_preset_stay_under_24_gb_in_one_piece(name, gib, has_bf16):
     vocab_size, batch_size = SHAPES[name][0], SHAPES[name][-1]
-    plan = plan_memory(constants(SHAPES[name], memory_budget_gb=24.0, dtype="auto"), vocab_size, Hardware("cuda", gib * GIB, 8, has_bf16))
+    plan = plan_memory(
+        constants(SHAPES[name], memory_budget_gb=24.0, dtype="auto"),
+        vocab_size,
+        Hardware("cuda", gib * GIB, 8, has_bf16),
+    )
     assert plan.fits and plan.total < 24 * GB == plan.budget and plan.micro_batch_size == batch_size
 
 
@@ -163,7 +260,9 @@ def test_the_micro_batches_are_the_fewest_that_fit(budget, batch_size, kind):
     shape = (10_000, 2, 2, 64, 128, batch_size)
 
     def plan(**others):
-        return plan_memory(constants(shape, memory_budget_gb=budget + (kind == "cuda"), **others), 10_000, Hardware(kind, 100 * GIB))
+        return plan_memory(
+            constants(shape, memory_budget_gb=budget + (kind == "cuda"), **others), 10_000, Hardware(kind, 100 * GIB)
+        )
 
     chosen = plan()
     n_parts = -(-batch_size // chosen.micro_batch_size)
@@ -182,7 +281,10 @@ def test_a_batch_that_fits_in_one_piece_is_taken_so_also_where_less_does_not_fit
 
     whole, one_less = total(batch_size), total(batch_size - 1)
     assert whole < one_less
-    assert plan_memory(constants(shape, memory_budget_gb=(whole + one_less) / 2 / GB), 50_000, CPU).micro_batch_size == batch_size
+    assert (
+        plan_memory(constants(shape, memory_budget_gb=(whole + one_less) / 2 / GB), 50_000, CPU).micro_batch_size
+        == batch_size
+    )
     if between:
         assert plan_memory(constants(shape, memory_budget_gb=(whole - 1) / GB), 50_000, CPU).micro_batch_size == between
     else:
@@ -192,14 +294,28 @@ def test_a_batch_that_fits_in_one_piece_is_taken_so_also_where_less_does_not_fit
 
 def test_without_bf16_a_gpu_is_planned_in_fp32():
     shape = SHAPES["large"]
-    old, new = (plan_memory(constants(shape, dtype="auto"), shape[0], Hardware("cuda", 80 * GIB, 1, has_bf16)).total for has_bf16 in (False, True))
+    old, new = (
+        plan_memory(constants(shape, dtype="auto"), shape[0], Hardware("cuda", 80 * GIB, 1, has_bf16)).total
+        for has_bf16 in (False, True)
+    )
     assert old > new + GB
     assert old == plan_memory(constants(shape), shape[0], Hardware("cuda", 80 * GIB, 1, True)).total
 
 
 def test_the_smaller_of_budget_and_device_counts():
-    for budget, gib, expected in ((24, 141, 24 * GB), (24, 16, 16 * GIB), (None, 16, 16 * GIB), (24, None, 24 * GB), (None, None, None)):
-        assert plan_memory(constants(SHAPES["v1"], memory_budget_gb=budget), 10_000, Hardware("cpu", gib and gib * GIB)).budget == expected
+    for budget, gib, expected in (
+        (24, 141, 24 * GB),
+        (24, 16, 16 * GIB),
+        (None, 16, 16 * GIB),
+        (24, None, 24 * GB),
+        (None, None, None),
+    ):
+        assert (
+            plan_memory(
+                constants(SHAPES["v1"], memory_budget_gb=budget), 10_000, Hardware("cpu", gib and gib * GIB)
+            ).budget
+            == expected
+        )
 
 
 def test_a_model_that_does_not_fit_at_all_is_refused():
@@ -210,7 +326,9 @@ def test_a_model_that_does_not_fit_at_all_is_refused():
 @pytest.mark.parametrize("kind, budget", [("cuda", 1.0), ("cpu", 0.5)])
 def test_a_budget_that_leaves_nothing_for_tensors_is_refused_whatever_is_asked_for(kind, budget):
     with pytest.raises(InputError, match=f"memory_budget_gb = {budget:g}"):
-        plan_memory(constants(SHAPES["v1"], memory_budget_gb=budget, micro_batch_size=1), 10_000, Hardware(kind, 24 * GIB))
+        plan_memory(
+            constants(SHAPES["v1"], memory_budget_gb=budget, micro_batch_size=1), 10_000, Hardware(kind, 24 * GIB)
+        )
 
 
 def test_what_cuda_graphs_keep_is_planned_on_gpus_alone():
@@ -263,7 +381,11 @@ def holds(monkeypatch, tmp_path, capsys):
 def test_a_run_is_held_to_the_budget_and_says_so(holds):
     config, caps, out = holds(constants(SHAPES["large"], preset="large", memory_budget_gb=4.5))
     assert config.micro_batch_size == 48 and caps == [3.5 * GB]
-    assert 'preset "large": 8 layers, batch 96' in out and "48 sequences of 256 tokens at a time, 2 times a step" in out and "of 4.5" in out
+    assert (
+        'preset "large": 8 layers, batch 96' in out
+        and "48 sequences of 256 tokens at a time, 2 times a step" in out
+        and "of 4.5" in out
+    )
 
 
 def test_without_a_budget_there_is_no_cap(holds):

@@ -30,7 +30,10 @@ def walk(course, seconds_a_step=0.0, every=None, n_points=POINTS_PER_RUN):
 def test_without_a_limit_a_run_has_all_its_steps_and_its_points_at_equal_distances_and_one_at_its_end(steps, n_points):
     due, n_steps = walk(course_of(configure(), steps, 1e9), 1e9, n_points=n_points)
     interval = -(-steps // n_points)
-    assert n_steps == steps and due == [*(step for step in range(interval, steps, interval) if steps - step >= interval / 2), steps]
+    assert n_steps == steps and due == [
+        *(step for step in range(interval, steps, interval) if steps - step >= interval / 2),
+        steps,
+    ]
     assert len(due) <= n_points and due[-1] - ([0, *due][-2]) >= min(steps, interval / 2)
 
 

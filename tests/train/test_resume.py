@@ -10,11 +10,11 @@ from models import noisy_model
 from safetensors.torch import load_file
 from test_config import configure
 
-from microbert.train.checkpoint import find_checkpoint
 from microbert.errors import InputError
 from microbert.runtime.distributed import World
-from microbert.train.optim import Optimizer
 from microbert.runtime.run import Run
+from microbert.train.checkpoint import find_checkpoint
+from microbert.train.optim import Optimizer
 from microbert.train.resume import resume_together
 
 
@@ -35,8 +35,8 @@ class Second(World):
 @pytest.fixture
 def prepared(finished_run, tmp_path):
     """The finished run's flags as a Config, its tokens, and a copy of its newest checkpoint in another folder."""
-    from microbert.data.sources import open_corpus
     from microbert.data.prepare import find_tokens
+    from microbert.data.sources import open_corpus
     from microbert.data.tokenizer import find_tokenizer
 
     config = configure(*small_flags(finished_run, output_dir=tmp_path / "run"))
@@ -65,12 +65,22 @@ def test_a_process_that_is_alone_starts_as_the_checkpoint_is(prepared):
     assert {float(of_one["step"]) for of_one in optimizer.members[0].state.values()} == {state.step}
 
 
-@pytest.mark.parametrize("change, told", [
-    (lambda first: first["facts"].update(epochs=7), "epochs = 2, and the first process has 7"),
-    (lambda first: first["facts"].update(eval_every=None), "eval_every = 20, and the first process has None"),
-    (lambda first: first["facts"]["tokens"].__setitem__(0, "other"), "the tokens are not those of the first process"),
-    (lambda first: first["facts"]["tokens"].__setitem__(3, "other"), "the tokens are not those of the first process"),
-    (lambda first: first["state"].update(step=5), "is newer than what the first process has found (step 5)")])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda first: first["facts"].update(epochs=7), "epochs = 2, and the first process has 7"),
+        (lambda first: first["facts"].update(eval_every=None), "eval_every = 20, and the first process has None"),
+        (
+            lambda first: first["facts"]["tokens"].__setitem__(0, "other"),
+            "the tokens are not those of the first process",
+        ),
+        (
+            lambda first: first["facts"]["tokens"].__setitem__(3, "other"),
+            "the tokens are not those of the first process",
+        ),
+        (lambda first: first["state"].update(step=5), "is newer than what the first process has found (step 5)"),
+    ],
+)
 def test_a_process_that_differs_says_in_what(change, told, prepared):
     config, tokens, checkpoint = prepared
     run, model, optimizer, found = begin(*prepared, World({}))

@@ -14,14 +14,14 @@ from test_config import configure
 from test_step import NO_MEMORY, VOCAB_SIZE
 
 import microbert.runtime.cuda_graph
+import microbert.train.loop
 import microbert.train.optim
 import microbert.train.step
-import microbert.train.loop
-from microbert.runtime.distributed import World
 from microbert.data.masking import mask_batch
 from microbert.errors import Failed
-from microbert.train.step import Learner
+from microbert.runtime.distributed import World
 from microbert.train.loop import evaluate
+from microbert.train.step import Learner
 
 RECIPE = {"arch": "modern", "optimizer": "muon"}
 STEPS = 4
@@ -75,13 +75,22 @@ def out_of_memory_at(patch, target, name, calls):
 
 N_MATRICES = len(microbert.train.optim.parameter_groups(noisy_model(arch="modern"), "muon")[microbert.train.optim.MUON])
 # calls in the second step; orthogonalise is called for each of two shapes of matrices, lerp twice for each matrix
-PLACES = [(microbert.train.step, "get_total_norm", {2}), (torch, "_foreach_mul_", {2}), (microbert.train.optim, "orthogonalise", {3}), (microbert.train.optim, "orthogonalise", {4}),
-          (torch.optim.AdamW, "step", {2}), (microbert.train.optim.Muon, "prepare", {2}), (torch.Tensor, "lerp", {2 * N_MATRICES + 7})]
+PLACES = [
+    (microbert.train.step, "get_total_norm", {2}),
+    (torch, "_foreach_mul_", {2}),
+    (microbert.train.optim, "orthogonalise", {3}),
+    (microbert.train.optim, "orthogonalise", {4}),
+    (torch.optim.AdamW, "step", {2}),
+    (microbert.train.optim.Muon, "prepare", {2}),
+    (torch.Tensor, "lerp", {2 * N_MATRICES + 7}),
+]
 
 
 @pytest.mark.fault(row=26)
 @pytest.mark.parametrize("target, name, calls", PLACES, ids=lambda value: value if isinstance(value, str) else "")
-def test_an_update_that_memory_runs_out_in_is_repeated_and_comes_to_the_same_weights(target, name, calls, monkeypatch, capsys):
+def test_an_update_that_memory_runs_out_in_is_repeated_and_comes_to_the_same_weights(
+    target, name, calls, monkeypatch, capsys
+):
     expected, learner = new_learner(), new_learner()
     numbers = take_steps(expected, range(2))
     expected.micro_batch_size = 4  # in the steps after the shortage
@@ -90,7 +99,11 @@ def test_an_update_that_memory_runs_out_in_is_repeated_and_comes_to_the_same_wei
     assert take_steps(learner) == numbers and same(learner, expected)
     assert (learner.micro_batch_size, learner.evaluation_batch_size, learner.ran_short) == (4, 4, True)
     told = capsys.readouterr().err
-    assert told.count("out of memory") == 2 and "step 1: out of memory in the update with 8 sequences" in told and "2.00 GiB" in told
+    assert (
+        told.count("out of memory") == 2
+        and "step 1: out of memory in the update with 8 sequences" in told
+        and "2.00 GiB" in told
+    )
 
 
 @pytest.mark.parametrize("n_calls", range(1, 12))
@@ -143,13 +156,22 @@ def test_an_evaluation_that_memory_runs_out_in_is_repeated_in_smaller_batches(mo
         return real(hidden, *others)
 
     monkeypatch.setattr(microbert.train.loop, "masked_scores", masked_scores)
-    capacity[0] = 2 * len(mask_batch(as_batch(token_rows(1)), seed=0, probability=0.15, vocab_size=VOCAB_SIZE).labels[0])
+    capacity[0] = 2 * len(
+        mask_batch(as_batch(token_rows(1)), seed=0, probability=0.15, vocab_size=VOCAB_SIZE).labels[0]
+    )
     found, stopping = evaluate(learner, held_out(), run_of(learner))
-    assert (found.loss, found.accuracy, stopping) == (wanted.loss, wanted.accuracy, [])  # the masks belong to the sequences
+    assert (found.loss, found.accuracy, stopping) == (
+        wanted.loss,
+        wanted.accuracy,
+        [],
+    )  # the masks belong to the sequences
     assert found.loss == pytest.approx(whole.loss, rel=1e-6) and found.accuracy == whole.accuracy
     assert (learner.micro_batch_size, learner.evaluation_batch_size, learner.ran_short) == (8, 2, True)
     told = capsys.readouterr().err
-    assert "out of memory in evaluation with 8 sequences" in told and "out of memory in evaluation with 4 sequences" in told
+    assert (
+        "out of memory in evaluation with 8 sequences" in told
+        and "out of memory in evaluation with 4 sequences" in told
+    )
     capacity[0] = 0
     with pytest.raises(Failed, match="out of memory in evaluation with one sequence"):
         evaluate(learner, held_out(), run_of(learner))
@@ -188,7 +210,12 @@ def learn(rank, port, short_in, sizes):
     world.gather(0.0)  # the first process holds the store
     world.leave_group()
     losses = [between.loss, after.loss, between.accuracy, after.accuracy]
-    return numbers, losses, [tensor.detach().numpy().copy() for tensor in state_of(learner)], (learner.micro_batch_size, learner.evaluation_batch_size)
+    return (
+        numbers,
+        losses,
+        [tensor.detach().numpy().copy() for tensor in state_of(learner)],
+        (learner.micro_batch_size, learner.evaluation_batch_size),
+    )
 
 
 @pytest.mark.slow
@@ -199,7 +226,9 @@ def test_two_processes_agree_on_less_memory_and_come_to_the_same_weights(short_i
         results = []
         for arguments in ((short_in, None), ("", sizes)):
             port = free_port()
-            results += [one.result(TIME_LIMIT) for one in [pool.submit(learn, rank, port, *arguments) for rank in range(2)]]
+            results += [
+                one.result(TIME_LIMIT) for one in [pool.submit(learn, rank, port, *arguments) for rank in range(2)]
+            ]
     first, *others = results
     assert first[3] == sizes
     for numbers, losses, state, of_process in others:

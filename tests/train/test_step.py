@@ -14,12 +14,12 @@ from test_config import configure
 
 import microbert.runtime.cuda_graph
 import microbert.train.step
-from microbert.runtime.distributed import World
 from microbert.data.masking import mask_batch
-from microbert.model.build import ARCHITECTURES
-from microbert.errors import Diverged, Failed
-from microbert.train.step import Learner
 from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
+from microbert.errors import Diverged, Failed
+from microbert.model.build import ARCHITECTURES
+from microbert.runtime.distributed import World
+from microbert.train.step import Learner
 
 V4 = ROOT / "mlm_pretrain_v4.py"
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB"
@@ -70,7 +70,11 @@ def test_the_micro_batch_is_halved_until_it_fits_and_the_step_is_the_same(monkey
     for parameter, other in zip(learner.model.parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(parameter, other)
     told = capsys.readouterr().err
-    assert told.count("out of memory") == 2 and "step 0: out of memory with 4 sequences of 128 tokens at a time" in told and "2.00 GiB" in told
+    assert (
+        told.count("out of memory") == 2
+        and "step 0: out of memory with 4 sequences of 128 tokens at a time" in told
+        and "2.00 GiB" in told
+    )
 
 
 @pytest.mark.fault(row=26)
@@ -84,8 +88,14 @@ def test_without_memory_for_one_sequence_the_error_names_batch_length_and_bytes(
     assert all(torch.equal(*pair) for pair in zip(before, learner.model.parameters()))
 
 
-@pytest.mark.parametrize("message", ["[enforce fail at alloc_cpu.cpp:122] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
-                                     "MPS backend out of memory (MPS allocated: 1.00 GB)", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at alloc_cpu.cpp:122] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+        "MPS backend out of memory (MPS allocated: 1.00 GB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
 def test_every_device_has_its_words_for_it(message, monkeypatch):
     real = microbert.train.step.masked_loss
 
@@ -130,7 +140,10 @@ def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for():
     learner, free = new_learner(grad_clip=0.01), new_learner(grad_clip=None)
     numbers = [one.step(masked_rows(), 0, 0.0).read() for one in (learner, free)]
     assert numbers[0] == numbers[1] and numbers[0][1] > 0.01
-    norms = [torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()]).norm().item() for one in (learner, free)]
+    norms = [
+        torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()]).norm().item()
+        for one in (learner, free)
+    ]
     assert norms == pytest.approx([0.01, numbers[0][1]], rel=1e-3)
 
 
@@ -156,7 +169,9 @@ def test_every_part_of_a_batch_has_one_shape_where_it_is_compiled(monkeypatch):
 
     def compiled(model, **options):
         assert options == {"dynamic": False}
-        return lambda input_ids, attention_mask, *others: shapes.append((input_ids.shape, attention_mask is None)) or model(input_ids, attention_mask, *others)
+        return lambda input_ids, attention_mask, *others: (
+            shapes.append((input_ids.shape, attention_mask is None)) or model(input_ids, attention_mask, *others)
+        )
 
     monkeypatch.setattr(torch, "compile", compiled)
     learner = new_learner(micro_batch_size=3, torch_compile=True)
@@ -167,7 +182,9 @@ def test_every_part_of_a_batch_has_one_shape_where_it_is_compiled(monkeypatch):
     assert set(shapes[3:]) == {((3, 16), False), ((2, 16), False)} and real is not torch.compile
 
 
-@pytest.mark.parametrize("constants", [{}, {"dropout": 0.1, "micro_batch_size": 3}, {"arch": "modern", "optimizer": "muon", "packing": True}])
+@pytest.mark.parametrize(
+    "constants", [{}, {"dropout": 0.1, "micro_batch_size": 3}, {"arch": "modern", "optimizer": "muon", "packing": True}]
+)
 def test_steps_that_are_played_back_are_the_same(monkeypatch, constants):
     """But for fp32 where there were numbers of Python. Instead of a CUDA graph the function is called again; all that a graph would read and write stays where it is."""
     plain, made = new_learner(**constants), []
@@ -176,21 +193,30 @@ def test_steps_that_are_played_back_are_the_same(monkeypatch, constants):
     learner = new_learner(**constants)
 
     def places():
-        tensors = [*learner.model.parameters(), *(parameter.grad for parameter in learner.model.parameters()), *learner.optimizer.tensors().values(), learner._broken,
-                   *(state["step"] for state in learner.optimizer.members[0].state.values())]
+        tensors = [
+            *learner.model.parameters(),
+            *(parameter.grad for parameter in learner.model.parameters()),
+            *learner.optimizer.tensors().values(),
+            learner._broken,
+            *(state["step"] for state in learner.optimizer.members[0].state.values()),
+        ]
         return [tensor.data_ptr() for tensor in tensors]
 
     for number in range(8):
         masked = masked_rows(seed=number)
         if number == 4:  # a batch that is not full comes between
-            masked = dataclasses.replace(masked, **{name: getattr(masked, name)[:5] for name in ("input_ids", "positions", "labels")})
+            masked = dataclasses.replace(
+                masked, **{name: getattr(masked, name)[:5] for name in ("input_ids", "positions", "labels")}
+            )
         numbers = [one.step(masked, number, (number + 1) * 2e-3).read() for one in (plain, learner)]
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-4)
         if number == 1:  # before anything is recorded
             stayed = places()
     assert places() == stayed
     rates = [group["lr"] for member in learner.optimizer.members for group in member.param_groups]
-    assert all(rate.data_ptr() == learner._update._places[1][1].data_ptr() for rate in rates)  # what is played back reads the rate of the step
+    assert all(
+        rate.data_ptr() == learner._update._places[1][1].data_ptr() for rate in rates
+    )  # what is played back reads the rate of the step
     for parameter, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
     assert len(made) == 3 and learner._learn.has_recording
@@ -207,12 +233,19 @@ def test_after_memory_has_run_out_nothing_is_recorded(monkeypatch, capsys):
     run_short(monkeypatch, 4)
     for number in range(4, 8):
         learner.step(masked_rows(seed=number), number, 1e-3).read()
-    assert learner.micro_batch_size == 4 and not learner._learn.has_recording and not learner._update.has_recording and len(made) == 2
+    assert (
+        learner.micro_batch_size == 4
+        and not learner._learn.has_recording
+        and not learner._update.has_recording
+        and len(made) == 2
+    )
 
 
 def short_of_memory(folder, name, text):
     """v4 with 4 sequences at a time in steps, into which `text` is put before the second part of each; `number` is the step's, `rank` the process's."""
-    return faulty_script(folder / name, f"""import signal, torch
+    return faulty_script(
+        folder / name,
+        f"""import signal, torch
 import microbert.train.step as step
 real_step, real_loss, now = step.Learner.step, step.masked_loss, dict()
 def counted(self, masked, number, *others):
@@ -224,24 +257,46 @@ def masked_loss(hidden, *others):
     if now["calls"] == 2:
         {text}
     return real_loss(hidden, *others)
-step.Learner.step, step.masked_loss = counted, masked_loss""", script=V4)
+step.Learner.step, step.masked_loss = counted, masked_loss""",
+        script=V4,
+    )
 
 
 @pytest.mark.parametrize("n_processes", [1, 2])
 @pytest.mark.fault(row=26)
 @pytest.mark.slow
 def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_micro_batch(n_processes, tmp_path):
-    runs_out = short_of_memory(tmp_path, "runs_out.py", f"if is_last and number >= 25 and n_rows > 2 // {n_processes}: raise torch.OutOfMemoryError({NO_MEMORY!r})")
-    stops = short_of_memory(tmp_path, "stops.py", "if number == 23: os.kill(os.getpid(), signal.SIGTERM)")  # heard at the next step, the 25th
+    runs_out = short_of_memory(
+        tmp_path,
+        "runs_out.py",
+        f"if is_last and number >= 25 and n_rows > 2 // {n_processes}: raise torch.OutOfMemoryError({NO_MEMORY!r})",
+    )
+    stops = short_of_memory(
+        tmp_path, "stops.py", "if number == 23: os.kill(os.getpid(), signal.SIGTERM)"
+    )  # heard at the next step, the 25th
 
     def begin(name, script, **constants):
-        flags = flags_of(tmp_path, n_processes, **{"output_dir": tmp_path / name, "micro_batch_size": 4 // n_processes, "dropout": 0.1, "mlm_probability": 0.15, "keep_checkpoints": 100,
-                                            **constants})
+        flags = flags_of(
+            tmp_path,
+            n_processes,
+            **{
+                "output_dir": tmp_path / name,
+                "micro_batch_size": 4 // n_processes,
+                "dropout": 0.1,
+                "mlm_probability": 0.15,
+                "keep_checkpoints": 100,
+                **constants,
+            },
+        )
         return launch(flags, n_processes, script=script, module="torch.distributed.run")
 
     code, out, err = begin("short", runs_out)
     assert code == 0, err
-    assert err.count("out of memory") == 2 and f"step 25: out of memory with {4 // n_processes} sequences" in err and "Traceback" not in err
+    assert (
+        err.count("out of memory") == 2
+        and f"step 25: out of memory with {4 // n_processes} sequences" in err
+        and "Traceback" not in err
+    )
     assert n_processes == 1 or "process 1 of 2: CUDA out of memory" in err
 
     begin("stopped", stops)
@@ -252,10 +307,17 @@ def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_
 
     # what is left of the micro-batch is kept: the run goes on with it by the first command
     state = json.loads((tmp_path / "short" / "checkpoint-60" / "state.json").read_text())
-    assert state["state"]["micro_batch_size"] == 2 // n_processes and state["config"]["micro_batch_size"] == 4 // n_processes
+    assert (
+        state["state"]["micro_batch_size"] == 2 // n_processes
+        and state["config"]["micro_batch_size"] == 4 // n_processes
+    )
     (tmp_path / "again").mkdir()
     shutil.copytree(tmp_path / "short" / "checkpoint-60", tmp_path / "again" / "checkpoint-60")
     shutil.copy(tmp_path / "short" / "metrics.jsonl", tmp_path / "again")
     code, out, err = begin("again", V4)
-    assert code == 0 and f"going on after step 60, from {tmp_path / 'again' / 'checkpoint-60'}, with {2 // n_processes} sequences at a time" in out, err
+    assert (
+        code == 0
+        and f"going on after step 60, from {tmp_path / 'again' / 'checkpoint-60'}, with {2 // n_processes} sequences at a time"
+        in out
+    ), err
     assert result(tmp_path / "again") == result(tmp_path / "short")
