@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
+from configs import configure, configure_v4
 from helpers import ROOT, TIME_LIMIT, run, small_flags
 from launches import launch
 from models import VOCAB_SIZE, as_batch, token_rows
-from test_config import configure, configure_v4
 
 from microbert.data.masking import mask_batch
 from microbert.model.build import build_model, shape_of
@@ -131,7 +131,7 @@ def test_memory_stays_within_the_plan(constants):
 CAPPED = """import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_gpu import CUDA, masked_rows, new_learner
-from test_config import configure
+from configs import configure
 from microbert.runtime.device import peak_memory_gb
 from microbert.train.memory import Hardware, cap_memory
 cap_memory(configure(memory_budget_gb={budget_gb}), Hardware("cuda", None), CUDA)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import transformers
+from configs import configure_v4
 from helpers import (
     ROOT,
     SLOW_STEPS,
@@ -25,7 +26,6 @@ from helpers import (
 from launches import finish, launch
 from launches import start as start_launch
 from safetensors.torch import load_file
-from test_config import configure_v4
 
 from microbert.train.checkpoint import look_for_checkpoint
 from microbert.train.memory import GIB, Hardware

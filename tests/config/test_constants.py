@@ -4,25 +4,17 @@ import dataclasses
 import importlib
 import re
 import resource
-import runpy
 import subprocess
 import sys
 
 import pytest
+from configs import V4, configure, configure_v4, constants
 from helpers import ROOT, SCRIPT
 
 from microbert.config.constants import resolve_batch_size
 from microbert.config.flags import read_config, read_script, whole_number
 from microbert.config.learning_rate import explain_learning_rate
 from microbert.errors import InputError
-
-
-def constants(script=SCRIPT):
-    return {name: value for name, value in runpy.run_path(str(script)).items() if not name.startswith("__")}
-
-
-def configure(*flags, **changed):
-    return read_config(str(SCRIPT), constants() | changed, list(flags))
 
 
 @pytest.mark.parametrize(
@@ -201,13 +193,6 @@ def test_a_misspelt_constant_is_refused_and_the_right_one_suggested(capsys):
     with pytest.raises(SystemExit):
         read_config(str(SCRIPT), block, [])
     assert "unknown constant n_layer; did you mean n_layers?" in capsys.readouterr().err
-
-
-V4 = ROOT / "mlm_pretrain_v4.py"
-
-
-def configure_v4(*flags, **changed):
-    return read_config(str(V4), constants(V4) | changed, list(flags))
 
 
 @pytest.mark.parametrize(

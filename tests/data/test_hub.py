@@ -16,12 +16,12 @@ import threading
 import pyarrow
 import pyarrow.parquet
 import pytest
+from configs import configure
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.packaged_modules.text.text import TextConfig
 from helpers import ROOT, TIME_LIMIT, WORDS, run, small_flags, start, wait_until
 from hub_server import HubServer
-from test_config import configure
 
 from microbert.data.hub import LARGE_CHOICE, PROBE_SECONDS, SMALL_CHOICE, choose_dataset
 from microbert.data.hub_reader import HubReader, is_network_trouble, stoppable

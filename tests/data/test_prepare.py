@@ -10,13 +10,13 @@ import time
 import psutil
 import pytest
 from helpers import TIME_LIMIT, patched_script, run, small_flags, start, wait_until
-from test_tokens import all_rows, prepare
+from test_shards import all_rows, prepare
 
 from microbert.data.corpus import clean
 from microbert.data.tokenizer import N_SPECIAL
 
 N_KILLS = 6
-IN_SMALL_BLOCKS = """from microbert import documents
+IN_SMALL_BLOCKS = """from microbert.data import corpus as documents
 documents.READ_ROWS = 50
 from microbert.data import prepare
 from microbert.runtime import workers

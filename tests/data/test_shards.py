@@ -10,10 +10,10 @@ import sys
 
 import numpy as np
 import pytest
+from configs import configure
 from helpers import ROOT, listing, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from test_config import configure
 
 from microbert.data import prepare as prepare_module
 from microbert.data import tokenizer as tokenizer_module
@@ -60,7 +60,7 @@ def test_the_tokenizer_is_a_function_of_the_text_alone():
 import hashlib
 from microbert.data.sources import open_corpus
 from microbert.data.tokenizer import train_tokenizer
-from test_config import configure
+from configs import configure
 texts = [row for rows, _ in open_corpus(configure(max_samples=500), lambda: None).read() for row in rows]
 tokenizer = train_tokenizer(lambda: iter(texts), vocab_size=2000, lowercase=True, strip_accents=False)
 print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())

@@ -12,8 +12,8 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from configs import configure
 from helpers import run_here, small_flags
-from test_config import configure
 
 from microbert.config.constants import dataset_files
 from microbert.data.corpus import Position, clean, split_hash

@@ -13,11 +13,11 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from configs import V4, configure
+from configs import constants as constants_of
 from helpers import SCRIPT, listing, small_flags
 from hypothesis import given
 from hypothesis import strategies as st
-from test_config import V4, configure
-from test_config import constants as constants_of
 from test_hostile_input import FINE, seal
 
 from microbert.config.constants import Config

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from configs import configure
 from helpers import (
     LARGEST_FILE,
     ROOT,
@@ -24,7 +25,6 @@ from helpers import (
 )
 from safetensors.torch import load_file
 from small_disk import SmallDisk, has_small_disks
-from test_config import configure
 
 import microbert.train.loop
 from microbert.errors import InputError

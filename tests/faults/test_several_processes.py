@@ -12,6 +12,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from configs import configure
 from helpers import SLOW_STEPS, TIME_LIMIT, end_tree, patched_script, result, run, wait_for_checkpoint, wait_until
 from launches import (
     FOREVER,
@@ -29,7 +30,6 @@ from launches import (
 )
 from models import VOCAB_SIZE, as_batch, as_sequences, noisy_model, token_rows
 from safetensors.torch import load_file
-from test_config import configure
 
 from microbert.data.batches import steps_in_run, training_batch
 from microbert.data.masking import mask_batch

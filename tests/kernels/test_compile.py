@@ -14,6 +14,7 @@ import torch
 from helpers import LARGEST_FILE, ROOT, TIME_LIMIT, listing
 
 import microbert.kernels.compile
+import microbert.runtime.torch_compile
 from microbert.config.environment import COMPILER_CACHES
 from microbert.kernels import attention, gelu, norm
 from microbert.kernels.compile import address, compiled_kernel, n_threads
@@ -258,21 +259,21 @@ def caches(tmp_path, monkeypatch):
             {name: "" for name in COMPILER_CACHES} | {"XDG_CACHE_HOME": tmp_path / "cache"} | variables
         ).items():
             monkeypatch.setenv(name, str(value))
-        microbert.kernels.compile._use_private_caches.cache_clear()
+        microbert.runtime.torch_compile._use_private_caches.cache_clear()
         torch._inductor.config.cpp_cache_precompile_headers = True
         compiled(abs)
         assert not torch._inductor.config.cpp_cache_precompile_headers  # they would stay in /tmp
         return [Path(os.environ[name]) for name in COMPILER_CACHES]
 
     yield compile_with
-    microbert.kernels.compile._use_private_caches.cache_clear()
+    microbert.runtime.torch_compile._use_private_caches.cache_clear()
 
 
 def test_compiled_kernels_are_saved_in_the_users_cache(caches, tmp_path, capsys):
     own = [tmp_path / "cache" / "microbert" / name for name in ("torchinductor", "triton")]
     assert caches() == own and {mode_of(folder) for folder in own} == {0o700}
     default = (
-        Path(microbert.kernels.compile.tempfile.gettempdir()) / "torchinductor_somebody"
+        Path(microbert.runtime.torch_compile.tempfile.gettempdir()) / "torchinductor_somebody"
     )  # torch sets this one when its compiler is imported
     assert caches(TORCHINDUCTOR_CACHE_DIR=default) == own and not default.exists()
     (tmp_path / "mine").mkdir()
@@ -307,7 +308,7 @@ def test_what_lies_where_torch_would_look_for_compiled_kernels_is_not_touched(tm
         (hostile / name).mkdir(parents=True)
         (hostile / name / "planted").write_text("")
     before = listing(hostile)
-    program = "import torch; from microbert.kernels.compile import compiled; print(compiled(lambda x: x.sin() + 1)(torch.ones(3)))"
+    program = "import torch; from microbert.runtime.torch_compile import compiled; print(compiled(lambda x: x.sin() + 1)(torch.ones(3)))"
     environment = {
         **os.environ,
         "TMPDIR": str(hostile.parent),

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from configs import configure
 from helpers import ROOT, TIME_LIMIT
 from hypothesis import given
 from hypothesis import strategies as st
 from models import VOCAB_SIZE, as_batch, many_examples, noisy_model, on_threads, token_rows
-from test_config import configure
 from torch.nn import functional as F
 
 from microbert.data.masking import IGNORED, mask_batch

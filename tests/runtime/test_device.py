@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from configs import configure, configure_v4
 from helpers import ROOT
-from test_config import configure, configure_v4
 
 import microbert.runtime.device
 from microbert.errors import InputError

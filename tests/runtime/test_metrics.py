@@ -4,9 +4,9 @@ import importlib.util
 import json
 
 import pytest
+from configs import configure
 from helpers import corpus_from, result, run_here, small_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_config import configure
 
 from microbert.runtime.metrics import Metrics
 

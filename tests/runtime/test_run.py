@@ -10,9 +10,9 @@ import sys
 import types
 
 import pytest
+from configs import configure
 from helpers import SCRIPT, interrupted_copy, listing, run_here, small_flags
 from launches import launch, status
-from test_config import configure
 
 import microbert.model.export
 import microbert.runtime.run

@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 import transformers
+from configs import configure
 from helpers import ROOT, TIME_LIMIT, corpus_from, result, run_here, small_flags, write_corpus
 from models import as_sequences, noisy_model
-from test_config import configure
 
 import microbert.train.step
 from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID

@@ -7,11 +7,11 @@ import types
 
 import pytest
 import torch
+from configs import configure, configure_v4
 from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from models import few_examples
-from test_config import configure, configure_v4
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 

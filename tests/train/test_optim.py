@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from configs import configure
 from hypothesis import given
 from hypothesis import strategies as st
 from models import many_examples, noisy_model
-from test_config import configure
 from torch import nn
 
 from microbert.config.learning_rate import peak_learning_rate

@@ -1,10 +1,10 @@
 """How far a run is, by its steps or by the clock, and what is due on the way."""
 
 import pytest
+from configs import configure
 from hypothesis import given
 from hypothesis import strategies as st
 from models import many_examples
-from test_config import configure
 
 from microbert.errors import InputError
 from microbert.train.progress import EXPORT_SECONDS, EXPORT_SHARE, POINTS_PER_RUN, Course

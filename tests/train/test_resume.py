@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
+from configs import configure
 from helpers import small_flags
 from models import noisy_model
 from safetensors.torch import load_file
-from test_config import configure
 
 from microbert.errors import InputError
 from microbert.runtime.distributed import World

@@ -7,10 +7,10 @@ import types
 import numpy as np
 import pytest
 import torch
+from configs import configure
 from helpers import TIME_LIMIT
 from launches import free_port
 from models import as_batch, as_sequences, noisy_model, token_rows
-from test_config import configure
 from test_step import NO_MEMORY, VOCAB_SIZE
 
 import microbert.runtime.cuda_graph

@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from configs import configure
 from helpers import ROOT, result
 from launches import faulty_script, flags_of, launch
 from models import VOCAB_SIZE, as_batch, noisy_model, token_rows
-from test_config import configure
 
 import microbert.runtime.cuda_graph
 import microbert.train.step

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from configs import configure
 from models import VOCAB_SIZE, as_batch, as_sequences, noisy_model, token_rows
-from test_config import configure
 from test_optim import BROKEN, FINE, parameters_after, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,0 +1,25 @@
+"""Configurations of the scripts, as a test or its subprocess needs them."""
+
+import runpy
+from pathlib import Path
+
+from helpers import ROOT, SCRIPT
+
+from microbert.config import Config, read_config
+
+V4 = ROOT / "mlm_pretrain_v4.py"
+
+
+def constants(script: Path = SCRIPT) -> dict[str, object]:
+    """Return the block of constants of a script, among its other globals."""
+    return {name: value for name, value in runpy.run_path(str(script)).items() if not name.startswith("__")}
+
+
+def configure(*flags: str, **changed: object) -> Config:
+    """Return the Config of v1 with these flags, after these changes of its constants."""
+    return read_config(str(SCRIPT), constants() | changed, list(flags))
+
+
+def configure_v4(*flags: str, **changed: object) -> Config:
+    """Return the Config of v4, as `configure` does that of v1."""
+    return read_config(str(V4), constants(V4) | changed, list(flags))
