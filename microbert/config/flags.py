@@ -93,7 +93,8 @@ def _with_preset(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     preset = values.get("preset")
     if preset is not None and preset not in PRESETS:
         raise InputError(f'preset = {preset!r} must be "auto" or "large"')
-    filled = values | {name: value for name, value in PRESETS.get(preset, {}).items() if values[name] is None}
+    of_preset = {} if preset is None else PRESETS[preset]
+    filled = values | {name: value for name, value in of_preset.items() if values[name] is None}
     for name in sorted(BY_PRESET):
         if filled[name] is None and preset is None:
             raise InputError(f"{name} must not be None{' without a preset' if 'preset' in values else ''}")
