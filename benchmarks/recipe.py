@@ -62,7 +62,7 @@ class PostNormLayer(modern.Layer):
 
 
 class UngatedLayer(modern.Layer):
-    """A feed-forward block of two matrices, with as many parameters as the gated one's three."""
+    """A feed-forward of two matrices with as many numbers as the gated one's three."""
 
     def __init__(self, config: ModelConfig, number: int, rotary: Rotary) -> None:
         super().__init__(config, number, rotary)
