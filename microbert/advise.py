@@ -278,7 +278,8 @@ def main() -> None:
     for warning in advice.warnings:
         print(f"  warning: {warning}")
     print("\nplan of this run (--dry-run):")
-    print_plan(_plan_config(advice, machine, is_this_machine), None if arguments.samples is None else estimate)
+    planned_estimate = None if arguments.samples is None else estimate
+    print_plan(_plan_config(advice, machine, is_this_machine), planned_estimate, with_json=False)
 
 
 if __name__ == "__main__":
