@@ -113,7 +113,7 @@ def theirs(
 ) -> Curve:
     """Train transformers' Trainer on the same rows, for as many steps as fit in the given time."""
     (first, _), (last, _) = run_trainer(config, tokens, folder, 0.0, TIMED_STEPS, rate, (1, TIMED_STEPS))
-    steps = math.ceil((60 * minutes - seconds) * (TIMED_STEPS - 1) / (last - first))
+    steps = max(1, math.ceil((60 * minutes - seconds) * (TIMED_STEPS - 1) / (last - first)))
     scored = {*range(1, steps, math.ceil(steps / n_points)), steps}
     return run_trainer(config, tokens, folder, seconds, steps, rate, scored)
 
