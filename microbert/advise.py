@@ -120,7 +120,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> tuple[tuple[str, ...], list[str]]:
-    """Return the flags of the version's script, and what stands in the way of the run, one line each."""
+    """Return the flags of the version's script, and warnings about the disk and the network, one line each."""
     warnings: list[str] = []
     flags = [] if dataset == "imdb" else ["--dataset", dataset]
     if version == 4 and machine.gpu_memory is None:
