@@ -1,42 +1,38 @@
-"""Attention of narrow heads: this project's kernel against PyTorch's scaled_dot_product_attention. On the CPU, forward and backward.
+"""Attention with narrow heads on the CPU: this project's kernel against PyTorch's scaled_dot_product_attention.
 
     python benchmarks/attention.py                 32 rows of 128 tokens, at the shapes of v1, v2, v3 and at wider heads
 
-Queries stand at every token, or at 19 of a row as in the last layer, whose output is wanted at masked tokens alone. Both take turns on one thread; the
-times are medians of its processor's time, which other work on the machine changes little. First it tells how long the kernel's compiler takes, once for
-each head size in a process.
+Measures forward and backward. Queries are at every token, or at 19 tokens of a row as in the last layer, which computes
+masked tokens only. Both sides take turns on one thread. The times are medians of processor time, which other work on
+the machine changes little. First prints the kernel's compilation time, spent once per head size in a process.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from checkout import new_parser
+from torch import Tensor
+from torch.nn import functional as F
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-
-from microbert.kernels.attention import SOURCE, _NarrowAttention  # noqa: E402
-from microbert.kernels.compile import compiled_kernel  # noqa: E402
+from microbert.kernels.attention import SOURCE, _NarrowAttention
+from microbert.kernels.compile import compiled_kernel
 
 B, T = 32, 128
-SHAPES = {
+SHAPES = {  # number of heads, width of each
     "v1": (2, 2),
     "v2": (4, 2),
     "v3": (8, 2),
     "heads of 4": (8, 4),
     "heads of 8": (8, 8),
     "heads of 16": (8, 16),
-}  # heads, numbers of each
+}
 
 
 def seconds(attention: Callable[[], Tensor], tensors: list[Tensor], output_grad: Tensor) -> tuple[float, float]:
-    """Forward and backward."""
+    """Return the processor time of the forward and of the backward pass."""
     start = time.process_time()
     output = attention()
     between = time.process_time()
@@ -45,6 +41,7 @@ def seconds(attention: Callable[[], Tensor], tensors: list[Tensor], output_grad:
 
 
 def compare(name: str, n_queries: int, is_masked: bool, rounds: int) -> str:
+    """Return one row of the table."""
     n_heads, d = SHAPES[name]
     generator = torch.Generator().manual_seed(0)
     query, key, value, output_grad = (
@@ -59,16 +56,18 @@ def compare(name: str, n_queries: int, is_masked: bool, rounds: int) -> str:
         lambda: F.scaled_dot_product_attention(*tensors, attn_mask=mask),
     ]
     times = [[seconds(side, tensors, output_grad) for side in sides] for _ in range(rounds)]
-    ours, theirs = ([1e3 * statistics.median(part) for part in zip(*side)] for side in zip(*times))
+    ours, theirs = (
+        [1e3 * statistics.median(part) for part in zip(*side, strict=True)] for side in zip(*times, strict=True)
+    )
     return (
-        f"{name:12} {n_queries:>7} {'yes' if is_masked else 'no':>8} {ours[0]:>9.2f} + {ours[1]:<5.2f} {theirs[0]:>10.2f} + {theirs[1]:<6.2f}"
-        f" {sum(theirs) / sum(ours):>6.1f} x"
+        f"{name:12} {n_queries:>7} {'yes' if is_masked else 'no':>8} {ours[0]:>9.2f} + {ours[1]:<5.2f} "
+        f"{theirs[0]:>10.2f} + {theirs[1]:<6.2f} {sum(theirs) / sum(ours):>6.1f} x"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser = new_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each side [default: 20]")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     for d in sorted({d for _, d in SHAPES.values()}):

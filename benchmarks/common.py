@@ -1,31 +1,39 @@
-"""What several benchmarks do: prepare text as a run does, train by hand, score on held-out sequences."""
+"""What several benchmarks share: configurations, prepared text, training steps, held-out loss, tables."""
 
-import contextlib
-import io
-import sys
-from pathlib import Path
+import os
+import statistics
+from collections.abc import Sequence
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from checkout import ROOT
+from tokenizers import Tokenizer
 
-import torch  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
+from microbert.config.constants import Config, fill_in, resolve_batch_size
+from microbert.config.flags import read_script
+from microbert.data.batches import evaluation_batches, random_batch, training_batch
+from microbert.data.masking import EVALUATION_PROBABILITY, MaskedBatch, mask_batch
+from microbert.data.prepare import prepare_tokens
+from microbert.data.shards import Tokens
+from microbert.data.sources import lock_cache, open_corpus
+from microbert.data.tokenizer import get_tokenizer
+from microbert.model.build import model_for_tokens
+from microbert.model.layers import MaskedLanguageModel
+from microbert.model.loss import masked_scores
+from microbert.runtime.distributed import World
+from microbert.train.step import Learner
 
-from microbert.config.constants import Config  # noqa: E402
-from microbert.data.batches import evaluation_batches, training_batch  # noqa: E402
-from microbert.data.masking import EVALUATION_PROBABILITY, MaskedBatch, mask_batch  # noqa: E402
-from microbert.data.prepare import prepare_tokens  # noqa: E402
-from microbert.data.shards import Tokens  # noqa: E402
-from microbert.data.sources import lock_cache, open_corpus  # noqa: E402
-from microbert.data.tokenizer import get_tokenizer  # noqa: E402
-from microbert.model.build import model_for_tokens  # noqa: E402
-from microbert.model.layers import MaskedLanguageModel  # noqa: E402
-from microbert.model.loss import masked_scores  # noqa: E402
-from microbert.runtime.distributed import World  # noqa: E402
-from microbert.train.step import Learner  # noqa: E402
+# v4 on a CPU, at a fixed size
+SMALL_V4 = ("--vocab-size", "10000", "--n-layers", "4", "--batch-size", "32", "--device", "cpu")
+
+
+def script_config(name: str, flags: Sequence[str] = (), tier: dict[str, int] | None = None) -> Config:
+    """Return the Config of a script, such as "v1", in one process. tier: values for what its preset leaves open."""
+    config = read_script(ROOT / f"mlm_pretrain_{name}.py", flags)
+    return resolve_batch_size(fill_in(config, tier) if tier else config, 1)
 
 
 def prepared(config: Config) -> tuple[Tokenizer, Tokens]:
+    """Return the tokenizer and the tokens of the dataset, from the cache or prepared now."""
     corpus = open_corpus(config, lambda: None)
     with lock_cache(corpus, config, lambda: None):
         tokenizer = get_tokenizer(corpus, config, lambda: None)
@@ -33,16 +41,17 @@ def prepared(config: Config) -> tuple[Tokenizer, Tokens]:
 
 
 def new_model(config: Config, tokens: Tokens) -> MaskedLanguageModel:
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its size each time
-        return model_for_tokens(config, tokens)
+    """Return a model with the vocabulary of the tokens, before its first step."""
+    return model_for_tokens(config, tokens)
 
 
 def new_learner(config: Config, tokens: Tokens) -> Learner:
+    """Return the training step of a new model, in this process alone."""
     return Learner(new_model(config, tokens), config, World({}))
 
 
 def take_step(learner: Learner, tokens: Tokens, number: int, learning_rate: float, epochs: int) -> None:
-    """From rows of tokens to updated weights, and waits for it."""
+    """Batch and mask rows of tokens, update the weights, and wait for the result."""
     config = learner.config
     batch = training_batch(
         tokens.train, step=number, epochs=epochs, global_batch_size=config.batch_size, seed=config.seed
@@ -53,16 +62,32 @@ def take_step(learner: Learner, tokens: Tokens, number: int, learning_rate: floa
     learner.step(masked, number, learning_rate).read()
 
 
+def random_masked_batch(number: int, config: Config) -> MaskedBatch:
+    """Return a batch of random tokens, masked as in training. number: of the batch."""
+    batch = random_batch(number, config.vocab_size, config.batch_size, config.max_seq_len)
+    return mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=config.vocab_size)
+
+
 def scored_batches(config: Config, tokens: Tokens, n_batches: int) -> list[MaskedBatch]:
-    """Of 32 held-out sequences each, masked as in a run's evaluation."""
+    """Return batches of 32 held-out sequences, masked as in a run's evaluation; at most n_batches."""
     return [
         mask_batch(batch, seed=config.seed, probability=EVALUATION_PROBABILITY, vocab_size=len(tokens.token_counts))
-        for batch, _ in zip(evaluation_batches(tokens.held_out, 32), range(n_batches))
+        for batch, _ in zip(evaluation_batches(tokens.held_out, 32), range(n_batches), strict=False)
     ]
 
 
 @torch.no_grad()
 def held_out_loss(learner: Learner, batches: list[MaskedBatch]) -> float:
-    """In nats a masked token."""
+    """Return the loss in nats per masked token."""
     learner.model.eval()
     return sum(masked_scores(*learner.hidden(batch))[0] for batch in batches) / sum(batch.n_masked for batch in batches)
+
+
+def machine() -> str:
+    """Return the cores, threads and the version of torch, for the heading of a table."""
+    return f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def median_and_range(ratios: Sequence[float], digits: int = 1) -> str:
+    """Return, for example, "7.8 x (7.1 to 8.2)"."""
+    return f"{statistics.median(ratios):.{digits}f} x ({min(ratios):.{digits}f} to {max(ratios):.{digits}f})"

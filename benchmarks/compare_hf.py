@@ -1,24 +1,24 @@
-"""This project and transformers' Trainer, side by side in one run. CPU only: both sides stay on it where there is a GPU.
+"""Training speed of this project and of transformers' Trainer, side by side on the CPU.
 
     pip install -r requirements-bench.txt
     python benchmarks/compare_hf.py                    all shapes, three rounds of each
     python benchmarks/compare_hf.py --shapes v1 --rounds 9
 
-Both sides train a BERT of the same shape on the same token rows of IMDB (bundled: no network), 32 x 128 a step, padding masked,
-with fused AdamW, gradient clipping and no dropout, from raw rows to updated weights: batching and masking are inside the time.
-They take turns; each turn starts a new model from the same seed and leaves out the first steps. The Trainer takes more time a
-step and so is timed over fewer steps, on the first of the rows, in an order of its own.
+Both sides train a BERT of the same shape on the same token rows of IMDB (bundled: no network), 32 x 128 per step, with
+masked padding, fused AdamW, gradient clipping and no dropout. The time covers everything from raw rows to updated
+weights, batching and masking included. The sides take turns. Each turn starts a new model from the same seed, and its
+first steps are not timed. The Trainer's steps take longer, so fewer of them are timed, on the first of the rows, in an
+order of its own.
 
-What differs is the point: BertForMaskedLM computes logits at every position, this project at the masked ones alone, in chunks.
-On a CPU with units for bf16 this project multiplies the matrices of the widest shape in it, as v4 does; `--dtype float32` tells what that gives.
-What also differs, at no cost: initial output bias, Adam's betas and eps, the Trainer's falling learning rate, the masks drawn.
-Prints samples/s of both (medians), and the median and range of the paired ratios. Other work on the machine falls on one side
-of a pair or the other: where the range is wide, run it again on a quiet machine.
+The difference that matters: BertForMaskedLM computes logits at every position, this project only at the masked ones, in
+chunks. On a CPU with bf16 units, this project multiplies the matrices of the widest shape in bf16, as v4 does;
+`--dtype float32` shows the gain. Differences without a cost: initial output bias, Adam's betas and eps, the Trainer's
+decaying learning rate, the masks.
+Prints samples/s of both (medians), and the median and range of the paired ratios. Other work on the machine slows one
+side of a pair: if the range is wide, repeat on a quiet machine.
 """
 
-import argparse
 import dataclasses
-import os
 import statistics
 import tempfile
 import time
@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import ROOT, new_learner, new_model, prepared, take_step
+from checkout import new_parser
+from common import machine, median_and_range, new_learner, prepared, script_config, take_step
+from hf_trainer import new_reference_model, new_trainer
 
 from microbert.config.constants import Config
-from microbert.config.flags import read_script
 from microbert.data.batches import training_batch
 from microbert.data.shards import Tokens
 from microbert.data.tokenizer import PAD_ID, save_tokenizer
-from microbert.model.hugging_face import hugging_face_config
 from microbert.runtime.device import compute_dtype
 from microbert.runtime.run import plain_errors
 
@@ -43,12 +43,12 @@ SHAPES = {  # n_layers, n_heads, n_embed, vocab_size; timed steps of this projec
     "v3": ((6, 8, 16, 10_000), 20, 4),
     "4L/8H/128D": ((4, 8, 128, 25_000), 10, 3),
 }
-WARM_UP = 2  # steps left out of each turn
+WARM_UP = 2  # steps of each turn that are not timed
 LEARNING_RATE = 1e-4
 
 
 def ours(config: Config, tokens: Tokens, steps: int) -> float:
-    """Samples a second of this project's training step."""
+    """Return the samples per second of this project's training step."""
     learner = new_learner(config, tokens)
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
@@ -58,7 +58,7 @@ def ours(config: Config, tokens: Tokens, steps: int) -> float:
 
 
 class Clock(transformers.TrainerCallback):
-    """Notes when the warm-up and the last step ended."""
+    """Record when the warm-up and the last step end."""
 
     def on_step_end(self, arguments, state, control, **_):
         if state.global_step == WARM_UP:
@@ -67,49 +67,22 @@ class Clock(transformers.TrainerCallback):
 
 
 def theirs(config: Config, tokens: Tokens, folder: Path, steps: int) -> float:
-    """Samples a second of transformers' Trainer, on the same shape and rows."""
-    transformers.set_seed(config.seed)
-    model = transformers.BertForMaskedLM(
-        transformers.BertConfig(**hugging_face_config(new_model(config, tokens).config))
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    """Return the samples per second of transformers' Trainer on the same shape and rows."""
+    model, clock = new_reference_model(config, tokens), Clock()
     n_rows = min(len(tokens.train), (WARM_UP + steps) * config.batch_size)
     input_ids = torch.from_numpy(
         training_batch(tokens.train, step=0, epochs=100, global_batch_size=n_rows, seed=config.seed).input_ids
     )
     rows = [{"input_ids": row, "attention_mask": (row != PAD_ID).long()} for row in input_ids]
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=config.batch_size,
-        max_steps=WARM_UP + steps,
-        learning_rate=LEARNING_RATE,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.grad_clip,
-        optim="adamw_torch_fused",
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        seed=config.seed,
-    )
-    clock = Clock()
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        callbacks=[clock],
-        data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.mlm_probability),
-    )
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    trainer.train()
+    new_trainer(model, rows, config, folder, clock, WARM_UP + steps, LEARNING_RATE, config.mlm_probability).train()
     return steps * config.batch_size / (clock.end - clock.start)
 
 
 def compare(name: str, rounds: int, dtype: str, folder: Path) -> str:
+    """Return one row of the table."""
     (n_layers, n_heads, n_embed, vocab_size), our_steps, their_steps = SHAPES[name]
     config = dataclasses.replace(
-        read_script(ROOT / "mlm_pretrain_v1.py", []),
+        script_config("v1"),
         n_layers=n_layers,
         n_heads=n_heads,
         n_embed=n_embed,
@@ -126,38 +99,34 @@ def compare(name: str, rounds: int, dtype: str, folder: Path) -> str:
     for number in range(rounds):
         pairs.append((ours(config, tokens, our_steps), theirs(config, tokens, folder, their_steps)))
         print(f"{name}, round {number + 1}: {pairs[-1][0]:.1f} and {pairs[-1][1]:.1f} samples/s", flush=True)
-    ratios = [a / b for a, b in pairs]
+    medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
     products = "bf16" if compute_dtype(config, torch.device("cpu")) == torch.bfloat16 else "fp32"
     return (
-        f"{name:12} {len(tokens.token_counts):>8,} {products:>8} {statistics.median(a for a, _ in pairs):>12.1f} "
-        f"{statistics.median(b for _, b in pairs):>12.1f} {statistics.median(ratios):>8.1f} x   {min(ratios):.1f} to {max(ratios):.1f}"
+        f"{name:12} {len(tokens.token_counts):>8,} {products:>8} {medians[0]:>12.1f} {medians[1]:>12.1f}   "
+        f"{median_and_range([a / b for a, b in pairs])}"
     )
 
 
 @plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side [default: 3]")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32"),
         default="auto",
-        help="of this project's matrix products, as the constant dtype",
+        help="dtype of this project's matrix products, as the constant dtype [default: auto]",
     )
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    lines = []
-    with tempfile.TemporaryDirectory() as folder:  # the shapes share what is prepared
-        for name in arguments.shapes:
-            lines.append(compare(name, arguments.rounds, arguments.dtype, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:  # the shapes share one cache
+        lines = [compare(name, arguments.rounds, arguments.dtype, Path(folder)) for name in arguments.shapes]
     print(
-        f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"batch 32 x 128, {arguments.rounds} rounds"
+        f"\n{machine()}, transformers {transformers.__version__}, batch 32 x 128, {arguments.rounds} rounds; "
+        "medians in samples/s"
     )
-    print(
-        f"{'shape':12} {'vocab':>8} {'products':>8} {'ours':>12} {'Trainer':>12} {'ratio':>10}   range  (samples/s, medians)"
-    )
+    print(f"{'shape':12} {'vocab':>8} {'products':>8} {'ours':>12} {'Trainer':>12}   ratio (range)")
     print("\n".join(lines))
 
 

@@ -1,10 +1,10 @@
-"""The output layer with its loss, chunk by chunk as this project computes it, and dense: F.linear and F.cross_entropy. On the CPU.
+"""The output layer with its loss on the CPU: this project's, in chunks, and PyTorch's, dense.
 
-    python benchmarks/head.py                                     8,192 masked tokens, 50,000 tokens in the vocabulary, 128-dim
+    python benchmarks/head.py                                     8,192 masked tokens, vocabulary 50,000, 128-dim
     python benchmarks/head.py --rows 608 --vocab-size 25000 --rounds 9
 
-Memory is the growth of a process of its own, from before the first call to the most that it held during one, forward and backward, gradients
-included. For the times both take turns in one process.
+Memory is the growth of a separate process, from before the first call to the peak during one: forward and backward,
+gradients included. For the times, both take turns in one process.
 """
 
 import argparse
@@ -15,17 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from checkout import new_parser
+from torch import Tensor
+from torch.nn import functional as F
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-
-from microbert.model.loss import masked_loss  # noqa: E402
-from microbert.runtime.device import peak_memory_gb  # noqa: E402
+from microbert.model.loss import masked_loss
+from microbert.runtime.device import peak_memory_gb
 
 
 def dense_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, n_masked: int) -> Tensor:
@@ -36,7 +33,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {"chunks": masked_loss, "dense": dense_
 
 
 def call(way: str, tensors: list[Tensor], labels: Tensor) -> float:
-    """Forward and backward, from gradients of None; returns the seconds."""
+    """Run forward and backward, starting without gradients. Returns the seconds."""
     for tensor in tensors:
         tensor.grad = None
     start = time.perf_counter()
@@ -45,6 +42,7 @@ def call(way: str, tensors: list[Tensor], labels: Tensor) -> float:
 
 
 def inputs(rows: int, vocab_size: int, n_embed: int) -> tuple[list[Tensor], Tensor]:
+    """Return hidden states, weight and bias, and labels."""
     generator = torch.Generator().manual_seed(0)
     tensors = [
         torch.randn(shape, generator=generator).requires_grad_()
@@ -54,9 +52,9 @@ def inputs(rows: int, vocab_size: int, n_embed: int) -> tuple[list[Tensor], Tens
 
 
 def growth_gb(way: str, rows: int, vocab_size: int, n_embed: int) -> float:
-    """In this process, which must not have held more before."""
+    """Return the growth of this process, whose peak memory must not have been higher before."""
     small = inputs(8, 100, n_embed)
-    call(way, *small)  # what libraries take at their first call
+    call(way, *small)  # memory that libraries allocate at their first call
     given = inputs(rows, vocab_size, n_embed)
     before = peak_memory_gb(torch.device("cpu"))
     call(way, *given)
@@ -64,7 +62,7 @@ def growth_gb(way: str, rows: int, vocab_size: int, n_embed: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--rows", type=int, default=8192, help="masked tokens")
     parser.add_argument("--vocab-size", type=int, default=50_000)
     parser.add_argument("--n-embed", type=int, default=128)
@@ -87,15 +85,16 @@ def main() -> None:
         for way in WAYS:
             seconds[way].append(call(way, *given))
     print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {shape[0]:,} masked tokens, vocabulary {shape[1]:,}, "
-        f"{shape[2]}-dim, {arguments.rounds} rounds, the first call of each left out"
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{shape[0]:,} masked tokens, vocabulary {shape[1]:,}, {shape[2]}-dim, "
+        f"{arguments.rounds} rounds after a first one that is not timed"
     )
     for way in WAYS:
         print(f"{way}: {growths[way]:.3f} GB, {statistics.median(seconds[way][1:]):.3f} s")
-    ratios = [dense / chunks for chunks, dense in zip(seconds["chunks"][1:], seconds["dense"][1:])]
+    ratios = [dense / chunks for chunks, dense in zip(seconds["chunks"][1:], seconds["dense"][1:], strict=True)]
     print(
-        f"chunks take {growths['chunks'] / growths['dense']:.1%} of the memory, and are {statistics.median(ratios):.2f} times as fast "
-        f"({min(ratios):.2f} to {max(ratios):.2f})"
+        f"chunks use {growths['chunks'] / growths['dense']:.1%} of the memory, and are "
+        f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
     )
 
 

@@ -1,16 +1,16 @@
-"""Preparing a corpus: this project and `datasets.map` with the same tokenizer, on the same file and cores, in one run.
+"""Preparation of a corpus: this project against `datasets.map` with the same tokenizer, on the same file and cores.
 
     pip install -r requirements-bench.txt
     python benchmarks/prepare.py                       100 MB, three rounds
     python benchmarks/prepare.py --megabytes 1000 --rounds 1
     python benchmarks/prepare.py --megabytes 4000 --rounds 1 --only ours
 
-The corpus is made by drawing IMDB's sentences (bundled: no network) into documents of 3 to 20 sentences, one JSON line each. The
-tokenizer is trained beforehand, outside the times. Each turn is a process of its own. Ours is timed from the file to finished shards:
-reading, encoding, the split, packing, counting duplicates, writing. Theirs is `map` alone, batched, from the Arrow file that
-`load_dataset` has made before (outside the time), to an Arrow file of input_ids; it runs twice, with one process a core, and in
-one process whose tokenizer uses all cores. The ratio is to the faster of these two.
-Memory is the most that the process and its children held together (resident sets added up), sampled ten times a second.
+The corpus consists of IMDB's sentences (bundled: no network), drawn into documents of 3 to 20 sentences, one JSON line
+each. The tokenizer is trained before, outside the times. Each turn is a separate process. This project's time runs from
+the file to finished shards: reading, encoding, the split, packing, counting duplicates, writing. The other time is that
+of `map` alone, batched, from the Arrow file of `load_dataset` (outside the time) to an Arrow file of input_ids. It runs
+twice: with one process per core, and in one process whose tokenizer uses all cores. The ratio is to the faster of these
+two. Memory is the peak of the process and its children together (sum of resident sets), sampled ten times a second.
 """
 
 import argparse
@@ -26,12 +26,16 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from checkout import ROOT, new_parser
+
 BATCH_ROWS = 1000  # the default of datasets.map
 
 
-def configure(folder: Path):
+# The functions below import what they use, so that a turn's process loads only the libraries of its own side.
+
+
+def corpus_config(folder: Path):
+    """Return v2's Config for the corpus in the folder."""
     from microbert.config.flags import read_script
 
     return read_script(
@@ -41,11 +45,12 @@ def configure(folder: Path):
 
 
 def write_corpus(path: Path, megabytes: int) -> None:
-    """Documents of random sentences of the bundled reviews, the same for every machine."""
-    from microbert.config.flags import read_script
+    """Write documents of random sentences of the bundled reviews, the same on every machine."""
+    from common import script_config
+
     from microbert.data.sources import open_corpus
 
-    corpus = open_corpus(read_script(ROOT / "mlm_pretrain_v1.py", []), lambda: None)
+    corpus = open_corpus(script_config("v1"), lambda: None)
     sentences = [sentence for rows, _ in corpus.read() for row in rows for sentence in re.split(r"(?<=[.!?])\s+", row)]
     rng, size = random.Random(0), 0
     with open(path, "w", encoding="utf-8") as file:
@@ -59,40 +64,42 @@ def train_tokenizer(folder: Path) -> None:
     from microbert.data.sources import lock_cache, open_corpus
     from microbert.data.tokenizer import get_tokenizer, save_tokenizer
 
-    config = configure(folder)
+    config = corpus_config(folder)
     corpus = open_corpus(config, lambda: None)
     with lock_cache(corpus, config, lambda: None):
         save_tokenizer(get_tokenizer(corpus, config, lambda: None), folder, config.max_seq_len)
 
 
 def ours(folder: Path) -> float:
+    """Return the seconds of this project's preparation."""
     from microbert.data.prepare import prepare_tokens
     from microbert.data.sources import lock_cache, open_corpus
     from microbert.data.tokenizer import get_tokenizer
 
-    config = configure(folder)
+    config = corpus_config(folder)
     corpus = open_corpus(config, lambda: None)
     with lock_cache(corpus, config, lambda: None):
         tokenizer = get_tokenizer(corpus, config, lambda: None)
         begin = time.perf_counter()
         tokens = prepare_tokens(corpus, tokenizer, config, lambda: None)
         seconds = time.perf_counter() - begin
-    for path in tokens.folder.iterdir():  # so that the next turn does the work again
+    for path in tokens.folder.iterdir():  # the next turn prepares them again
         path.unlink()
     return seconds
 
 
 def theirs(folder: Path, n_processes: int) -> float:
+    """Return the seconds of `datasets.map`."""
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()  # it warns of texts longer than the model takes
+    transformers.utils.logging.set_verbosity_error()  # hides warnings about texts longer than the model's maximum
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = datasets.load_dataset(
         "json", data_files=str(folder / "corpus.jsonl"), split="train", cache_dir=str(folder / "arrow")
     )
-    datasets.disable_caching()  # so that each turn does the work again
+    datasets.disable_caching()  # each turn prepares again
 
     def encode(batch):
         return tokenizer(
@@ -111,6 +118,7 @@ def theirs(folder: Path, n_processes: int) -> float:
 
 
 def tree_bytes(process) -> int:
+    """Return the resident memory of a psutil process and its children."""
     import psutil
 
     total = 0
@@ -123,7 +131,7 @@ def tree_bytes(process) -> int:
 
 
 def turn(side: str, folder: Path, n_processes: int) -> tuple[float, float]:
-    """Seconds and GB of one turn, in a process of its own."""
+    """Return the seconds and the peak memory in GB of one turn, in a process of its own."""
     import psutil
 
     environment = os.environ | {
@@ -148,11 +156,27 @@ def turn(side: str, folder: Path, n_processes: int) -> tuple[float, float]:
     return float(output.splitlines()[-1]), peak[0] / 1e9
 
 
+def print_table(results: dict[str, list[tuple[float, float]]], megabytes: int) -> None:
+    """results: seconds and GB of each turn, by side; this project first."""
+    for label, turns in results.items():
+        speed = statistics.median(megabytes / seconds for seconds, _ in turns)
+        print(f"{label:20} {speed:8.1f} MB/s {max(peak for _, peak in turns):6.2f} GB")
+    ours_turns, *other_turns = results.values()
+    if other_turns:
+        from common import median_and_range
+
+        ratios = [
+            min(seconds for seconds, _ in others) / own
+            for (own, _), *others in zip(ours_turns, *other_turns, strict=True)
+        ]
+        print(f"ratio to the faster of the others: {median_and_range(ratios)}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["ours"], help="leave the other side out")
+    parser.add_argument("--only", choices=["ours"], help="skip the other side")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, help=argparse.SUPPRESS)
@@ -166,34 +190,20 @@ def main() -> None:
     sides = [("ours", 1, "this project")]
     if not arguments.only:
         sides += [("theirs", n_cores, f"map, {n_cores} processes"), ("theirs", 1, "map, one process")]
+    results: dict[str, list[tuple[float, float]]] = {label: [] for *_, label in sides}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder / "corpus.jsonl", arguments.megabytes)
         train_tokenizer(folder)
-        results: dict[str, list[tuple[float, float]]] = {label: [] for *_, label in sides}
         for number in range(arguments.rounds):
             for side, n_processes, label in sides:
-                results[label].append(turn(side, folder, n_processes))
+                seconds, peak = turn(side, folder, n_processes)
+                results[label].append((seconds, peak))
                 print(
-                    f"round {number + 1}, {label}: {arguments.megabytes / results[label][-1][0]:.1f} MB/s, {results[label][-1][1]:.2f} GB",
-                    flush=True,
+                    f"round {number + 1}, {label}: {arguments.megabytes / seconds:.1f} MB/s, {peak:.2f} GB", flush=True
                 )
     print(f"\n{arguments.megabytes} MB, {n_cores} cores, {arguments.rounds} rounds (medians of MB/s, largest GB)")
-    for label, turns in results.items():
-        print(
-            f"{label:20} {statistics.median(arguments.megabytes / seconds for seconds, _ in turns):8.1f} MB/s {max(peak for _, peak in turns):6.2f} GB"
-        )
-    if not arguments.only:
-        ratios = [
-            min(
-                seconds for label, turns in results.items() if label != "this project" for seconds, _ in [turns[number]]
-            )
-            / results["this project"][number][0]
-            for number in range(arguments.rounds)
-        ]
-        print(
-            f"ratio to the faster of the others: {statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})"
-        )
+    print_table(results, arguments.megabytes)
 
 
 if __name__ == "__main__":

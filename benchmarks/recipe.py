@@ -1,26 +1,26 @@
-"""What each part of v4's recipe is worth: v4 as it stands, and with one thing changed at a time, at equal steps and at equal time.
+"""The value of each part of v4's recipe: v4, and v4 with one thing changed at a time, at equal steps and at equal time.
 
-    python benchmarks/recipe.py                               every variant, two seeds: hours on two cores; prints a table
+    python benchmarks/recipe.py                               every variant, two seeds: hours on two cores
     python benchmarks/recipe.py --variants "masked 15 %" "not gated" --seeds 42 43 44
     python benchmarks/recipe.py --max-steps 200               shorter runs, each with its whole schedule
 
-4 layers, 8 heads, 128-dim, 10K tokens, packed IMDB. Losses are those of 1,024 held-out sequences, masked at 15 % whatever the training masks.
-"In v4's time": where a step takes another time than v4's, a second run with as many steps as v4's time allows. Times are those of the
-training steps on the processor, of all threads together, so that other work on the machine does not count.
+4 layers, 8 heads, 128-dim, 10K tokens, packed IMDB. Losses are those of 1,024 held-out sequences, masked at 15 %
+whatever the training masks. "In v4's time": if a variant's step takes more or less time than v4's, a second run takes
+as many steps as fit in v4's time. Times are processor time of the training steps, summed over all threads, so other
+work on the machine does not count. Prints a table.
 """
 
-import argparse
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from common import ROOT, held_out_loss, new_learner, prepared, scored_batches, take_step
+from checkout import new_parser
+from common import SMALL_V4, held_out_loss, new_learner, prepared, scored_batches, script_config, take_step
 from torch import Tensor, nn
 
 from microbert.config.constants import Config
-from microbert.config.flags import read_script
 from microbert.config.learning_rate import peak_learning_rate
 from microbert.data.batches import steps_in_run
 from microbert.data.shards import Tokens
@@ -34,7 +34,7 @@ from microbert.train.step import Learner
 
 BASE = "v4 as it stands"
 SCORED_BATCHES = 32
-SAME_TIME = 0.1  # steps whose times differ by less are not run a second time
+SAME_TIME = 0.1  # no second run if the times of a step differ by less than this share
 
 
 class LearnedPositions(modern.Embeddings):
@@ -47,7 +47,7 @@ class LearnedPositions(modern.Embeddings):
 
 
 class PostNormLayer(modern.Layer):
-    """Norms behind the sums, as in BERT."""
+    """Norms after the residual sums, as in BERT."""
 
     def __init__(self, config: ModelConfig, number: int, rotary: Rotary) -> None:
         super().__init__(config, number, rotary)
@@ -77,7 +77,7 @@ class UngatedLayer(modern.Layer):
 
 
 def with_layers(layer: type[modern.Layer], rotates: bool = True) -> Callable[[ModelConfig], MaskedLanguageModel]:
-    """ModernBert of other layers."""
+    """Return a function that builds ModernBert with these layers."""
 
     def build(config: ModelConfig) -> MaskedLanguageModel:
         model = modern.ModernBert(config)
@@ -96,7 +96,7 @@ def with_learned_positions(config: ModelConfig) -> MaskedLanguageModel:
 
 def with_post_norm(config: ModelConfig) -> MaskedLanguageModel:
     model = with_layers(PostNormLayer)(config)
-    model.head.input_norm = nn.Identity()  # the last layer ends with one
+    model.head.input_norm = nn.Identity()  # the last layer already ends with a norm
     return model
 
 
@@ -114,8 +114,11 @@ def start_without_frequencies(model: MaskedLanguageModel) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """constants: other values than v4's. rate: times the rule's peak. modern: what is built where arch is "modern". start: changes the new model.
-    last_mask: the share masked at the end of the run, where it falls evenly."""
+    """A change of v4.
+
+    constants: values that differ from v4's. rate: factor on the rule's peak. modern: builds the model if arch is
+    "modern". start: changes the new model. last_mask: masked share at the end of the run, if it decays linearly.
+    """
 
     constants: dict = dataclasses.field(default_factory=dict)
     rate: float = 1.0
@@ -140,13 +143,13 @@ VARIANTS = {
     "weights from a normal of 0.1": Variant(start=start_wider),
     "output bias from 0": Variant(start=start_without_frequencies),
     "dropout 0.1": Variant({"dropout": 0.1}),
-    "16 sequences a step": Variant({"batch_size": 16}),
-    "64 sequences a step": Variant({"batch_size": 64}),
+    "16 sequences a step": Variant({"batch_size": 16, "global_batch_size": 16}),
+    "64 sequences a step": Variant({"batch_size": 64, "global_batch_size": 64}),
 }
 
 
 def train(variant: Variant, config: Config, tokens: Tokens, steps: int) -> tuple[Learner, float]:
-    """The learner after so many steps, and the seconds of processor time that they took."""
+    """Return the learner after this many steps, and their processor time in seconds."""
     models.ARCHITECTURES["modern"] = variant.modern
     learner, seconds = new_learner(config, tokens), 0.0
     variant.start(learner.model)
@@ -155,16 +158,15 @@ def train(variant: Variant, config: Config, tokens: Tokens, steps: int) -> tuple
             masked = config.mlm_probability + (variant.last_mask - config.mlm_probability) * number / steps
             learner.config = dataclasses.replace(config, mlm_probability=masked)
         start = time.process_time()
-        take_step(
-            learner, tokens, number, config.learning_rate * learning_rate_share(number, steps, config), config.epochs
-        )
+        rate = config.learning_rate * learning_rate_share(number, steps, config)
+        take_step(learner, tokens, number, rate, config.epochs)
         seconds += time.process_time() - start
     return learner, seconds
 
 
 @dataclasses.dataclass
 class Results:
-    """Of one variant, seed by seed. times: of the training at equal tokens, as shares of v4's."""
+    """The losses of one variant, by seed. times: of training on the same number of tokens, divided by v4's."""
 
     equal_tokens: list[float] = dataclasses.field(default_factory=list)
     equal_time: list[float] = dataclasses.field(default_factory=list)
@@ -178,66 +180,56 @@ class Results:
         return f"| {name} | {' | '.join(losses)} | {statistics.mean(self.times):.2f} |"
 
 
+def run_seed(seed: int, base: Config, results: dict[str, Results], max_steps: int) -> None:
+    """Train v4 and each variant with this seed, and append to the results."""
+    base = dataclasses.replace(base, seed=seed)
+    packed, seconds_of_base = prepared(base)[1], None
+    scored = scored_batches(base, packed, SCORED_BATCHES)
+    for name, of_variant in results.items():
+        variant = VARIANTS[name]
+        config = dataclasses.replace(base, **variant.constants)
+        config = dataclasses.replace(config, learning_rate=peak_learning_rate(config) * variant.rate, lr_scaling="none")
+        tokens = packed if config.packing else prepared(config)[1]
+        steps = min(
+            max_steps * base.batch_size // config.batch_size,
+            steps_in_run(len(tokens.train), config.epochs, config.batch_size),
+        )
+        learner, seconds = train(variant, config, tokens, steps)
+        seconds_of_base = seconds_of_base or seconds
+        of_variant.times.append(seconds / seconds_of_base)
+        of_variant.equal_tokens.append(held_out_loss(learner, scored))
+        if abs(seconds / seconds_of_base - 1) > SAME_TIME:
+            learner, _ = train(variant, config, tokens, round(steps * seconds_of_base / seconds))
+        of_variant.equal_time.append(held_out_loss(learner, scored))
+        print(
+            f"seed {seed}, {name}: {of_variant.equal_tokens[-1]:.4f} after {steps} steps, "
+            f"{of_variant.equal_time[-1]:.4f} in v4's time ({seconds:.0f} s)",
+            flush=True,
+        )
+
+
 @plain_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=f"beside {BASE!r}, which is always run"
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=f"{BASE!r} is always run, too"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43])
     parser.add_argument(
         "--max-steps",
         type=int,
         default=600,
-        help="of 32 sequences; of more or fewer where a variant has others, for as many tokens",
+        help="steps of 32 sequences; variants with another batch size train on as many tokens [default: 600]",
     )
     parser.add_argument("--cache-dir", default="cache")
     arguments = parser.parse_args()
-    as_it_stands = read_script(
-        ROOT / "mlm_pretrain_v4.py",
-        [
-            "--vocab-size",
-            "10000",
-            "--n-layers",
-            "4",
-            "--batch-size",
-            "32",
-            "--device",
-            "cpu",
-            "--cache-dir",
-            arguments.cache_dir,
-        ],
-    )
+    base = script_config("v4", [*SMALL_V4, "--cache-dir", arguments.cache_dir])
     results = {name: Results() for name in dict.fromkeys([BASE, *arguments.variants])}
     for seed in arguments.seeds:
-        base = dataclasses.replace(as_it_stands, seed=seed)
-        packed, of_base = prepared(base)[1], None
-        scored = scored_batches(base, packed, SCORED_BATCHES)
-        for name, of_variant in results.items():
-            variant = VARIANTS[name]
-            config = dataclasses.replace(base, **variant.constants)
-            config = dataclasses.replace(
-                config, learning_rate=peak_learning_rate(config) * variant.rate, lr_scaling="none"
-            )
-            tokens = packed if config.packing else prepared(config)[1]
-            steps = min(
-                arguments.max_steps * base.batch_size // config.batch_size,
-                steps_in_run(len(tokens.train), config.epochs, config.batch_size),
-            )
-            learner, seconds = train(variant, config, tokens, steps)
-            of_base = of_base or seconds
-            of_variant.times.append(seconds / of_base)
-            of_variant.equal_tokens.append(held_out_loss(learner, scored))
-            if abs(seconds / of_base - 1) > SAME_TIME:
-                learner, _ = train(variant, config, tokens, round(steps * of_base / seconds))
-            of_variant.equal_time.append(held_out_loss(learner, scored))
-            print(
-                f"seed {seed}, {name}: {of_variant.equal_tokens[-1]:.4f} after {steps} steps, {of_variant.equal_time[-1]:.4f} in v4's time "
-                f"({seconds:.0f} s)",
-                flush=True,
-            )
+        run_seed(seed, base, results, arguments.max_steps)
     print(
-        "\n| | held-out loss at equal tokens, mean (each seed) | in v4's time | time of a token, v4's being 1 |\n|---|---|---|---|"
+        "\n| | held-out loss at equal tokens, mean (each seed) | in v4's time | time per token, v4 = 1 |"
+        "\n|---|---|---|---|"
     )
     for name, of_variant in results.items():
         print(of_variant.row(name))

@@ -1,18 +1,19 @@
-"""Which version is for me? `python -m microbert.advise` looks at this machine and at your dataset, and says which script to start, how, and what it will take.
+"""Recommend a version: `python -m microbert.advise` looks at this machine and at your dataset.
 
-python -m microbert.advise                                        this machine, the bundled reviews
-python -m microbert.advise --dataset "texts/*.jsonl.gz"           your files, or a dataset of the Hub
-python -m microbert.advise --samples 20M --gpu-memory-gb 24 --num-gpus 8    what is not at hand
-python -m microbert.advise --use production                       or learning, standard, many-gpus
+    python -m microbert.advise                                        this machine, the bundled reviews
+    python -m microbert.advise --dataset "texts/*.jsonl.gz"           your files, or a dataset of the Hub
+    python -m microbert.advise --samples 20M --gpu-memory-gb 24 --num-gpus 8    another machine or dataset
+    python -m microbert.advise --use production                       or learning, standard, many-gpus
+
+It prints the command to run, the reasons, and a plan of memory, disk and time.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import shlex
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,31 +32,28 @@ from microbert.runtime.run import plain_errors
 from microbert.train.dry_run import print_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMORY_STEPS, VERSIONS = (
-    (7, 14, 21.5),
-    (1, 2, 3, 4),
-)  # GiB of a GPU, as drivers report 8, 16 and 24 GB; the version below the first, from it on, and so forth
-BY_SAMPLES = (
-    (100_000, (1, 2)),
-    (1_000_000, (2, 3)),
-    (10_000_000, (3, 4)),
-)  # the versions that are made for datasets below so many documents; v4 beyond
+# the largest version for a GPU: v1, and from each of these GiB on the next; drivers report 8, 16 and 24 GB as less
+MEMORY_STEPS, VERSIONS = (7, 14, 21.5), (1, 2, 3, 4)
+# the versions that suit a dataset of fewer than this many documents; v4 beyond the last
+BY_SAMPLES = ((100_000, (1, 2)), (1_000_000, (2, 3)), (10_000_000, (3, 4)))
 BY_USE = {"learning": 1, "standard": 2, "many-gpus": 3, "production": 4}
 MADE_FOR = {
     1: "the quick start",
     2: "the standard version, for any dataset",
-    3: "made for many GPUs",
-    4: "for production: sized to the device, within 24 GB a GPU",
+    3: "the version for many GPUs",
+    4: "the production version: sized to the device, within 24 GB per GPU",
 }
 TORCHRUN = ("torchrun", "--standalone")
 LAUNCHERS = {3: "./train_h200_8gpu_standard.sh", 4: "./train_h200_8gpu_v4.sh"}
-BYTES_A_DOCUMENT = 1300  # where only their number is known: IMDB's
+CPU_FLAGS = ("--vocab-size", "10000", "--max-minutes", "20")  # for v4 without a GPU
+BYTES_PER_DOCUMENT = 1300  # of IMDB; for a dataset of which only the number of documents is known
+DEFAULT_GPU_GB = 24.0
 CONNECT_SECONDS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """gpu_memory: bytes of each GPU, None without one. free_disk: bytes where the run and its cache would lie."""
+    """gpu_memory: bytes of each GPU, None without a GPU. free_disk: bytes free in the current folder."""
 
     n_cores: int
     gpu_memory: int | None
@@ -64,17 +62,19 @@ class Machine:
     has_network: bool
 
     def __str__(self) -> str:
-        gpus = (
-            "no GPU"
-            if self.gpu_memory is None
-            else f"{self.n_gpus} GPU{'s' * (self.n_gpus > 1)} of {self.gpu_memory / GIB:.0f} GiB"
+        gpus = "no GPU"
+        if self.gpu_memory is not None:
+            gpus = f"{_counted(self.n_gpus, 'GPU')} of {self.gpu_memory / GIB:.0f} GiB"
+        network = "can be reached" if self.has_network else "cannot be reached"
+        return (
+            f"{_counted(self.n_cores, 'core')}, {gpus}, {self.free_disk / 1e9:,.0f} GB of disk free, "
+            f"the Hugging Face Hub {network}"
         )
-        return f"{self.n_cores} cores, {gpus}, {self.free_disk / 1e9:,.0f} GB of disk free, {'the Hugging Face Hub answers' if self.has_network else 'no way to the Hugging Face Hub'}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """flags: of the version's script. reasons, warnings: a line each."""
+    """A version with the flags of its script. reasons, warnings: one line each."""
 
     version: int
     flags: tuple[str, ...]
@@ -84,74 +84,96 @@ class Advice:
 
 
 def advise(machine: Machine, dataset: str, estimate: Estimate, use: str | None = None) -> Advice:
-    """The version for this machine, dataset and use. What it is to be used for decides; else the size of the dataset, and within that the GPU."""
-    most_by_memory = (
-        1 if machine.gpu_memory is None else VERSIONS[sum(machine.gpu_memory >= gib * GIB for gib in MEMORY_STEPS)]
-    )
-    lowest, highest = next((versions for most, versions in BY_SAMPLES if estimate.documents < most), (4, 4))
-    fitting = max(most_by_memory, 3) if machine.n_gpus > 1 else most_by_memory
-    version = min(max(fitting, lowest), highest)
-    made_for = f"v{lowest}" if lowest == highest else f"v{lowest} and v{highest}"
-    reasons = [
-        f"{'' if estimate.is_exact else 'about '}{estimate.documents:,} documents: {made_for} {'alone is' if lowest == highest else 'are'} made for that"
-    ]
+    """Return the version for this machine, dataset and use.
+
+    use: a key of BY_USE, which decides alone. Otherwise the size of the dataset decides and, among the versions that
+    suit it, the GPU.
+    """
+    largest = 1
+    if machine.gpu_memory is not None:
+        largest = VERSIONS[sum(machine.gpu_memory >= gib * GIB for gib in MEMORY_STEPS)]
+    lowest, highest = next((versions for limit, versions in BY_SAMPLES if estimate.documents < limit), (4, 4))
+    version = min(max(largest, 3) if machine.n_gpus > 1 else largest, highest)
+    version = max(version, lowest)
+    suited = f"v{lowest}" if lowest == highest else f"v{lowest} or v{highest}"
+    reasons = [f"{'' if estimate.is_exact else 'about '}{_counted(estimate.documents, 'document')}: {suited}"]
     if machine.gpu_memory is None:
-        reasons.append("no GPU: the smaller the model the sooner it is done")
+        reasons.append("no GPU: a smaller model trains sooner")
     else:
-        reasons.append(f"{machine.gpu_memory / GIB:.0f} GiB a GPU: up to v{most_by_memory}")
+        reasons.append(f"{machine.gpu_memory / GIB:.0f} GiB per GPU: up to v{largest}")
     if machine.n_gpus > 1:
-        reasons.append(f"{machine.n_gpus} GPUs: v3 and v4 are made for several")
-    warnings: tuple[str, ...] = ()
+        reasons.append(f"{machine.n_gpus} GPUs: v3 or v4")
+    warnings: list[str] = []
     if use is not None:
-        wanted = BY_USE[use]
-        reasons.append(f"for {use.replace('-', ' ')}: v{wanted}")
-        if not lowest <= wanted <= highest:
-            warnings = (f"for so many documents {made_for} would be the choice",)
-        version = wanted
+        version = BY_USE[use]
+        reasons.append(f"for {use.replace('-', ' ')}: v{version}")
+        if not lowest <= version <= highest:
+            warnings.append(f"for this many documents, {suited} would be the choice")
     flags, obstacles = _flags(version, machine, dataset, estimate)
     if version == 4 and machine.gpu_memory is None:
-        reasons.append("v4 without a GPU: 10,000 words and 20 minutes give a first model that fills blanks sensibly")
+        reasons.append("v4 without a GPU: 10,000 tokens and 20 minutes make a first model that fills blanks sensibly")
     return Advice(version, flags, _command(version, machine, flags), tuple(reasons), (*warnings, *obstacles))
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> tuple[tuple[str, ...], list[str]]:
-    """The flags of the version's script, and what stands in the way of the run, a line each."""
+    """Return the flags of the version's script, and warnings about the disk and the network, one line each."""
     warnings: list[str] = []
     flags = [] if dataset == "imdb" else ["--dataset", dataset]
     if version == 4 and machine.gpu_memory is None:
-        flags += ["--vocab-size", "10000", "--max-minutes", "20"]
+        flags += CPU_FLAGS
     config, documents = _config(version, flags), estimate.documents
-    needed = 2e6 * estimated_megabytes(estimate, config)  # the tokens and, while they are written, as much again
+    needed = 2e6 * estimated_megabytes(estimate, config)  # writing the tokens takes their size twice
     if needed > machine.free_disk:
         documents = max(2, int(0.9 * documents * machine.free_disk / needed))
         warnings.append(
-            f"the disk has room for the tokens of {documents:,} documents only: another --cache-dir may have more"
+            f"the disk has room for the tokens of {_counted(documents, 'document')} only: "
+            "set --cache-dir to a larger disk to use more"
         )
     if dataset == "hf" or documents < estimate.documents:
         flags += ["--max-samples", str(documents)]
     elif config.max_samples is not None and config.max_samples < documents:
         flags += ["--max-samples", "none"]
     config = _config(version, flags)
-    is_of_the_hub = dataset != "imdb" and (dataset == "hf" or not dataset_files(config))
-    download = 1e6 * estimate.megabytes
-    if is_of_the_hub and not choose_dataset(config)[2] and needed + download > machine.free_disk:
-        flags.append("--streaming")
-        warnings.append(
-            f"the disk has no room for {download / 1e9:,.1f} GB of downloads: the dataset is read as it comes"
-        )
-    if is_of_the_hub and not machine.has_network:
-        warnings.append(
-            "without a network a dataset of the Hub cannot be read: prepare it elsewhere (--prepare-only) and bring cache/, or give files"
-        )
-    folder, number = Path(config.output_dir), 2
-    while folder.exists():  # a run of another day, which is none of this one's business
-        folder, number = Path(f"{config.output_dir}-{number}"), number + 1
-    if number > 2:
-        flags += ["--output-dir", str(folder)]
+    if dataset == "hf" or (dataset != "imdb" and not dataset_files(config)):
+        hub_flags, hub_warnings = _hub_flags(config, machine, needed, 1e6 * estimate.megabytes)
+        flags += hub_flags
+        warnings += hub_warnings
+    output = _unused_folder(config.output_dir)
+    if output != config.output_dir:
+        flags += ["--output-dir", output]
     return tuple(flags), warnings
 
 
-def _config(version: int, flags: list[str]) -> Config:
+def _hub_flags(config: Config, machine: Machine, needed: float, download: float) -> tuple[list[str], list[str]]:
+    """Return flags and warnings for a dataset of the Hub. needed, download: bytes of the tokens and of the dataset."""
+    flags, warnings = [], []
+    if not choose_dataset(config)[2] and needed + download > machine.free_disk:
+        flags.append("--streaming")
+        warnings.append(
+            f"the disk has no room for {download / 1e9:,.1f} GB of downloads: the dataset is streamed instead"
+        )
+    if not machine.has_network:
+        warnings.append(
+            "without a network, a dataset of the Hub cannot be read: prepare it on another machine (--prepare-only) "
+            "and copy cache/, or use files"
+        )
+    return flags, warnings
+
+
+def _unused_folder(output_dir: str) -> str:
+    """Return this folder, or the first of `output_dir-2`, `output_dir-3`, ... if an earlier run is there."""
+    folder, number = output_dir, 1
+    while Path(folder).exists():
+        number += 1
+        folder = f"{output_dir}-{number}"
+    return folder
+
+
+def _config(version: int, flags: Sequence[str]) -> Config:
     return read_script(ROOT / f"mlm_pretrain_v{version}.py", flags)
 
 
@@ -161,84 +183,103 @@ def _command(version: int, machine: Machine, flags: tuple[str, ...]) -> str:
         return shlex.join(["python", script, *flags])
     if version not in LAUNCHERS:
         return shlex.join([*TORCHRUN, f"--nproc-per-node={machine.n_gpus}", script, *flags])
-    preset = " PRESET=auto" if version == 4 else ""  # its launcher starts from the large one
-    given = () if "--dataset" in flags else ("--dataset", "imdb")  # and both from "hf"
-    return f"NUM_GPUS={machine.n_gpus}{preset} {shlex.join([LAUNCHERS[version], *given, *flags])}"
+    preset = " PRESET=auto" if version == 4 else ""  # v4's launcher defaults to the large preset
+    dataset = () if "--dataset" in flags else ("--dataset", "imdb")  # both launchers default to "hf"
+    return f"NUM_GPUS={machine.n_gpus}{preset} {shlex.join([LAUNCHERS[version], *dataset, *flags])}"
 
 
 def this_machine(folder: Path) -> Machine:
-    """folder: where the run would lie."""
+    """Return the machine that this process runs on. folder: where the run would be saved."""
+    gpu_memory, n_gpus = None, 0
     if torch.cuda.is_available():
         gpu_memory, n_gpus = memory_bytes(torch.device("cuda", 0), World({})), torch.cuda.device_count()
     elif torch.backends.mps.is_available():
         gpu_memory, n_gpus = memory_bytes(torch.device("mps"), World({})), 1
-    else:
-        gpu_memory, n_gpus = None, 0
-    return Machine(n_cores(), gpu_memory, n_gpus, shutil.disk_usage(folder).free, _hub_answers())
+    return Machine(n_cores(), gpu_memory, n_gpus, shutil.disk_usage(folder).free, _is_hub_reachable())
 
 
-def _hub_answers() -> bool:
-    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE  # only here, because it takes a while to load
+def _is_hub_reachable() -> bool:
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE  # slow to import
 
-    where = urlsplit(ENDPOINT)
-    if HF_HUB_OFFLINE or not where.hostname:
+    url = urlsplit(ENDPOINT)
+    if HF_HUB_OFFLINE or not url.hostname:
         return False
+    port = url.port or (443 if url.scheme == "https" else 80)
     try:
-        with socket.create_connection(
-            (where.hostname, where.port or (443 if where.scheme == "https" else 80)), CONNECT_SECONDS
-        ):
+        with socket.create_connection((url.hostname, port), CONNECT_SECONDS):
             return True
     except OSError:
         return False
 
 
+def _described_machine(here: Machine, gpu_memory_gb: float | None, num_gpus: int | None) -> Machine:
+    """Return this machine with other GPUs. Raises InputError for a negative number."""
+    gb = DEFAULT_GPU_GB if gpu_memory_gb is None else gpu_memory_gb
+    n_gpus = 1 if num_gpus is None else num_gpus
+    if gb < 0 or n_gpus < 0:
+        raise InputError("--gpu-memory-gb and --num-gpus must be at least 0")
+    has_gpus = gb > 0 and n_gpus > 0
+    return dataclasses.replace(here, gpu_memory=round(gb * GIB) if has_gpus else None, n_gpus=n_gpus if has_gpus else 0)
+
+
+def _dataset_and_estimate(names: list[str] | None, samples: str | None) -> tuple[str, Estimate]:
+    """Return the value of the constant `dataset`, and the size of the dataset: the given one, or else measured."""
+    if samples is None:
+        dataset = ",".join(names or ["imdb"])
+        return dataset, open_corpus(_config(1, ["--dataset", dataset]), lambda: None).estimate
+    documents = whole_number("--samples", samples)
+    if documents < 1:
+        raise InputError("--samples must be at least 1")
+    dataset = ",".join(names or ["imdb" if documents <= IMDB_DOCUMENTS else "hf"])
+    return dataset, Estimate(documents, documents * BYTES_PER_DOCUMENT / 1e6)
+
+
+def _plan_config(advice: Advice, machine: Machine, is_this_machine: bool) -> Config:
+    """Return the Config of a dry run of the recommended command."""
+    config = dataclasses.replace(_config(advice.version, advice.flags), dry_run=True)
+    if machine.gpu_memory is None or (is_this_machine and machine.n_gpus == 1):
+        return config
+    gpu_memory_gb = None if is_this_machine else machine.gpu_memory / GIB
+    return dataclasses.replace(config, num_gpus=machine.n_gpus, gpu_memory_gb=gpu_memory_gb)
+
+
+def _read_flags() -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m microbert.advise", description="Recommend a version for this machine and your dataset."
+    )
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        metavar="TEXT",
+        help='"imdb", "hf", a Hub id, or paths and globs, as for the scripts [default: imdb]',
+    )
+    parser.add_argument("--samples", metavar="N", help="plan for this many documents, such as 500K or 20M")
+    parser.add_argument("--use", choices=BY_USE, help="what the model is for; overrides the size of the dataset")
+    parser.add_argument(
+        "--gpu-memory-gb", type=float, metavar="X", help="plan for GPUs of this size; 0 plans for a CPU"
+    )
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="plan for this many GPUs")
+    return parser.parse_args()
+
+
 @plain_errors()
 def main() -> None:
-    parser = Parser(prog="python -m microbert.advise", description="Which version is for me?")
-    parser.add_argument(
-        "--dataset", nargs="+", help="as for the scripts: imdb (unless you say another), hf, a Hub id, paths and globs"
-    )
-    parser.add_argument("--samples", help="so many documents, such as 500K or 20M, instead of looking at the dataset")
-    parser.add_argument("--use", choices=BY_USE)
-    parser.add_argument("--gpu-memory-gb", type=float, help="of each GPU of a machine that is not at hand; 0: none")
-    parser.add_argument("--num-gpus", type=int, help="of a machine that is not at hand")
-    arguments = parser.parse_args()
-    _print_outcome(arguments)
-
-
-def _print_outcome(arguments: argparse.Namespace) -> None:
+    arguments = _read_flags()
     machine = this_machine(Path("."))
-    is_at_hand = arguments.gpu_memory_gb is None and arguments.num_gpus is None
-    if not is_at_hand:
-        gb = 24.0 if arguments.gpu_memory_gb is None else arguments.gpu_memory_gb
-        n_gpus = (1 if arguments.num_gpus is None else arguments.num_gpus) if gb else 0
-        if gb < 0 or n_gpus < 0:
-            raise InputError("--gpu-memory-gb and --num-gpus must be at least 0")
-        machine = dataclasses.replace(machine, gpu_memory=round(gb * GIB) if n_gpus else None, n_gpus=n_gpus)
-    print(f"this machine: {machine}" if is_at_hand else f"a machine like this: {machine}")
-    if arguments.samples is None:
-        dataset = ",".join(arguments.dataset or ["imdb"])
-        with contextlib.redirect_stdout(io.StringIO()):  # the plan below tells the same
-            estimate = open_corpus(_config(1, ["--dataset", dataset]), lambda: None).estimate
-    else:
-        documents = whole_number("--samples", arguments.samples)
-        if documents < 1:
-            raise InputError("--samples must be at least 1")
-        estimate = Estimate(documents, documents * BYTES_A_DOCUMENT / 1e6)
-        dataset = ",".join(arguments.dataset or ["imdb" if documents <= IMDB_DOCUMENTS else "hf"])
+    is_this_machine = arguments.gpu_memory_gb is None and arguments.num_gpus is None
+    if not is_this_machine:
+        machine = _described_machine(machine, arguments.gpu_memory_gb, arguments.num_gpus)
+    print(f"{'this machine' if is_this_machine else 'planned machine'}: {machine}")
+    dataset, estimate = _dataset_and_estimate(arguments.dataset, arguments.samples)
     advice = advise(machine, dataset, estimate, arguments.use)
-    print(f"\ntake v{advice.version}, {MADE_FOR[advice.version]}:\n\n    {advice.command}\n")
+    print(f"\nuse v{advice.version}, {MADE_FOR[advice.version]}:\n\n    {advice.command}\n")
     for reason in advice.reasons:
         print(f"  {reason}")
     for warning in advice.warnings:
-        print(f"  but: {warning}")
-    print("\nwhat it would take, by --dry-run:")
-    plan = dataclasses.replace(_config(advice.version, [*advice.flags]), dry_run=True)
-    if machine.n_gpus > 1 or not is_at_hand and machine.n_gpus:
-        plan = dataclasses.replace(
-            plan, num_gpus=machine.n_gpus, gpu_memory_gb=None if is_at_hand else machine.gpu_memory / GIB
-        )
-    print_plan(plan, None if arguments.samples is None else estimate)
+        print(f"  warning: {warning}")
+    print("\nplan of this run (--dry-run):")
+    planned_estimate = None if arguments.samples is None else estimate
+    print_plan(_plan_config(advice, machine, is_this_machine), planned_estimate, with_json=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The commands that README.md, CONTRIBUTING.md and docs/ show, as they run in a fresh clone, and the pictures that they make.
+"""The commands in README.md, CONTRIBUTING.md and docs/, run in a fresh clone, and the pictures that they draw.
 
-Each runs as it stands, with flags behind it that make it short, and with the tests' stand-in for the Hub.
+Each command runs as written, followed by flags that shorten it, with the tests' stand-in for the Hub.
 """
 
 import contextlib
@@ -21,13 +21,15 @@ from launches import finish
 from test_readme import commands
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BEGINS = r"(?:[A-Z_]+=\S+ )*(?:python|pytest|(?:\.venv/bin/|scripts/|\./)\S+|torchrun|sbatch) "  # what a command in the text begins with
+# the start of a command in running text
+BEGINS = r"(?:[A-Z_]+=\S+ )*(?:python|pytest|(?:\.venv/bin/|scripts/|\./)\S+|torchrun|sbatch) "
 SMALL = "--max-samples 300 --vocab-size 300 --epochs 1"
-RUN = f"{SMALL} --overwrite"  # commands of one page share folders
+RUN = f"{SMALL} --overwrite"  # the commands of a page share folders
 ONE_LAYER = f"{RUN} --n-layers 1 --n-embed 16 --batch-size 8"
 
-# what is set behind a command, by the first of these that is found in it. None: installations, which the continuous integration makes, Slurm, for which
-# tests/test_launchers.py has a stand-in, and several machines, which tests/test_commands.py starts
+# what is appended to a command: the value of the first pattern that matches it. None for commands that do not run here:
+# installations (the continuous integration installs), Slurm (tests/test_launchers.py has a stand-in), and several
+# machines (tests/test_commands.py starts them)
 SHORT = {
     r"install |-m venv|sbatch|train_multinode|microbert\.torchrun$": None,
     r"pytest -m (gpu|pages)": "--collect-only -q -n 0",
@@ -53,7 +55,7 @@ SHORT = {
     r"time_to_loss\.py": f"--minutes 0.2 --search-minutes 0.1 {SMALL} --n-layers 1 --max-seq-len 32",
 }
 FOR_THIS_MACHINE = {"--nproc-per-node=8": "--nproc-per-node=2", "--nproc_per_node=8": "--nproc_per_node=2"}
-# the command that makes each picture of docs/, and what it is called there
+# by picture of docs/: the command that draws it, and the file that the command writes
 MADE_BY = {
     "v1_training_curve.png": ("mlm_pretrain_v1.py", "runs/v1/training_curve.png"),
     "v1_attention.png": ("microbert.plot runs/v1", "plots/attention-v1.png"),
@@ -68,7 +70,7 @@ MADE_BY = {
 
 
 def shown(page):
-    """The page's commands in their order, those in its blocks first; an installation apart from what follows it."""
+    """Return the page's commands: those in its code blocks, then those in the text. `&&` separates commands."""
     text = page.read_text(encoding="utf-8")
     blocks = "".join(re.findall(r"^```bash\n.*?^```$\n", text, re.MULTILINE | re.DOTALL))
     in_the_text = re.findall(rf"`({BEGINS}[^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
@@ -80,24 +82,22 @@ def shown(page):
 
 
 def shortened(command):
-    """The command as it runs here; None where it does not."""
-    [behind] = [behind for pattern, behind in SHORT.items() if re.search(pattern, command)][
-        :1
-    ]  # a command that none describes fails
-    if behind is None:
+    """Return the command as it runs here; None if it does not run here."""
+    flags = next(flags for pattern, flags in SHORT.items() if re.search(pattern, command))  # raises if none matches
+    if flags is None:
         return None
     for there, here in FOR_THIS_MACHINE.items():
         command = command.replace(there, here)
-    return f"{command} {behind}"
+    return f"{command} {flags}"
 
 
 def with_commands(pages):
-    """Those of the pages that show a command which runs here."""
+    """Return the pages with at least one command that runs here."""
     return [page for page in pages if any(map(shortened, shown(page)))]
 
 
 def make_clone(folder):
-    """What a clone of the repository holds, an environment for it, and the files that the pages take for granted."""
+    """Create a clone of the repository with an environment and the data files that the pages assume."""
     ignored = [line.strip("/\n") for line in (ROOT / ".gitignore").read_text().splitlines()]
     shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", *ignored, *MADE_BY))
     (folder / ".venv").symlink_to(sys.prefix)
@@ -113,7 +113,7 @@ def make_clone(folder):
 
 @contextlib.contextmanager
 def small_hub(clone):
-    """The environment in which the datasets that the pages name lie on the stand-in for the Hub, small."""
+    """Yield environment variables that point to a stand-in for the Hub, with small versions of the pages' datasets."""
     lines, table = (clone / "corpus.jsonl").read_bytes(), io.BytesIO()
     pyarrow.parquet.write_table(
         pyarrow.table({"text": [json.loads(line)["text"] for line in lines.splitlines()]}), table
@@ -154,7 +154,7 @@ def pictures(page):
 
 
 def run_page(page, clone, environment, ran):
-    """ran: the commands that pages before have run, and then also those of this one."""
+    """Run the page's commands. ran: commands of earlier pages, which are skipped; this page's are added."""
     for command in [found for command in shown(page) if (found := shortened(command))]:
         if (as_python := command.replace(".venv/bin/", "")) in ran:
             continue

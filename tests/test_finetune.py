@@ -1,4 +1,4 @@
-"""A run's encoder learns to tell texts apart, is judged on what no training has seen, and leaves a folder that transformers loads."""
+"""A fine-tuned run classifies texts, is tested on documents that no training has seen, and loads in transformers."""
 
 import json
 import random
@@ -17,24 +17,22 @@ from safetensors.torch import load_file
 from microbert.data.labelled import LabelledTexts, read_labelled
 from microbert.errors import InputError
 from microbert.fill_mask import load_run
-from microbert.finetune import (
-    Settings,
-    accuracy_of,
-    check_output,
-    dtype_of,
-    epochs_of,
-    finetune,
-    held_out,
-    new_classifier,
-    train,
-)
+from microbert.finetune import _read_flags, check_output, finetune, held_out
 from microbert.model.classifier import TextClassifier, encode_texts, save_classifier
 from microbert.model.export import save_model
+from microbert.train.finetuning import (
+    Settings,
+    accuracy,
+    epochs_for,
+    matmul_dtype,
+    new_classifier,
+    train_classifier,
+)
 
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
-    """Texts of which one word in the middle tells the label."""
+    """Texts in which one word in the middle decides the label."""
     rng, path = random.Random(3), tmp_path_factory.mktemp("labels") / "labels.jsonl"
     lines = []
     for number in range(400):
@@ -57,31 +55,36 @@ def folder(request, finished_run, tmp_path):
     return tmp_path
 
 
-def test_it_learns_what_a_word_tells_and_transformers_loads_the_folder(folder, labels, tmp_path, capsys):
+def test_it_learns_which_word_decides_and_transformers_loads_the_folder(folder, labels, tmp_path, capsys):
     output = tmp_path / "classifier"
     found = finetune(folder, Settings(dataset=str(labels), epochs=30, device="cpu", output_dir=str(output)))
-    told = capsys.readouterr().out
-    accuracy = found[f"{folder}, fine-tuned"]
-    assert accuracy > 0.9 > 0.7 > found["the most frequent label"] and f"{accuracy:.1%}" in told
+    printed = capsys.readouterr().out
+    share = found[f"{folder}, fine-tuned"]
+    assert share > 0.9 > 0.7 > found["the most frequent label"] and f"{share:.1%}" in printed
     texts = read_labelled(str(labels), None, None, None, 42)
     test = texts.take(held_out(texts, folder))
     classify = transformers.pipeline("text-classification", model=str(output), device="cpu")
     assert (
-        np.mean([found["label"] == test.names[label] for found, label in zip(classify(test.texts), test.labels)])
-        == accuracy
+        np.mean(
+            [
+                found["label"] == test.names[label]
+                for found, label in zip(classify(test.texts), test.labels, strict=True)
+            ]
+        )
+        == share
     )
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="exists: --overwrite"):
         finetune(folder, Settings(dataset=str(labels), output_dir=str(output)))
 
 
-def test_few_texts_are_passed_more_often():
-    assert [epochs_of(Settings(), n_texts) for n_texts in (1, 32, 1000, 3200, 5000, 10**6)] == [300, 300, 10, 3, 3, 3]
-    assert epochs_of(Settings(batch_size=8), 1000) == 3 and epochs_of(Settings(epochs=1), 10) == 1
+def test_few_texts_get_more_epochs():
+    assert [epochs_for(Settings(), n_texts) for n_texts in (1, 32, 1000, 3200, 5000, 10**6)] == [300, 300, 10, 3, 3, 3]
+    assert epochs_for(Settings(batch_size=8), 1000) == 3 and epochs_for(Settings(epochs=1), 10) == 1
 
 
-def test_in_bf16_it_learns_the_same_and_is_judged_in_fp32(folder, labels, tmp_path, monkeypatch):
-    assert dtype_of(16, torch.device("cuda")) == torch.float32
-    monkeypatch.setattr("microbert.finetune.dtype_of", lambda n_embed, device: torch.bfloat16)
+def test_in_bf16_it_learns_as_well_and_is_tested_in_fp32(folder, labels, tmp_path, monkeypatch):
+    assert matmul_dtype(16, torch.device("cuda")) == torch.float32
+    monkeypatch.setattr("microbert.train.finetuning.matmul_dtype", lambda n_embed, device: torch.bfloat16)
     seen, forward = set(), TextClassifier.forward
 
     def watched(self, *arguments):
@@ -99,8 +102,8 @@ def test_in_bf16_it_learns_the_same_and_is_judged_in_fp32(folder, labels, tmp_pa
     assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
 
 
-def test_it_judges_by_the_documents_that_the_run_has_held_out(finished_run):
-    """Those whose words make up the run's held-out tokens, and no other."""
+def test_it_is_tested_on_the_documents_that_the_run_held_out(finished_run):
+    """Exactly those that make up the run's held-out tokens."""
     rows = [json.loads(line)["text"] for line in (finished_run / "corpus.jsonl").read_text().splitlines()]
     is_held_out = held_out(LabelledTexts(rows, np.zeros(len(rows), np.int64), ["x"]), finished_run / "run")
     [tokens] = finished_run.glob("cache/*/tokens-*")
@@ -120,17 +123,17 @@ def changed_by_training(folder, labels, trainable):
     settings = Settings(trainable=trainable, epochs=1)
     model = new_classifier(encoder, 2, settings, is_pretrained=True)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    train(model, encode_texts(tokenizer, texts.texts, 32), texts.labels, settings, "training")
+    train_classifier(model, encode_texts(tokenizer, texts.texts, 32), texts.labels, settings, "training")
     return {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
 
 
-BEHIND_THE_LAYERS = {
+AFTER_THE_LAYERS = {
     "bert": {"classifier.weight", "classifier.bias", "pooler.weight", "pooler.bias"},
     "modern": {"classifier.weight", "classifier.bias", "encoder.head.transform", "encoder.head.norm"},
 }
 
 
-def test_the_layers_that_are_chosen_learn_and_no_other(folder, labels):
+def test_only_the_chosen_layers_are_trained(folder, labels):
     parts = {
         trainable: {
             ".".join(name.split(".")[: 2 if "embeddings" in name else 3])
@@ -139,7 +142,7 @@ def test_the_layers_that_are_chosen_learn_and_no_other(folder, labels):
         for trainable in ("classifier", "last_2", "all")
     }
     arch = load_run(folder)[0].config.arch
-    assert parts["classifier"] == BEHIND_THE_LAYERS[arch]
+    assert parts["classifier"] == AFTER_THE_LAYERS[arch]
     assert parts["last_2"] == parts["classifier"] | {"encoder.layers.1", "encoder.layers.2"}
     assert parts["all"] == parts["last_2"] | {"encoder.layers.0", "encoder.embeddings"} | (
         {"encoder.head.input_norm"} if arch == "modern" else set()
@@ -147,7 +150,7 @@ def test_the_layers_that_are_chosen_learn_and_no_other(folder, labels):
 
 
 @pytest.mark.parametrize("trainable, n_shrunk", [("classifier", 0), ("last_2", 2), ("all", 3)])
-def test_the_matrices_of_the_layers_that_learn_are_shrunk_where_a_run_has_made_them(trainable, n_shrunk, folder):
+def test_only_pretrained_matrices_of_trained_layers_are_scaled_down(trainable, n_shrunk, folder):
     settings, pretrained = Settings(trainable=trainable, shrink=0.25), load_run(folder)[0].state_dict()
     for is_pretrained in (True, False):
         model = new_classifier(load_run(folder)[0], 2, settings, is_pretrained)
@@ -163,8 +166,8 @@ def test_the_matrices_of_the_layers_that_learn_are_shrunk_where_a_run_has_made_t
         assert all(torch.equal(model.encoder.state_dict()[name], 0.25 * pretrained[name]) for name in shrunk)
 
 
-def test_it_reads_more_of_a_text_where_positions_are_rotary(folder, labels, tmp_path):
-    """The label stands behind the run's 32 tokens."""
+def test_it_reads_more_of_a_text_if_positions_are_rotary(folder, labels, tmp_path):
+    """The word that decides comes after the run's 32 tokens."""
     path, output = tmp_path / "long.jsonl", tmp_path / "classifier"
     rows = [json.loads(line) for line in labels.read_text().splitlines()]
     path.write_text("\n".join(json.dumps(row | {"text": " ".join(["the"] * 40) + " " + row["text"]}) for row in rows))
@@ -201,14 +204,14 @@ def test_it_starts_from_the_runs_encoder(folder, labels, tmp_path):
     assert len(of_encoder) > 10 and all(torch.equal(before[name], after[name]) for name in of_encoder)
 
 
-def test_the_same_accuracy_whatever_the_batches_are(folder, labels):
+def test_accuracy_does_not_depend_on_the_batch_size(folder, labels):
     texts, (encoder, tokenizer) = read_labelled(str(labels), None, None, 100, 42), load_run(folder)
     model, rows = TextClassifier(encoder, 2, seed=0), encode_texts(tokenizer, texts.texts, 32)
-    found = {size: accuracy_of(model, rows, texts.labels, size) for size in (1, 7, 100)}
+    found = {size: accuracy(model, rows, texts.labels, size) for size in (1, 7, 100)}
     assert 0.2 < found[1] == found[7] == found[100]
 
 
-def test_one_seed_gives_one_result(folder, labels):
+def test_the_same_seed_gives_the_same_weights(folder, labels):
     def run(seed, name):
         return finetune(
             folder,
@@ -256,7 +259,7 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, words",
     [
         (["--trainable", "some"], "trainable"),
         (["--epochs", "0"], "epochs"),
@@ -270,19 +273,19 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
     ],
 )
 @pytest.mark.slow
-def test_mistakes_are_told_in_a_line_and_leave_nothing(flags, told, finished_run, tmp_path):
+def test_a_mistake_is_one_line_and_leaves_nothing(flags, words, finished_run, tmp_path):
     done = command(str(finished_run / "run"), "--device", "cpu", "--output-dir", str(tmp_path / "out"), *flags)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_a_model_is_told(tmp_path):
+def test_a_folder_without_a_model_is_an_error(tmp_path):
     done = command(str(tmp_path), "--max-samples", "100", "--output-dir", str(tmp_path / "out"))
     assert done.returncode == 2 and "holds no model yet" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_is_told_in_a_line_and_leaves_nothing(finished_run, labels, tmp_path):
+def test_a_loss_that_is_not_finite_is_one_line_and_leaves_nothing(finished_run, labels, tmp_path):
     done = command(
         str(finished_run / "run"),
         "--dataset",
@@ -309,7 +312,7 @@ def test_a_loss_that_is_no_number_is_told_in_a_line_and_leaves_nothing(finished_
     ],
     ids=["file", "broken link", "other files", "run", "link to a classifier"],
 )
-def test_only_a_classifier_is_ever_replaced(make, folder, tmp_path_factory):
+def test_only_a_classifier_is_replaced(make, folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(folder, place / "run")
     encoder, tokenizer = load_run(folder)
@@ -317,7 +320,7 @@ def test_only_a_classifier_is_ever_replaced(make, folder, tmp_path_factory):
     save_classifier(TextClassifier(encoder, 2, seed=0), tokenizer, ["a", "b"], place / "classifier")
     make(place / "output")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="nothing of yours is replaced"):
+        with pytest.raises(InputError, match="not a classifier, so it is not replaced"):
             check_output(place / "output", overwrite)
     check_output(place / "classifier", overwrite=True)
     check_output(place / "new" / "output", overwrite=False)
@@ -326,5 +329,29 @@ def test_only_a_classifier_is_ever_replaced(make, folder, tmp_path_factory):
     with pytest.raises(InputError, match="--overwrite"):
         check_output(place / "classifier", overwrite=False)
     (place / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be created"):
         check_output(place / "file" / "output", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "flags, baselines, overwrite",
+    [
+        ("run", True, False),
+        ("run --no-baselines", False, False),
+        ("run --baselines false", False, False),
+        ("--baselines=no --overwrite run", False, True),
+        ("--overwrite TRUE --baselines run", True, True),
+    ],
+)
+def test_booleans_work_as_in_the_scripts_also_before_the_folder(flags, baselines, overwrite, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["finetune", *flags.split()])
+    folder, settings = _read_flags()
+    assert (str(folder), settings.baselines, settings.overwrite) == ("run", baselines, overwrite)
+
+
+def test_help_has_a_text_for_every_constant(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune", "--help"])
+    with pytest.raises(SystemExit):
+        _read_flags()
+    words = " ".join(capsys.readouterr().out.split())
+    assert words.count("[default: ") == 16 and "documents per step [default: 32]" in words

@@ -1,4 +1,4 @@
-"""Folders import one way, the environment is read in few modules, configuration loads fast, linter and type checker pass."""
+"""Imports between folders point one way, few modules read the environment, and the configuration loads fast."""
 
 import ast
 import subprocess
@@ -9,28 +9,18 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "microbert"
 MODULES = {str(path.relative_to(PACKAGE))[:-3].replace("/", "."): path for path in sorted(PACKAGE.rglob("*.py"))}
-FOLDERS = [
-    "errors",
-    "config",
-    "runtime",
-    "kernels",
-    "data",
-    "model",
-    "train",
-]  # each imports only itself and those before it
-COMMANDS = {
-    "advise",
-    "fill_mask",
-    "finetune",
-    "plot",
-    "torchrun",
-}  # run as `python -m microbert.NAME`; on top of the folders
+# each imports only itself and those before it
+FOLDERS = ["errors", "config", "runtime", "kernels", "data", "model", "train"]
+# run as `python -m microbert.NAME`, and import any folder
+COMMANDS = {"advise", "fill_mask", "finetune", "plot", "torchrun"}
 READS_ENVIRONMENT = {"config.flags", "config.environment", "runtime.distributed"}
 HEAVY = {"torch", "numpy", "transformers", "datasets", "tokenizers"}
+OTHER_TESTS = {"test_shortage", "test_transformers", "test_mps"}  # of several modules of a folder
+MAX_TOP_LEVEL = 16
 
 
 def package_imports(source):
-    """Return the modules of the package that the source imports, also those imported inside functions."""
+    """Return the modules of the package that the source imports, at its top or inside functions."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -57,13 +47,13 @@ def folder(module):
     return module.split(".")[0]
 
 
-def test_the_top_level_holds_the_folders_and_the_commands():
+def test_the_top_level_consists_of_the_folders_and_the_commands():
     assert {folder(name) for name in MODULES} == {"__init__", *FOLDERS, *COMMANDS}
-    assert len({folder(name) for name in MODULES}) <= 16
+    assert len({folder(name) for name in MODULES}) <= MAX_TOP_LEVEL
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_imports_point_down(name):
+def test_a_module_imports_only_folders_before_its_own(name):
     source = MODULES[name].read_text(encoding="utf-8")
     if folder(name) in FOLDERS:
         allowed = {*FOLDERS[: FOLDERS.index(folder(name)) + 1]}
@@ -72,7 +62,7 @@ def test_imports_point_down(name):
     assert {folder(imported) for imported in package_imports(source)} <= allowed
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_there_is_no_import_cycle():
     imports = {name: package_imports(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
     done = set()
 
@@ -106,22 +96,13 @@ def test_few_modules_read_the_environment_or_the_command_line(name):
     assert not read or name in READS_ENVIRONMENT or (name in COMMANDS | {"__init__"} and read == {"sys.argv"})
 
 
-def test_configuration_loads_nothing_heavy():
+def test_the_configuration_imports_no_heavy_package():
     program = "import sys, microbert.config; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "microbert" in done.stdout.split() and not HEAVY & set(done.stdout.split())
 
 
-@pytest.mark.parametrize("command", [["ruff", "check", "--no-cache"], ["ruff", "format", "--no-cache", "--check"]])
-def test_the_linter_finds_nothing(command):
-    done = subprocess.run([sys.executable, "-m", *command, str(ROOT)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
-def test_the_tests_mirror_the_folders():
+def test_each_test_file_in_a_folder_has_a_module_of_its_name():
     for path in (ROOT / "tests").glob("*/test_*.py"):
         if path.parent.name in FOLDERS:
             assert f"{path.parent.name}.{path.stem.removeprefix('test_')}" in MODULES or path.stem in OTHER_TESTS, path
-
-
-OTHER_TESTS = {"test_shortage", "test_transformers", "test_mps"}  # of several modules of a folder

@@ -1,4 +1,4 @@
-"""What the README tells is there."""
+"""What the README names exists."""
 
 import re
 
@@ -18,9 +18,9 @@ OTHER_FLAGS = {
     "--samples",
     "--shrink",
     "--use",
-    "--standalone",
+    "--standalone",  # of torchrun, as the next
     "--nproc-per-node",
-}  # the last two are of torchrun
+}
 
 
 def test_the_continuous_integration_runs_the_readmes_test_command():
@@ -28,13 +28,18 @@ def test_the_continuous_integration_runs_the_readmes_test_command():
     assert command and command[0] in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.parametrize("tool", ["ruff check .", "ruff format --check .", "mypy"])
+def test_the_continuous_integration_runs_the_linter_and_the_type_checker(tool):
+    assert f"\n.venv/bin/{tool}\n" in (ROOT / ".ci" / "run").read_text()
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/versions.md"])
-def test_every_flag_that_it_names_is_a_constant(page):
+def test_every_flag_on_the_page_is_a_constant(page):
     known = {"--" + name.replace("_", "-") for name in Config.__dataclass_fields__} | OTHER_FLAGS
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / page).read_text(encoding="utf-8"))) <= known
 
 
-def test_every_file_that_it_links_or_installs_from_is_there():
+def test_every_file_that_the_readme_links_or_installs_from_exists():
     links = (
         re.findall(r"\]\((?!http)([^)]+)\)", README)
         + re.findall(r"-r (\S+\.txt)", README)
@@ -52,7 +57,7 @@ def test_the_layout_lists_every_folder_and_command():
 
 
 def commands(text):
-    """The lines of the blocks, without comments and, in the layout, without what is said of a file."""
+    """Return the lines of the code blocks, without comments and, in the layout, without descriptions of files."""
     blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [re.split(r"\s+# |(?<=[a-z/])  +", line)[0] for block in blocks for line in block.splitlines()]
 
@@ -70,7 +75,7 @@ def commands(text):
     ids=["commands", "links", "flags", "figures", "headings", "tables"],
 )
 @pytest.mark.parametrize("page", ["README.md", "docs/versions.md"])
-def test_the_chinese_one_shows_the_same(page, of):
+def test_the_chinese_page_has_the_same_content(page, of):
     assert of((ROOT / page.replace(".md", ".zh-CN.md")).read_text(encoding="utf-8")) == of(
         (ROOT / page).read_text(encoding="utf-8")
     )

@@ -38,7 +38,7 @@ PREPARED_MEGABYTES_A_SECOND = 25.0  # on two cores
 TOKENIZER_SECONDS = 10.0  # to train it
 
 
-def print_plan(config: Config, estimate: Estimate | None = None) -> None:
+def print_plan(config: Config, estimate: Estimate | None = None, with_json: bool = True) -> None:
     """Prints the plan; its last line is one JSON object. Ends the process with the code that a run would end with on bad input.
 
     Under torchrun the first process does, for all of them. estimate: of a dataset that is not at hand, instead of the constant's.
@@ -49,7 +49,9 @@ def print_plan(config: Config, estimate: Estimate | None = None) -> None:
     if config.num_gpus is not None:
         world = World({"WORLD_SIZE": str(config.num_gpus), "LOCAL_WORLD_SIZE": str(config.num_gpus)})
     with plain_errors():
-        print(json.dumps(_plan(config, world, estimate)))
+        facts = _plan(config, world, estimate)
+        if with_json:  # for programs
+            print(json.dumps(facts))
 
 
 def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, object]:

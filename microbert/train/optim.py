@@ -4,6 +4,7 @@ Shapes: n matrices of r rows and c columns.
 """
 
 import abc
+import typing
 from collections.abc import Callable
 
 import torch
@@ -246,7 +247,18 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.float()
 
 
-def learning_rate_share(position: float, total_steps: int, config: Config) -> float:
+class Schedule(typing.Protocol):
+    """The constants of a learning-rate schedule: those of a Config, or of fine-tuning."""
+
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup_ratio(self) -> float: ...
+    @property
+    def decay_ratio(self) -> float: ...
+
+
+def learning_rate_share(position: float, total_steps: int, config: Schedule) -> float:
     """The share of the peak at a position of the run, from 0 to total_steps: linear warm-up to 1, then by `schedule`.
 
     "linear" falls from there on; "wsd" (warm-up, stable, decay) holds the peak and falls in the last `decay_ratio`. Both would reach 0 at total_steps.
@@ -257,7 +269,7 @@ def learning_rate_share(position: float, total_steps: int, config: Config) -> fl
     return max(0.0, min(1.0, (total_steps - position) / falling))
 
 
-def _phases(total_steps: int, config: Config) -> tuple[int, int]:
+def _phases(total_steps: int, config: Schedule) -> tuple[int, int]:
     """Return the steps of the warm-up and of the decay, which never overlap."""
     warmup = min(int(total_steps * config.warmup_ratio), total_steps - 1)
     rest = total_steps - warmup
