@@ -14,10 +14,8 @@ from tokenizers import Tokenizer  # noqa: E402
 from microbert.config.constants import Config  # noqa: E402
 from microbert.data.batches import evaluation_batches, training_batch  # noqa: E402
 from microbert.data.masking import EVALUATION_PROBABILITY, MaskedBatch, mask_batch  # noqa: E402
-from microbert.data.prepare import prepare_tokens  # noqa: E402
+from microbert.data.prepare import prepare_quietly  # noqa: E402
 from microbert.data.shards import Tokens  # noqa: E402
-from microbert.data.sources import lock_cache, open_corpus  # noqa: E402
-from microbert.data.tokenizer import get_tokenizer  # noqa: E402
 from microbert.model.build import model_for_tokens  # noqa: E402
 from microbert.model.layers import MaskedLanguageModel  # noqa: E402
 from microbert.model.loss import masked_scores  # noqa: E402
@@ -26,10 +24,9 @@ from microbert.train.step import Learner  # noqa: E402
 
 
 def prepared(config: Config) -> tuple[Tokenizer, Tokens]:
-    corpus = open_corpus(config, lambda: None)
-    with lock_cache(corpus, config, lambda: None):
-        tokenizer = get_tokenizer(corpus, config, lambda: None)
-        return tokenizer, prepare_tokens(corpus, tokenizer, config, lambda: None)
+    """Return the tokenizer and tokens of a configuration, prepared as in a run."""
+    _, tokenizer, tokens = prepare_quietly(config)
+    return tokenizer, tokens
 
 
 def new_model(config: Config, tokens: Tokens) -> MaskedLanguageModel:
