@@ -18,8 +18,8 @@ def preparation_plan(estimate: Estimate, token_megabytes: float, folder: Path) -
     free = shutil.disk_usage(folder.parent).free / 1e6
     about = "" if estimate.is_exact else "about "
     plan = (
-        f"preparing {about}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB of text, in {folder}\n"
-        f"disk: about {token_megabytes:,.0f} MB of tokens, twice that while preparing; {free / 1e3:,.0f} GB free"
+        f"preparing {about}{estimate.documents:,} documents, about {estimate.megabytes:,.1f} MB of text, in {folder}\n"
+        f"disk: about {token_megabytes:,.1f} MB of tokens, twice that while preparing; {free / 1e3:,.0f} GB free"
     )
     if 2 * token_megabytes > free:
         plan += "\nwarning: the disk may be too small: reduce max_samples, or set cache_dir to a larger disk"
@@ -40,14 +40,16 @@ def corpus_report(tokens: Tokens, tokenizer: Tokenizer, config: Config) -> str:
     """Return the counts of the prepared corpus, and a warning if many tokens are unknown."""
     counts = tokens.corpus_counts
     skipped = skipped_documents(counts.empty, counts.unknown, counts.unknown_start, config)
-    dropped = f"; {counts.unknown_sequences:,} skipped without a known token" if counts.unknown_sequences else ""
+    skipped_sequences = ""
+    if counts.unknown_sequences:
+        skipped_sequences = f"; {counts.unknown_sequences:,} skipped without a known token"
     lines = [
         f"documents: {counts.rows:,} read, {counts.train:,} for training, {counts.held_out:,} held out; "
         f"skipped: {skipped}; duplicates (kept): {counts.duplicates:,}",
         f"text: {counts.characters / 1e6:,.1f}M characters; vocabulary {len(tokens.token_counts):,}, "
         f"{counts.tokens_per_word:.2f} tokens per word, {counts.unknown_rate:.3%} unknown",
-        f"tokens: {tokens.token_counts.sum() / 1e6:,.2f}M for training; sequences of {config.max_seq_len}: "
-        f"{len(tokens.train):,} for training, {len(tokens.held_out):,} held out{dropped}",
+        f"sequences of {config.max_seq_len} tokens: {len(tokens.train):,} for training with "
+        f"{tokens.token_counts.sum() / 1e6:,.2f}M tokens of text, {len(tokens.held_out):,} held out{skipped_sequences}",
         f"cache: {tokens.megabytes:,.1f} MB in {tokens.folder}",
     ]
     n_unknown = counts.unknown + counts.unknown_start
