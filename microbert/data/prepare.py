@@ -77,6 +77,7 @@ def prepare_quietly(config: Config) -> tuple[Corpus, Tokenizer, Tokens]:
 def _prepare(
     config: Config, check_stop: Callable[[], None], show: Callable[[str], None]
 ) -> tuple[Corpus, Tokenizer, Tokens]:
+    """Call `show` with each line for the user."""
     corpus = open_corpus(config, check_stop)
     with lock_cache(corpus, config, check_stop):
         if not tokenizer_path(corpus, config).exists():

@@ -16,12 +16,10 @@ from microbert.runtime.files import fingerprint, system_trouble, write_json, wri
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
 N_SPECIAL = len(SPECIAL_TOKENS)  # ordinary tokens have ids >= N_SPECIAL
-VOCABULARY = (
-    "vocab.txt"  # one token per line, sorted by id; the Python BertTokenizer of transformers 4 reads only this file
-)
+VOCABULARY = "vocab.txt"  # one token per line, sorted by id; transformers 4's Python BertTokenizer reads only this file
 
-SAMPLE_CHARACTERS = 16_000_000  # size of the training sample; more text costs memory and hardly changes the vocabulary
-PIECE_CHARACTERS = 100_000  # texts are trained on in pieces, because the library uses about 50 bytes per character
+SAMPLE_CHARACTERS = 16_000_000  # training sample; more text uses more memory and hardly changes the vocabulary
+PIECE_CHARACTERS = 100_000  # the library gets texts in pieces, because it uses about 50 bytes per character
 LONGEST_WORD = 100  # characters; longer words are split: the library maps them to [UNK], and its search is cubic
 LONGEST_REASON = 300  # characters of a library error that a message quotes
 FORMAT = 4  # increase it whenever the same corpus would produce another tokenizer
