@@ -66,9 +66,7 @@ def main() -> None:
     config = read_config(__file__, globals())
 
     # only now what takes seconds to load, so that a mistake above is answered at once
-    from microbert.data.prepare import prepare_tokens
-    from microbert.data.sources import lock_cache, open_corpus
-    from microbert.data.tokenizer import get_tokenizer
+    from microbert.data.prepare import prepare_corpus
     from microbert.model.build import model_for_tokens
     from microbert.model.export import export_run
     from microbert.runtime.device import choose_device
@@ -88,11 +86,7 @@ def main() -> None:
             return
         checkpoint = find_checkpoint(run, device)
 
-        with run.world.local_rank_0_first("tokens", run.check_stop):
-            corpus = open_corpus(config, run.check_stop)
-            with lock_cache(corpus, config, run.check_stop):
-                tokenizer = get_tokenizer(corpus, config, run.check_stop)
-                tokens = prepare_tokens(corpus, tokenizer, config, run.check_stop)
+        corpus, tokenizer, tokens = prepare_corpus(run)
         if config.prepare_only:
             print("prepared; the same command without --prepare-only trains on it")
             return

@@ -12,10 +12,8 @@ from microbert.config.constants import Config, fill_in, resolve_batch_size
 from microbert.config.flags import read_script
 from microbert.data.batches import evaluation_batches, random_batch, training_batch
 from microbert.data.masking import EVALUATION_PROBABILITY, MaskedBatch, mask_batch
-from microbert.data.prepare import prepare_tokens
+from microbert.data.prepare import prepare_quietly
 from microbert.data.shards import Tokens
-from microbert.data.sources import lock_cache, open_corpus
-from microbert.data.tokenizer import get_tokenizer
 from microbert.model.build import model_for_tokens
 from microbert.model.layers import MaskedLanguageModel
 from microbert.model.loss import masked_scores
@@ -34,10 +32,8 @@ def script_config(name: str, flags: Sequence[str] = (), tier: dict[str, int] | N
 
 def prepared(config: Config) -> tuple[Tokenizer, Tokens]:
     """Return the tokenizer and the tokens of the dataset, from the cache or prepared now."""
-    corpus = open_corpus(config, lambda: None)
-    with lock_cache(corpus, config, lambda: None):
-        tokenizer = get_tokenizer(corpus, config, lambda: None)
-        return tokenizer, prepare_tokens(corpus, tokenizer, config, lambda: None)
+    _, tokenizer, tokens = prepare_quietly(config)
+    return tokenizer, tokens
 
 
 def new_model(config: Config, tokens: Tokens) -> MaskedLanguageModel:

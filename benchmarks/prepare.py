@@ -67,7 +67,7 @@ def train_tokenizer(folder: Path) -> None:
     config = corpus_config(folder)
     corpus = open_corpus(config, lambda: None)
     with lock_cache(corpus, config, lambda: None):
-        save_tokenizer(get_tokenizer(corpus, config, lambda: None), folder, config.max_seq_len)
+        save_tokenizer(get_tokenizer(corpus, config), folder, config.max_seq_len)
 
 
 def ours(folder: Path) -> float:
@@ -79,9 +79,9 @@ def ours(folder: Path) -> float:
     config = corpus_config(folder)
     corpus = open_corpus(config, lambda: None)
     with lock_cache(corpus, config, lambda: None):
-        tokenizer = get_tokenizer(corpus, config, lambda: None)
+        tokenizer = get_tokenizer(corpus, config)
         begin = time.perf_counter()
-        tokens = prepare_tokens(corpus, tokenizer, config, lambda: None)
+        tokens = prepare_tokens(corpus, tokenizer, config)
         seconds = time.perf_counter() - begin
     for path in tokens.folder.iterdir():  # the next turn prepares them again
         path.unlink()

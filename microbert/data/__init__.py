@@ -1,1 +1,1 @@
-"""From files and Hub datasets to masked batches."""
+"""Text from local files or the Hugging Face Hub to masked batches of token ids."""

@@ -1,8 +1,8 @@
-"""Prepared sequences -> batches: a pure function of (seed, step, rank, world size).
+"""Batches of prepared sequences, as a pure function of (seed, step, rank, world size).
 
-Training reads an endless line of positions: position p is sequence number p % N of the permutation that (seed, epoch) give,
-with epoch = p // N. A step takes the next global batch from the line, so every sequence comes once an epoch, every step has
-the same shape on every rank, and resuming means setting the step.
+Training reads positions 0, 1, 2, ...: position p is element p % N of the permutation of epoch p // N, which depends on
+(seed, epoch) alone. Each step reads the next global batch of positions. So every sequence occurs once per epoch, every
+step has the same shape on every rank, and a run resumes by setting the step.
 Shapes: B sequences of a batch, T = max_seq_len, N sequences of the split.
 """
 
@@ -15,12 +15,15 @@ from microbert.data.shards import Sequences
 from microbert.data.tokenizer import N_SPECIAL
 from microbert.runtime.counter_rng import permute
 
-EVALUATION_EPOCH = 2**32  # held-out masks are drawn as if in this epoch, which training never reaches
+EVALUATION_EPOCH = 2**32  # the epoch of held-out masks; training never reaches it
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """input_ids: int64 [B, T]. sequence_ids, epochs: int64 [B]. real: bool [B], False for rows that only fill the batch."""
+    """Sequences of one step.
+
+    input_ids: int64 [B, T]. sequence_ids, epochs: int64 [B]. real: bool [B], False for rows that only fill the batch.
+    """
 
     input_ids: np.ndarray
     sequence_ids: np.ndarray
@@ -29,7 +32,7 @@ class Batch:
 
 
 def steps_in_run(n_sequences: int, epochs: int, global_batch_size: int) -> int:
-    """Steps for `epochs` passes; the last batch is filled up where it is not full."""
+    """Return the number of steps for `epochs` passes; the last batch is filled up if it is incomplete."""
     return -(-n_sequences * epochs // global_batch_size)
 
 
@@ -43,12 +46,12 @@ def training_batch(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batch:
-    """The rank's share of the global batch of a step (from 0): global_batch_size / world_size rows.
+    """Return this rank's share of the global batch: global_batch_size / world_size rows. Steps count from 0.
 
-    Raises ValueError unless the world size divides the global batch size.
+    Raises ValueError if the world size does not divide the global batch size.
     """
     if global_batch_size % world_size:
-        raise ValueError(f"a global batch of {global_batch_size} cannot be shared by {world_size} processes")
+        raise ValueError(f"a global batch of {global_batch_size} cannot be split evenly across {world_size} processes")
     n = len(sequences)
     rows = global_batch_size // world_size
     positions = step * global_batch_size + rank * rows + np.arange(rows)
@@ -60,18 +63,15 @@ def training_batch(
 
 
 def evaluation_batches(sequences: Sequences, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """The rank's share of all sequences, in the order in which they lie on disk: every world_size-th batch. The last one is filled up."""
-    for start in range(rank * batch_size, len(sequences), world_size * batch_size):
-        ids = np.minimum(np.arange(start, start + batch_size), len(sequences) - 1)
-        yield Batch(
-            sequences.read(ids),
-            ids,
-            np.full(batch_size, EVALUATION_EPOCH),
-            np.arange(start, start + batch_size) < len(sequences),
-        )
+    """Yield this rank's share of all sequences: every world_size-th batch, in order. The last batch is filled up."""
+    n = len(sequences)
+    for start in range(rank * batch_size, n, world_size * batch_size):
+        positions = np.arange(start, start + batch_size)
+        ids = np.minimum(positions, n - 1)
+        yield Batch(sequences.read(ids), ids, np.full(batch_size, EVALUATION_EPOCH), positions < n)
 
 
 def random_batch(number: int, vocab_size: int, batch_size: int, max_seq_len: int) -> Batch:
-    """A batch of random tokens, to measure with; another one for each number."""
+    """Return a batch of random tokens for measurements, a different one for each `number`."""
     input_ids = np.random.default_rng(number).integers(N_SPECIAL, vocab_size, (batch_size, max_seq_len))
     return Batch(input_ids, np.arange(batch_size), np.full(batch_size, number), np.ones(batch_size, bool))

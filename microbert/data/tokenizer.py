@@ -1,4 +1,4 @@
-"""Train, save and load a WordPiece tokenizer. The special ids are decided here and nowhere else."""
+"""Train, save and load a WordPiece tokenizer. The only place that defines the ids of the special tokens."""
 
 import json
 import unicodedata
@@ -15,27 +15,24 @@ from microbert.runtime.files import fingerprint, system_trouble, write_json, wri
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
-N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here on are ordinary tokens
-VOCABULARY = "vocab.txt"  # one token per line, by id: all that the Python BertTokenizer of transformers 4 reads
+N_SPECIAL = len(SPECIAL_TOKENS)  # ordinary tokens have ids >= N_SPECIAL
+VOCABULARY = "vocab.txt"  # one token per line, sorted by id; transformers 4's Python BertTokenizer reads only this file
 
-SAMPLE_CHARACTERS = (
-    16_000_000  # the training sample: more text changes a vocabulary of this size little, and takes memory
-)
-PIECE_CHARACTERS = 100_000  # of a text that the library gets at once: it takes some 50 bytes a character
-LONGEST_WORD = 100  # characters; longer words are cut: the library calls them unknown, and its search takes cubic time
-LONGEST_REASON = 300  # characters of what the library says about a file that it cannot read
-FORMAT = 4  # raise it whenever the same corpus would give another tokenizer
+SAMPLE_CHARACTERS = 16_000_000  # training sample; more text uses more memory and hardly changes the vocabulary
+PIECE_CHARACTERS = 100_000  # the library gets texts in pieces, because it uses about 50 bytes per character
+LONGEST_WORD = 100  # characters; longer words are split: the library maps them to [UNK], and its search is cubic
+LONGEST_REASON = 300  # characters of a library error that a message quotes
+FORMAT = 4  # increase it whenever the same corpus would produce another tokenizer
 
 
-def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -> Tokenizer:
-    """The tokenizer of this corpus and these settings: from the cache when an earlier run trained it, else trained now.
+def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None] = lambda: None) -> Tokenizer:
+    """Load the tokenizer of this corpus and configuration from the cache, or train it and save it there.
 
-    Raises InputError where there is no text to train on.
+    Raises InputError if the corpus has no text.
     """
     if tokenizer := find_tokenizer(corpus, config):
         return tokenizer
     sample = _training_sample(corpus, config.seed, check_stop)
-    print(f"tokenizer: training WordPiece on {sum(map(len, sample)) / 1e6:,.1f}M characters ...")
     tokenizer = train_tokenizer(
         lambda: iter(sample),
         vocab_size=config.vocab_size,
@@ -47,13 +44,13 @@ def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None]
 
 
 def find_tokenizer(corpus: Corpus, config: Config) -> Tokenizer | None:
-    """The tokenizer that an earlier run on this corpus with these settings has left in the cache."""
+    """Return the cached tokenizer of this corpus and configuration, or None if it is not trained yet."""
     path = tokenizer_path(corpus, config)
     return load_tokenizer(path) if path.exists() else None
 
 
 def tokenizer_path(corpus: Corpus, config: Config) -> Path:
-    """Where `get_tokenizer` keeps it."""
+    """Return the path at which `get_tokenizer` caches the tokenizer."""
     key = fingerprint(FORMAT, config.vocab_size, config.lowercase, config.strip_accents, config.seed, SAMPLE_CHARACTERS)
     return corpus.cache_folder(config) / f"tokenizer-{key}.json"
 
@@ -61,16 +58,16 @@ def tokenizer_path(corpus: Corpus, config: Config) -> Path:
 def train_tokenizer(
     sample: Callable[[], Iterator[str]], *, vocab_size: int, lowercase: bool, strip_accents: bool
 ) -> Tokenizer:
-    """A WordPiece tokenizer of at most `vocab_size` tokens, the special ones first. `sample` is read twice.
+    """Train a WordPiece tokenizer with at most `vocab_size` tokens, the special tokens first. `sample` is called twice.
 
-    The library's trainer numbers the characters in the order of a randomly seeded hash table, and breaks ties between merges
-    by these numbers, so two trainings on one text give two vocabularies. Naming every character beforehand, in order of
-    frequency, makes the result a function of the text alone.
+    The trainer of the library numbers characters in the order of a randomly seeded hash table and breaks ties between
+    merges by these numbers, so two trainings on the same text differ. Passing the most frequent characters as special
+    tokens fixes their numbers and makes the result depend on the text alone.
     """
     normalizer = normalizers.BertNormalizer(
         clean_text=True, handle_chinese_chars=True, lowercase=lowercase, strip_accents=strip_accents
     )
-    characters = Counter()
+    characters: Counter[str] = Counter()
     for text in sample():
         characters.update(normalizer.normalize_str(text))
     by_frequency = sorted((c for c in characters if not c.isspace()), key=lambda c: (-characters[c], c))
@@ -89,9 +86,9 @@ def train_tokenizer(
     trained.train_from_iterator(sample(), trainer)
 
     ids = trained.get_vocab()
-    merged = sorted(ids.keys() - set(named), key=ids.get)
+    merged = sorted(ids.keys() - set(named), key=ids.__getitem__)
     vocabulary = (named + merged)[:vocab_size]
-    # rebuilt, because the trainer marked every named character as a special token
+    # build a new tokenizer, because the trainer marks every named character as a special token
     tokenizer = Tokenizer(models.WordPiece(vocab={token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = _pre_tokenizer()
@@ -102,18 +99,18 @@ def train_tokenizer(
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Split like BERT, then cut words after every LONGEST_WORD characters: for text without spaces."""
+    """Split like BERT, then split words into pieces of LONGEST_WORD characters, for text without spaces."""
     cut = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")
     return pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), cut])
 
 
 def largest_alphabet(vocab_size: int) -> int:
-    """The most characters that a vocabulary has room for: most take two tokens, for the start of a word and inside."""
+    """Return how many characters fit into a vocabulary. Most need two tokens: at the start of a word and inside it."""
     return max(1, (vocab_size - N_SPECIAL) // 2)
 
 
 def alphabet_of(tokenizer: Tokenizer) -> set[str]:
-    """The characters that the vocabulary holds, at the start of a word or inside."""
+    """Return the characters that the vocabulary contains, at the start of a word or inside it."""
     return {text for text in (token.removeprefix("##") for token in tokenizer.get_vocab()) if len(text) == 1}
 
 
@@ -126,7 +123,10 @@ def _post_processor() -> processors.TemplateProcessing:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises InputError when the file is missing, or not a tokenizer with this suite's special ids."""
+    """Load a tokenizer.json that this suite has written.
+
+    Raises InputError if the file is missing, is not a tokenizer or differs from the tokenizers of this suite.
+    """
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
@@ -135,18 +135,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{path} is not a tokenizer: {' '.join(str(error).split())[:LONGEST_REASON]}") from error
     for token_id, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != token_id:
-            raise InputError(f"{path}: {token} must have the id {token_id}")
+            raise InputError(f"{path}: {token} must have the id {token_id}, as in this suite's tokenizers")
     if different := _difference(tokenizer):
-        raise InputError(f"{path} is none of this suite's tokenizers: {different}")
-    tokenizer.no_truncation()  # transformers saves both with the tokenizer, once it has used them
+        raise InputError(f"{path} is not a tokenizer of this suite: {different}")
+    tokenizer.no_truncation()  # transformers saves both settings with a tokenizer that has used them
     tokenizer.no_padding()
     return tokenizer
 
 
 def _difference(tokenizer: Tokenizer) -> str:
-    """Return in what the tokenizer differs from those that `train_tokenizer` returns, "" where in nothing that matters.
+    """Return how the tokenizer differs from those that `train_tokenizer` returns, or "".
 
-    What is left can neither fail on a text nor return an id that is not in the vocabulary.
+    A tokenizer without such a difference encodes every text, to ids of its vocabulary only.
     """
     ids = tokenizer.get_vocab()
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -154,36 +154,36 @@ def _difference(tokenizer: Tokenizer) -> str:
         isinstance(tokenizer.model, models.WordPiece) and tokenizer.model.unk_token == SPECIAL_TOKENS[UNK_ID]
     )
     if not is_known_model or tokenizer.get_vocab(with_added_tokens=False).get(SPECIAL_TOKENS[UNK_ID]) != UNK_ID:
-        return "it is no WordPiece model with [UNK] in its vocabulary"
+        return "it is not a WordPiece model with [UNK] in its vocabulary"
     if not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         return "its normalizer is not BERT's"
-    known = _state(_pre_tokenizer()), _state(pre_tokenizers.BertPreTokenizer())  # the latter before FORMAT 4
+    known = _state(_pre_tokenizer()), _state(pre_tokenizers.BertPreTokenizer())  # the latter was used before FORMAT 4
     if tokenizer.pre_tokenizer is None or _state(tokenizer.pre_tokenizer) not in known:
-        return "its pre-tokenizer is not BERT's"  # another regular expression may take forever
+        return "its pre-tokenizer is not BERT's"  # other regular expressions may not terminate
     if tokenizer.model.max_input_chars_per_word > LONGEST_WORD:
-        return f"it looks up words of more than {LONGEST_WORD} characters, which takes too long"
+        return f"it looks up words longer than {LONGEST_WORD} characters, which is too slow"
     if sorted(ids.values()) != list(range(len(ids))):
-        return f"the ids of its {len(ids):,} tokens are not the numbers from 0 to {len(ids) - 1:,}"
+        return f"the ids of its {len(ids):,} tokens are not exactly 0 to {len(ids) - 1:,}"
     if added != set(SPECIAL_TOKENS):
         return f"its added tokens are {', '.join(sorted(added))[:100]}"
     if tokenizer.post_processor is None or _state(tokenizer.post_processor) != _state(_post_processor()):
-        return "it does not put a text between [CLS] and [SEP]"
+        return "it does not encode a text as [CLS] text [SEP]"
     return ""
 
 
 def _state(part: pre_tokenizers.PreTokenizer | processors.PostProcessor) -> dict:
-    """Return what tokenizer.json says of a part of a tokenizer."""
+    """Return the JSON object that tokenizer.json contains for a part of a tokenizer."""
     return json.loads(part.__getstate__())
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
-    """Write the files from which transformers loads it, as `AutoTokenizer` and as BERT's own classes.
+    """Write the files from which transformers loads the tokenizer, with `AutoTokenizer` or with BERT's own classes.
 
-    BERT's classes build their normalizer from tokenizer_config.json alone and lower-case the text by default.
+    BERT's classes build their normalizer from tokenizer_config.json alone and lower-case text by default.
     """
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     ids = tokenizer.get_vocab()
-    write_text(folder / VOCABULARY, "".join(token + "\n" for token in sorted(ids, key=ids.get)))
+    write_text(folder / VOCABULARY, "".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)))
     normalizer = tokenizer.normalizer
     roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     write_json(
@@ -196,30 +196,33 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None
             "tokenize_chinese_chars": normalizer.handle_chinese_chars,
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-            **dict(zip(roles, SPECIAL_TOKENS)),
+            **dict(zip(roles, SPECIAL_TOKENS, strict=True)),
         },
     )
 
 
 def _training_sample(corpus: Corpus, seed: int, check_stop: Callable[[], None]) -> list[str]:
-    """Documents of about SAMPLE_CHARACTERS, none of which can be held out (all of them, where that would leave nothing)."""
-    sample, may_be_held_out, n_rows = [], [], 0
+    """Return about SAMPLE_CHARACTERS of text from documents that cannot be held out, or of all if there are no others.
+
+    Raises InputError if there is no text.
+    """
+    sample: list[str] = []
+    may_be_held_out: list[str] = []
+    n_rows = 0
     for rows in corpus.head(SAMPLE_CHARACTERS):
         check_stop()
         n_rows += len(rows)
         for text in filter(None, map(clean, rows)):
-            pieces = [
-                text[start : start + PIECE_CHARACTERS]
-                for start in range(0, min(len(text), SAMPLE_CHARACTERS), PIECE_CHARACTERS)
-            ]
+            starts = range(0, min(len(text), SAMPLE_CHARACTERS), PIECE_CHARACTERS)
+            pieces = [text[start : start + PIECE_CHARACTERS] for start in starts]
             (sample if split_hash(text, seed) >= HELD_OUT_SHARE * 2**64 else may_be_held_out).extend(pieces)
     if not sample and not may_be_held_out:
-        raise InputError(f"{corpus.description}: no text found ({n_rows:,} rows, all empty)")
+        raise InputError(f"{corpus.description}: no text found (rows read: {n_rows:,}, all empty)")
     return sample or may_be_held_out
 
 
 def _continues_a_word(character: str) -> bool:
-    """False for what BERT's pre-tokenizer always splits off: punctuation and Chinese characters."""
+    """Return False for punctuation and Chinese characters, which BERT's pre-tokenizer always splits off."""
     code = ord(character)
     punctuation = (
         33 <= code <= 47

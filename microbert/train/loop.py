@@ -86,7 +86,7 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
         draw_training_curve(run.folder, metrics.lines, masked, uniform_loss, unigram_loss)
     print(
         f"held-out loss: {state.last_eval_loss:.4f} at the end, {state.best_eval_loss:.4f} at best (step {state.best_step}); "
-        f"accuracy {state.last_eval_accuracy:.1%}, {tokens.report.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text; {state.seconds:.0f} s, at most {peak_gb:.2f} GB"
+        f"accuracy {state.last_eval_accuracy:.1%}, {tokens.corpus_counts.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text; {state.seconds:.0f} s, at most {peak_gb:.2f} GB"
         + (" in any process" if world.size > 1 else "")
     )
     if state.last_eval_loss > unigram_loss - HUGS_UNIGRAM:
@@ -260,7 +260,7 @@ def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, 
         "trained on": f"{config.dataset}, {sequences}, {epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}",
         "shape": f"{config.arch}, {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, {len(tokens.token_counts):,} tokens in the vocabulary",
         "steps": f"{state.step:,} of {config.global_batch_size} sequences, {config.optimizer}, peak learning rate {peak_learning_rate(config):.3g}",
-        "held-out MLM loss": f"{state.last_eval_loss:.4f} nats a masked token, {tokens.report.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text",
+        "held-out MLM loss": f"{state.last_eval_loss:.4f} nats a masked token, {tokens.corpus_counts.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text",
         "held-out MLM accuracy": f"{state.last_eval_accuracy:.1%}",
         "seed": str(config.seed),
     }

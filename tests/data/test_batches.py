@@ -1,4 +1,4 @@
-"""Batches: every sequence once an epoch, shared out among ranks, read by number."""
+"""Batches: every sequence once per epoch, split across ranks, read by index."""
 
 import numpy as np
 import pytest
@@ -25,13 +25,13 @@ def real_pairs(*batches):
     return [
         (int(epoch), int(i))
         for batch in batches
-        for epoch, i in zip(batch.epochs[batch.real], batch.sequence_ids[batch.real])
+        for epoch, i in zip(batch.epochs[batch.real], batch.sequence_ids[batch.real], strict=True)
     ]
 
 
 @many_examples
 @given(row_counts, st.integers(1, 70), st.integers(1, 4), seeds)
-def test_every_sequence_comes_exactly_once_an_epoch(n, batch_size, epochs, seed):
+def test_every_sequence_occurs_exactly_once_per_epoch(n, batch_size, epochs, seed):
     rows = token_rows(n)
     batches = whole_run(as_sequences(rows), epochs, batch_size, seed)
     pairs = real_pairs(*batches)
@@ -54,7 +54,7 @@ def test_the_order_changes_with_epoch_and_seed():
 @many_examples
 @given(row_counts, st.integers(1, 8), st.sampled_from([1, 2, 4]), st.integers(1, 3), seeds)
 @pytest.mark.fault(row=14)
-def test_the_ranks_share_the_batch_of_one_process(n, rows_a_rank, world_size, epochs, seed):
+def test_the_batches_of_all_ranks_are_the_batch_of_one_process(n, rows_a_rank, world_size, epochs, seed):
     sequences, batch_size = as_sequences(token_rows(n)), rows_a_rank * world_size
     for step, whole in enumerate(whole_run(sequences, epochs, batch_size, seed)):
         shares = [
@@ -77,7 +77,7 @@ def test_the_ranks_share_the_batch_of_one_process(n, rows_a_rank, world_size, ep
 
 
 @pytest.mark.fault(row=14)
-def test_the_ranks_masks_are_those_of_one_process():
+def test_the_masks_of_all_ranks_are_those_of_one_process():
     sequences = as_sequences(token_rows(20))
     masked = [
         mask_batch(
@@ -93,7 +93,7 @@ def test_the_ranks_masks_are_those_of_one_process():
 
 
 @pytest.mark.parametrize("batch_size, world_size", [(10, 4), (1, 2), (7, 3)])
-def test_a_batch_that_cannot_be_shared_out_is_refused(batch_size, world_size):
+def test_a_batch_that_cannot_be_split_evenly_is_refused(batch_size, world_size):
     with pytest.raises(ValueError, match=f"{batch_size}.*{world_size}"):
         training_batch(
             as_sequences(token_rows(20)), step=0, epochs=1, global_batch_size=batch_size, seed=0, world_size=world_size
@@ -102,7 +102,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(batch_size, world_size):
 
 @many_examples
 @given(row_counts, st.integers(1, 70))
-def test_evaluation_takes_each_sequence_once_in_order(n, batch_size):
+def test_evaluation_reads_each_sequence_once_in_order(n, batch_size):
     rows = token_rows(n)
     batches = list(evaluation_batches(as_sequences(rows), batch_size))
     assert [i for _, i in real_pairs(*batches)] == list(range(n))
@@ -111,7 +111,7 @@ def test_evaluation_takes_each_sequence_once_in_order(n, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [3, 8, 100])
-def test_evaluation_masks_do_not_depend_on_the_batch_size_and_are_none_of_training(batch_size):
+def test_evaluation_masks_do_not_depend_on_the_batch_size_and_differ_from_training(batch_size):
     rows = token_rows(30, 40, shortest=20)
 
     def labels(batches):
@@ -126,9 +126,9 @@ def test_evaluation_masks_do_not_depend_on_the_batch_size_and_are_none_of_traini
 
 @many_examples
 @given(row_counts, st.data())
-def test_sequences_are_read_in_the_order_asked(n, data):
+def test_sequences_are_read_in_the_requested_order(n, data):
     rows = token_rows(n)
-    rows[:, 1] = np.arange(n)  # no two alike
+    rows[:, 1] = np.arange(n)  # all different
     sequences = as_sequences(rows)
     assert len(sequences) == n
     ids = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))

@@ -1,4 +1,4 @@
-"""The fast encoder gives the ids of a plain tokenizers call, whatever the text."""
+"""The fast encoder returns the ids of a plain tokenizers call for any text."""
 
 import time
 
@@ -70,9 +70,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text(name, settings):
+def test_hostile_text_has_the_ids_of_the_library(name, settings):
     assert_same_ids([HOSTILE[name]], settings)
-    assert_same_ids(["plain before", HOSTILE[name], "", HOSTILE[name].upper(), "plain behind"], settings)
+    assert_same_ids(["plain before", HOSTILE[name], "", HOSTILE[name].upper(), "plain after"], settings)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -94,7 +94,7 @@ long_texts = st.lists(words, max_size=5).map("".join)
 
 
 @given(st.lists(long_texts, min_size=1, max_size=3), st.sampled_from(SETTINGS), st.integers(1, 300))
-def test_any_long_words_in_chunks_of_any_size(texts, settings, characters):
+def test_long_words_in_chunks_of_any_size(texts, settings, characters):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder_module, "CHUNK_CHARACTERS", characters)
         assert_same_ids(texts, settings)
@@ -114,7 +114,7 @@ def test_a_text_without_spaces_is_encoded_in_bounded_pieces(text, settings, monk
     assert len(lengths) >= 3 and max(lengths) < 2 * 400
 
 
-def test_a_megabyte_without_spaces_takes_seconds():
+def test_a_megabyte_without_spaces_is_encoded_in_seconds():
     tokenizer, encoder = encoder_for(SETTINGS[0])
     start = time.process_time()
     ids, _ = encoder.encode(["quickbrown" * 100_000])
@@ -122,7 +122,7 @@ def test_a_megabyte_without_spaces_takes_seconds():
     assert time.process_time() - start < 20
 
 
-def test_a_tokenizer_of_an_earlier_version_leaves_long_words_unknown():
+def test_long_words_are_unknown_to_a_tokenizer_of_an_earlier_version():
     tokenizer = Tokenizer.from_str(encoder_for(SETTINGS[0])[0].to_str())
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ids, _ = Encoder(tokenizer).encode(["fox " + "fox" * 50])
@@ -131,9 +131,9 @@ def test_a_tokenizer_of_an_earlier_version_leaves_long_words_unknown():
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_characters_that_make_words_unknown_are_counted(settings):
+def test_characters_of_unknown_words_are_counted(settings):
     _, encoder = encoder_for(settings)
-    for _ in range(2):  # of the last call alone
+    for _ in range(2):  # counts cover the last call only
         encoder.encode(["fox☃☃ the dog", "fox☃☃ [MASK] Жд☃ [UNK]", "x" * 90 + "☃" * 20])
         expected = {"☃": 2 + 3 + 20, "[UNK]": 1}
         assert {text: n for text, n in encoder.unknown_characters.items() if text in expected} == expected
@@ -158,22 +158,24 @@ def test_any_text_in_chunks_of_any_size(texts, settings, characters):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_texts_that_only_the_library_can_encode_stay_in_order(settings):
+def test_texts_that_the_library_encodes_keep_their_order(settings):
     assert_same_ids(["a \u0316\u302e b", "the [MASK] c d e", "\U0001d165\u0316 d", "[SEP]"], settings)
 
 
-def test_a_word_table_that_is_full_starts_anew(monkeypatch):
+def test_a_full_word_table_is_replaced(monkeypatch):
     monkeypatch.setattr(encoder_module, "MOST_WORDS", 10)
     for number in range(20):
         assert_same_ids([f"word{number} and other{number % 3} words, {'many ' * number}"], SETTINGS[0])
 
 
-def test_only_odd_texts_are_left_to_the_library(monkeypatch):
+def test_only_exceptions_are_encoded_by_the_library(monkeypatch):
     tokenizer, _ = encoder_for(SETTINGS[1])
     encoder = Encoder(tokenizer)
-    left = []
+    by_library = []
     monkeypatch.setattr(
-        encoder, "_encode_by_library", lambda texts: left.extend(texts) or Encoder._encode_by_library(encoder, texts)
+        encoder,
+        "_encode_by_library",
+        lambda texts: by_library.extend(texts) or Encoder._encode_by_library(encoder, texts),
     )
     encoder.encode([*SAMPLE, f"a {SPECIAL_TOKENS[4]} b"])
-    assert left == ["a [MASK] b"]
+    assert by_library == ["a [MASK] b"]

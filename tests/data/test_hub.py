@@ -276,13 +276,13 @@ def test_a_stream_that_is_killed_goes_on_behind_what_is_prepared_or_starts_anew_
     process.communicate()
     hub.answer_again()
     as_download = launch(hub, tmp_path, "killed", dataset="org/long", streaming=False)
-    assert "600 read" in as_download.stdout and "going on behind" not in as_download.stdout
+    assert "600 read" in as_download.stdout and "resuming after" not in as_download.stdout
     assert report(as_download) == report(whole)
     shutil.rmtree(
         next(path.parent for path in (tmp_path / "killed" / "cache").glob("*/tokens-*") if list(path.glob("*.npy")))
     )
     bytes_before = hub.bytes_of("org/long", "data/train-0.parquet")
-    assert "going on behind" in launch(hub, tmp_path, "killed", dataset="org/long").stdout
+    assert "resuming after" in launch(hub, tmp_path, "killed", dataset="org/long").stdout
     assert hub.bytes_of("org/long", "data/train-0.parquet") == bytes_before
     assert shards(tmp_path / "killed" / "cache") == shards(tmp_path / "whole" / "cache")
 

@@ -1,4 +1,4 @@
-"""Masking: the rates of BERT, and a mask that is a function of (seed, epoch, sequence, position) alone."""
+"""Masking: the rates of BERT, and masks that depend on (seed, epoch, sequence, position) alone."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from models import VOCAB_SIZE, as_batch, few_examples, many_examples, token_rows
 from microbert.data.masking import IGNORED, mask_batch, n_slots
 from microbert.data.tokenizer import CLS_ID, MASK_ID, N_SPECIAL
 
-SIX_SIGMA = 6  # a fair draw goes beyond once in 500 million tries
+SIX_SIGMA = 6  # a correct sampler exceeds this once in 500 million trials
 seeds = st.integers(0, 2**63 - 1)
 probabilities = st.floats(0.01, 1.0)
 lengths = st.integers(3, 40)
@@ -25,11 +25,11 @@ def parts(masked):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(parts(a), parts(b)))
+    return all(np.array_equal(x, y) for x, y in zip(parts(a), parts(b), strict=True))
 
 
 def originals_and_results(rows, masked):
-    """For each masked token, what it was and what it became."""
+    """Return each masked token before and after masking."""
     used = masked.labels != IGNORED
     return (np.take_along_axis(array, masked.positions, axis=1)[used] for array in (rows, masked.input_ids))
 
@@ -37,22 +37,20 @@ def originals_and_results(rows, masked):
 @few_examples
 @given(seeds, st.sampled_from([0.1, 0.15, 0.2, 0.4, 0.77]))
 def test_the_share_of_masked_tokens_is_the_probability(seed, probability):
-    rows = token_rows(
-        1000, 40, shortest=10
-    )  # at least one whole masked token a row, so that "at least one" adds nothing
+    rows = token_rows(1000, 40, shortest=10)  # long enough that the minimum of one masked token has no effect
     expected = probability * (rows >= N_SPECIAL).sum()
-    # a row's count is rounded up or down at random: a standard deviation of at most a half
+    # the count of a row is rounded up or down at random: its standard deviation is at most 0.5
     assert abs(mask(as_batch(rows), seed, probability).n_masked - expected) < SIX_SIGMA * 0.5 * np.sqrt(len(rows))
 
 
 @few_examples
 @given(seeds)
-def test_80_percent_become_mask_10_another_token_10_stay(seed):
+def test_80_percent_become_mask_10_another_token_10_are_unchanged(seed):
     vocab_size = 1000
     rows = token_rows(2000, 40, vocab_size, shortest=10)
     before, after = originals_and_results(rows, mask(as_batch(rows), seed, vocab_size=vocab_size))
     n = len(before)
-    by_chance = 0.1 / (vocab_size - N_SPECIAL)  # a drawn token that is the original one
+    by_chance = 0.1 / (vocab_size - N_SPECIAL)  # probability that the drawn token is the original one
     for share, chosen in [
         (0.8, after == MASK_ID),
         (0.1, after == before),
@@ -61,7 +59,7 @@ def test_80_percent_become_mask_10_another_token_10_stay(seed):
         assert abs(chosen.mean() - share) < SIX_SIGMA * np.sqrt(share * (1 - share) / n) + by_chance
 
 
-def test_replacements_are_drawn_from_all_ordinary_tokens_and_no_other():
+def test_replacements_are_drawn_from_all_ordinary_tokens_only():
     vocab_size, original = 12, 8
     rows = np.full((3000, 20), original)
     rows[:, 0] = CLS_ID
@@ -72,7 +70,7 @@ def test_replacements_are_drawn_from_all_ordinary_tokens_and_no_other():
     assert abs(drawn - drawn.mean()).max() < SIX_SIGMA * np.sqrt(drawn.mean()) < drawn.mean()
 
 
-def test_every_place_of_a_row_is_masked_equally_often():
+def test_every_position_is_masked_equally_often():
     rows = token_rows(5000, 22, shortest=20)
     masked = mask(as_batch(rows))
     counts = np.bincount(masked.positions[masked.labels != IGNORED], minlength=22)[1:21]
@@ -81,7 +79,9 @@ def test_every_place_of_a_row_is_masked_equally_often():
 
 @many_examples
 @given(row_counts, lengths, probabilities, seeds, st.integers(0, 2**32), st.integers(0, 100))
-def test_labels_are_the_original_ids_and_all_else_is_unchanged(n, max_seq_len, probability, seed, epoch, rows_seed):
+def test_labels_are_the_original_ids_and_other_tokens_are_unchanged(
+    n, max_seq_len, probability, seed, epoch, rows_seed
+):
     rows = token_rows(n, max_seq_len, seed=rows_seed)
     given_rows = rows.copy()
     masked = mask(as_batch(rows, epoch=epoch), seed, probability)
@@ -89,10 +89,10 @@ def test_labels_are_the_original_ids_and_all_else_is_unchanged(n, max_seq_len, p
     assert masked.positions.shape == masked.labels.shape == (n, n_slots(max_seq_len, probability))
     used = masked.labels != IGNORED
     assert masked.n_masked == used.sum()
-    assert used.any(axis=1).all()  # at least one a row
+    assert used.any(axis=1).all()  # at least one per row
     changed = masked.input_ids != rows
     for row, positions, labels, result, differs in zip(
-        rows, masked.positions, masked.labels, masked.input_ids, changed
+        rows, masked.positions, masked.labels, masked.input_ids, changed, strict=True
     ):
         places = positions[labels != IGNORED]
         assert len(set(places)) == len(places)
@@ -112,7 +112,7 @@ def test_a_mask_does_not_depend_on_the_batch_or_on_the_order_of_rows(data, n, pr
     whole = mask(as_batch(rows, epoch=epochs), seed, probability)
     chosen = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n)))
     part = mask(as_batch(rows[chosen], chosen, epochs[chosen]), seed, probability)
-    assert all(np.array_equal(x, y[chosen]) for x, y in zip(parts(part), parts(whole)))
+    assert all(np.array_equal(x, y[chosen]) for x, y in zip(parts(part), parts(whole), strict=True))
 
 
 @few_examples
@@ -128,14 +128,14 @@ def test_a_mask_changes_with_seed_epoch_and_sequence(seed, epoch):
 
 @many_examples
 @given(st.lists(st.booleans(), min_size=1, max_size=12), probabilities, seeds)
-def test_rows_that_only_fill_the_batch_get_no_labels_and_change_no_other_row(real, probability, seed):
+def test_rows_that_only_fill_the_batch_get_no_labels_and_do_not_change_other_rows(real, probability, seed):
     rows, real = token_rows(len(real), 20), np.array(real)
     masked, all_real = mask(as_batch(rows, real=real), seed, probability), mask(as_batch(rows), seed, probability)
     assert (masked.labels[~real] == IGNORED).all() and np.array_equal(masked.input_ids[~real], rows[~real])
-    assert all(np.array_equal(x[real], y[real]) for x, y in zip(parts(masked), parts(all_real)))
+    assert all(np.array_equal(x[real], y[real]) for x, y in zip(parts(masked), parts(all_real), strict=True))
 
 
-def test_a_row_without_ordinary_tokens_is_left_alone():
+def test_a_row_without_ordinary_tokens_is_unchanged():
     rows = np.array([[2, 3, 0, 0], [2, 1, 3, 0], [2, 4, 1, 3]])
     masked = mask(as_batch(rows), probability=1.0)
     assert masked.n_masked == 0 and np.array_equal(masked.input_ids, rows)
@@ -144,7 +144,7 @@ def test_a_row_without_ordinary_tokens_is_left_alone():
 @pytest.mark.parametrize(
     "max_seq_len, probability, slots", [(128, 0.15, 19), (3, 0.15, 1), (22, 0.15, 3), (22, 0.16, 4), (10, 1.0, 8)]
 )
-def test_there_are_slots_for_the_most_masked_tokens_that_a_row_can_have(max_seq_len, probability, slots):
+def test_the_number_of_slots_is_the_largest_number_of_masked_tokens_of_a_row(max_seq_len, probability, slots):
     assert n_slots(max_seq_len, probability) == slots
     rows = token_rows(500, max_seq_len, shortest=max_seq_len - 2)
     assert (mask(as_batch(rows), probability=probability).labels != IGNORED).sum(axis=1).max() == slots

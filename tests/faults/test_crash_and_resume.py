@@ -198,8 +198,8 @@ def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tm
             os.kill(os.getpid(), signal.SIGTERM)
         return block
 
-    real = microbert.data.prepare._write_block
-    monkeypatch.setattr(microbert.data.prepare, "_write_block", write_block)
+    real = microbert.data.prepare.write_block
+    monkeypatch.setattr(microbert.data.prepare, "write_block", write_block)
     assert run_here(small_flags(tmp_path), monkeypatch) == 75
     stopped = capfd.readouterr()
     assert "SIGTERM" in stopped.err and "Traceback" not in stopped.err
@@ -212,7 +212,7 @@ def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tm
     )
 
     assert run_here(small_flags(tmp_path), monkeypatch) == 0
-    assert f"going on behind {200 * n_before:,} rows" in capfd.readouterr().out
+    assert f"resuming after {200 * n_before:,} rows" in capfd.readouterr().out
     assert written == [200] * 6  # no block twice
     assert (
         run_here(small_flags(tmp_path, output_dir=tmp_path / "whole", cache_dir=tmp_path / "other_cache"), monkeypatch)

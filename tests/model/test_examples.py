@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from microbert.data.prepare import packed_sequences, packed_text, truncated_sequences
+from microbert.data.arrange import packed_sequences, packed_text, truncated_sequences
 from microbert.data.shards import Sequences
 from microbert.data.tokenizer import N_SPECIAL, UNK_ID, train_tokenizer
 from microbert.fill_mask import fill_mask
