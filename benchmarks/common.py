@@ -1,7 +1,5 @@
 """What several benchmarks do: prepare text as a run does, train by hand, score on held-out sequences."""
 
-import contextlib
-import io
 import sys
 from pathlib import Path
 
@@ -33,8 +31,7 @@ def prepared(config: Config) -> tuple[Tokenizer, Tokens]:
 
 
 def new_model(config: Config, tokens: Tokens) -> MaskedLanguageModel:
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its size each time
-        return model_for_tokens(config, tokens)
+    return model_for_tokens(config, tokens)
 
 
 def new_learner(config: Config, tokens: Tokens) -> Learner:

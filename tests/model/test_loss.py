@@ -110,7 +110,7 @@ def test_so_they_are_when_torch_compiles_them(monkeypatch, dtype):
 
 @given(chunk=st.integers(1, 3000), n_rows=st.integers(0, 20_000))
 def test_where_chunks_are_compiled_they_are_alike_if_that_makes_few_more(chunk, n_rows):
-    even = loss_module._even(chunk, n_rows)
+    even = loss_module._even_chunk(chunk, n_rows)
     n_chunks, least = -(-n_rows // even), -(-n_rows // chunk)
     assert 1 <= even <= chunk and least <= n_chunks and (n_chunks < 2 * least or n_rows == 0)
 
