@@ -138,7 +138,7 @@ TOKENIZERS = {
         ],
         "tokenizer",
     ),
-    "another vocabulary": (["model", "vocab", "zzz", 60], "tokens, and its model"),
+    "another vocabulary": (["model", "vocab", "zzz", 60], "tokens, but its model"),
     "another model": (
         [
             "model",
@@ -263,6 +263,6 @@ def test_evaluations_without_what_a_curve_needs_are_left_out_and_counted(tmp_pat
     folder = write_metrics(tmp_path, map(json.dumps, [FINE, *lacking]))
     [axes, *_] = draw_curves([folder]).axes
     assert len(axes.lines[0].get_xdata()) == 1
-    assert "2 of 3 evaluations are left out" in capsys.readouterr().err
+    assert "skipped 2 of 3 evaluations" in capsys.readouterr().err
     with pytest.raises(InputError, match="no metrics.jsonl with evaluations"):
         draw_curves([write_metrics(folder, map(json.dumps, lacking))])

@@ -39,20 +39,19 @@ def compiled_kernel(source: Path, **constants: int) -> ctypes.CDLL | None:
         return None
     options = [*FLAGS, *(f"-D{name}={value}" for name, value in constants.items())]
     saved = _saved_file(source, compiler, options)
-    try:
+    with contextlib.suppress(OSError):  # unreadable, or built for another C library: compile it again
         if saved is not None and _is_whole(saved):
             return ctypes.CDLL(str(saved))
-    except OSError:  # built for another C library, say: compile it again
-        pass
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = Path(folder) / "kernel.so"
             command = [compiler, *options, "-o", str(library), str(source), "-lm"]
             # a session of its own, so that a signal that stops the run does not stop the compiler
             subprocess.run(command, check=True, capture_output=True, start_new_session=True)
+            kernel = ctypes.CDLL(str(library))
             if saved is not None:
                 _save(library, saved)
-            return ctypes.CDLL(str(library))
+            return kernel
     except (OSError, subprocess.CalledProcessError):  # no OpenMP, a full disk, or a folder mounted noexec
         return None
 

@@ -77,8 +77,8 @@ class TextClassifier(nn.Module):
     def shrink(self, factor: float) -> None:
         """Scale the matrices of the trainable layers.
 
-        This is shrink and perturb (Ash and Adams 2020, arXiv:1910.08475) without noise. After v4's pretraining, matrices
-        are ten times as large as new ones, more than the learning rates of fine-tuning can change. Measured in
+        This is shrink and perturb (Ash and Adams 2020, arXiv:1910.08475) without noise. Matrices of a pretrained v4 are
+        ten times as large as new ones, more than the learning rates of fine-tuning can change. Measured in
         docs/experiments.md.
         """
         for module in self.encoder.layers.modules():

@@ -1,4 +1,4 @@
-"""A new model: a function of the seed, which starts at unigram entropy."""
+"""A new model depends on the seed only, and starts at unigram entropy."""
 
 import math
 
@@ -26,7 +26,7 @@ def zipf_counts(vocab_size=VOCAB_SIZE):
 def test_the_output_bias_starts_at_the_unigram_distribution():
     counts = zipf_counts()
     bias = build_model(ModelConfig(VOCAB_SIZE, 1, 2, 4, 16), 0, counts).output_bias
-    assert torch.isfinite(bias).all()  # also for tokens that never occur
+    assert torch.isfinite(bias).all()  # including tokens that never occur
     assert torch.allclose(bias.softmax(dim=0), counts / counts.sum(), atol=1e-6, rtol=1e-4)
 
 
@@ -53,7 +53,7 @@ def test_unigram_entropy_is_that_of_the_shares():
 @pytest.mark.parametrize("arch", ["bert", "modern"])
 def test_the_weights_are_a_function_of_the_seed(arch):
     def weights(seed):
-        torch.rand(1)  # the global generator has no part in it
+        torch.rand(1)  # the global generator must not matter
         return list(build_model(ModelConfig(VOCAB_SIZE, 2, 2, 4, 16, arch=arch), seed).parameters())
 
     assert all(torch.equal(a, b) for a, b in zip(weights(3), weights(3), strict=True))
@@ -69,18 +69,16 @@ def test_the_weights_are_a_function_of_the_seed(arch):
     vocab_size=st.integers(6, 500),
     arch=st.sampled_from(["bert", "modern"]),
 )
-def test_parameters_are_counted_without_a_model(heads, half, layers, vocab_size, arch):
+def test_parameters_are_counted_without_allocating_a_model(heads, half, layers, vocab_size, arch):
     config = ModelConfig(vocab_size, layers, heads, 2 * heads * half, 16, arch=arch)
     assert count_parameters(config) == sum(parameter.numel() for parameter in new_model(config).parameters())
 
 
 @pytest.mark.parametrize("arch", ["bert", "modern"])
-def test_fewer_positions_compute_the_same(arch):
+def test_a_model_with_fewer_positions_computes_the_same(arch):
     model = build_model(ModelConfig(VOCAB_SIZE, 2, 2, 4, 16, arch=arch), 0).eval()
-    shorter, input_ids = (
-        with_max_seq_len(model, 6).eval(),
-        torch.from_numpy(token_rows(3, shortest=6)[:, :6].astype(np.int64)),
-    )
+    shorter = with_max_seq_len(model, 6).eval()
+    input_ids = torch.from_numpy(token_rows(3, shortest=6)[:, :6].astype(np.int64))
     assert shorter.config.max_seq_len == 6 and with_max_seq_len(model, None) is model is with_max_seq_len(model, 16)
     assert torch.equal(shorter.hidden_states(input_ids, None, None), model.hidden_states(input_ids, None, None))
 
