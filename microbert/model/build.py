@@ -90,8 +90,8 @@ def create_model(run: Run, tokens: Tokens, device: torch.device) -> MaskedLangua
     model = model_for_tokens(run.config, tokens)
     shape = model.config
     print(
-        f"model: {shape.n_layers} layers, {shape.n_heads} heads, {shape.n_embed}-dim, "
-        f"{count_parameters(shape):,} parameters"
+        f"model: {shape.n_layers} layer{'s' * (shape.n_layers > 1)}, {shape.n_heads} head{'s' * (shape.n_heads > 1)}, "
+        f"{shape.n_embed}-dim, {count_parameters(shape):,} parameters"
     )
     return model.to(device)
 

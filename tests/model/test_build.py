@@ -1,20 +1,32 @@
 """A new model depends on the seed only, and starts at unigram entropy."""
 
 import math
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from configs import configure
 from hypothesis import given
 from hypothesis import strategies as st
-from models import VOCAB_SIZE, as_batch, few_examples, token_rows
+from models import VOCAB_SIZE, as_batch, few_examples, noisy_model, token_rows
 
 from microbert.data.masking import mask_batch
 from microbert.data.tokenizer import N_SPECIAL
 from microbert.errors import InputError
-from microbert.model.build import build_model, count_parameters, new_model, unigram_entropy, with_max_seq_len
+from microbert.model.build import (
+    build_model,
+    count_parameters,
+    create_model,
+    new_model,
+    unigram_entropy,
+    with_max_seq_len,
+)
 from microbert.model.layers import ModelConfig
 from microbert.model.loss import masked_scores
+from microbert.runtime.run import Run
+from microbert.train.optim import Optimizer
 
 
 def zipf_counts(vocab_size=VOCAB_SIZE):
@@ -86,3 +98,24 @@ def test_a_model_with_fewer_positions_computes_the_same(arch):
 def test_more_positions_than_a_model_has_weights_for_are_refused():
     with pytest.raises(InputError, match="16 positions"):
         with_max_seq_len(build_model(ModelConfig(VOCAB_SIZE, 1, 2, 4, 16), 0), 17)
+
+
+def test_a_run_prints_the_size_of_its_model(capsys):
+    config = configure(n_layers=1, n_heads=2, n_embed=4)
+    tokens = types.SimpleNamespace(token_counts=zipf_counts().numpy())
+    model = create_model(Run(config, Path("unused")), tokens, torch.device("cpu"))
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert capsys.readouterr().out == f"model: 1 layer, 2 heads, 4-dim, {n_parameters:,} parameters\n"
+
+
+@pytest.mark.parametrize("arch", ["bert", "modern"])
+def test_moments_have_the_names_of_earlier_checkpoints(arch):
+    """Earlier models had the matrices of the feed-forward in the layer itself."""
+    optimizer = Optimizer(noisy_model(n_layers=1, arch=arch), configure(optimizer="muon"))
+    optimizer.begin_after(1)
+    names = {name for name in optimizer.tensors() if ".layers." in name and "norm" not in name}
+    matrices = ["attention.query_key_value", "attention.output", "expand", "contract"]
+    expected = {f"momentum.layers.0.{name}.weight" for name in matrices}
+    if arch == "bert":
+        expected |= {f"{kind}.layers.0.{name}.bias" for kind in ("exp_avg", "exp_avg_sq") for name in matrices}
+    assert names == expected
