@@ -56,7 +56,7 @@ class PostNormLayer(modern.Layer):
     def forward(
         self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None
     ) -> Tensor:
-        x = self.attention_norm(self.attention(x, attention_mask, dropout_keys, positions) + at_positions(x, positions))
+        x = self.attention_norm(at_positions(x, positions) + self.attention(x, attention_mask, dropout_keys, positions))
         return self.feed_forward_norm(x + self.feed_forward(x, dropout_keys, positions))
 
 
