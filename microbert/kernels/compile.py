@@ -39,7 +39,7 @@ def compiled_kernel(source: Path, **constants: int) -> ctypes.CDLL | None:
         return None
     options = [*FLAGS, *(f"-D{name}={value}" for name, value in constants.items())]
     saved = _saved_file(source, compiler, options)
-    with contextlib.suppress(OSError):  # unreadable, or built for another C library: compile it again
+    with contextlib.suppress(OSError):  # missing, or built for another C library: compile it
         if saved is not None and _is_whole(saved):
             return ctypes.CDLL(str(saved))
     try:
@@ -82,10 +82,8 @@ def _save(library: Path, saved: Path) -> None:
 def _is_whole(saved: Path) -> bool:
     """Return whether a file is as `_save` wrote it: loading a truncated library would crash the process.
 
-    Raises OSError if it cannot be read.
+    Raises OSError if it is missing or cannot be read.
     """
-    if saved.is_symlink() or not saved.is_file():
-        return False
     content = saved.read_bytes()
     return hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]
 
