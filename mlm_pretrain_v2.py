@@ -72,13 +72,13 @@ def main() -> None:
 
     # only now what takes seconds to load, so that a mistake above is answered at once
     from microbert.data.prepare import prepare_corpus
-    from microbert.model.build import model_for_tokens
-    from microbert.model.export import export_run
+    from microbert.model.build import create_model
     from microbert.runtime.device import choose_device
     from microbert.runtime.run import open_run
     from microbert.train.checkpoint import find_checkpoint, is_finished
     from microbert.train.dry_run import print_plan
-    from microbert.train.loop import model_card_facts, train
+    from microbert.train.export_run import export_run
+    from microbert.train.loop import train
 
     if config.dry_run:
         print_plan(config)
@@ -96,10 +96,10 @@ def main() -> None:
             print("prepared; the same command without --prepare-only trains on it")
             return
 
-        model = model_for_tokens(run.config, tokens).to(device)
+        model = create_model(run, tokens, device)
         state = train(run, checkpoint, model, tokens, tokenizer)
         if run.world.is_first:
-            export_run(run, model, tokenizer, corpus, tokens, model_card_facts(run.config, tokens, state))
+            export_run(run, model, tokenizer, corpus, tokens, state)
 
 
 if __name__ == "__main__":

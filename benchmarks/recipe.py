@@ -56,24 +56,26 @@ class PostNormLayer(modern.Layer):
     def forward(
         self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None
     ) -> Tensor:
-        x = self.attention_norm(at_positions(x, positions) + self.attention(x, attention_mask, positions))
-        inner, gate = self.expand(x).chunk(2, dim=-1)
-        return self.feed_forward_norm(x + self.contract(gelu(inner) * gate))
+        x = self.attention_norm(at_positions(x, positions) + self.attention(x, attention_mask, dropout_keys, positions))
+        return self.feed_forward_norm(x + self.feed_forward(x, dropout_keys, positions))
 
 
-class UngatedLayer(modern.Layer):
-    """A feed-forward of two matrices with as many numbers as the gated one's three."""
+class UngatedFeedForward(nn.Module):
+    """Two matrices with as many numbers as the gated one's three."""
 
-    def __init__(self, config: ModelConfig, number: int, rotary: Rotary) -> None:
-        super().__init__(config, number, rotary)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
         self.expand = nn.Linear(config.n_embed, 4 * config.n_embed, bias=False)
         self.contract = nn.Linear(4 * config.n_embed, config.n_embed, bias=False)
 
-    def forward(
-        self, x: Tensor, attention_mask: Tensor | None, dropout_keys: Tensor | None, positions: Tensor | None = None
-    ) -> Tensor:
-        x = at_positions(x, positions) + self.attention(self.attention_norm(x), attention_mask, positions)
-        return x + self.contract(gelu(self.expand(self.feed_forward_norm(x))))
+    def forward(self, x: Tensor, dropout_keys: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        return self.contract(gelu(self.expand(x)))
+
+
+class UngatedLayer(modern.Layer):
+    def __init__(self, config: ModelConfig, number: int, rotary: Rotary) -> None:
+        super().__init__(config, number, rotary)
+        self.feed_forward = UngatedFeedForward(config)
 
 
 def with_layers(layer: type[modern.Layer], rotates: bool = True) -> Callable[[ModelConfig], MaskedLanguageModel]:

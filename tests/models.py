@@ -12,11 +12,11 @@ from microbert.model.layers import ModelConfig
 
 VOCAB_SIZE = 60
 few_examples = settings(max_examples=20, deadline=None)
-many_examples = settings(max_examples=100, deadline=None)  # no deadline: a busy machine is not a bug
+many_examples = settings(max_examples=100, deadline=None)  # no deadline: the machine may be busy
 
 
 def on_threads(n, function, *arguments):
-    """What the function returns when torch has so many threads."""
+    """Return the function's result computed with n threads of torch."""
     n_before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -26,11 +26,11 @@ def on_threads(n, function, *arguments):
 
 
 def token_rows(n, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, shortest=1):
-    """Rows of [CLS], ordinary tokens, [SEP] and padding, with from `shortest` to max_seq_len - 2 ordinary tokens. int64 [n, T]."""
+    """Return rows of [CLS], `shortest` to max_seq_len - 2 ordinary tokens, [SEP] and padding: int64 [n, T]."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(N_SPECIAL, vocab_size, (n, max_seq_len))
     rows[:, 0] = CLS_ID
-    for row, length in zip(rows, rng.integers(shortest, max_seq_len - 1, n)):
+    for row, length in zip(rows, rng.integers(shortest, max_seq_len - 1, n), strict=True):
         row[length + 1] = SEP_ID
         row[length + 2 :] = PAD_ID
     return rows
@@ -49,7 +49,7 @@ def as_batch(rows, sequence_ids=None, epoch=0, real=True):
 
 
 def noise_(model, std=0.3, seed=0):
-    """Normal noise in every parameter, biases and norms too, so that each of them matters to the output."""
+    """Fill every parameter with normal noise, including biases and norms, so that each affects the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

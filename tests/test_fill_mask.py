@@ -1,4 +1,4 @@
-"""Run folders that somebody else may have made: each is loaded with little memory and time, or refused in one line."""
+"""Untrusted run folders are loaded with little memory and time, or refused in one line."""
 
 import json
 import math
@@ -48,11 +48,11 @@ def alter(path, *keys_and_value):
 def assert_refused(folder, words):
     with pytest.raises(InputError) as refused:
         load_run(folder)
-    told = str(refused.value)
-    assert "\n" not in told and len(told) < 600 and words in told, told
+    message = str(refused.value)
+    assert "\n" not in message and len(message) < 600 and words in message, message
 
 
-def test_a_run_of_a_million_positions_takes_no_more_memory_than_its_text_needs(make_folder):
+def test_a_run_with_a_million_positions_uses_only_the_memory_that_its_text_needs(make_folder):
     folder = make_folder("modern")
     expected = fill_mask(*load_run(folder), TEXT)
     alter(folder / "config.json", "max_position_embeddings", HUGE)
@@ -71,7 +71,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_sizes_that_the_file_does_not_hold_are_refused_before_memory_is_used(name, make_folder):
+def test_sizes_larger_than_the_file_are_refused_before_memory_is_allocated(name, make_folder):
     arch, changed = SIZES[name]
     folder = make_folder(arch)
     for key, value in changed.items():
@@ -93,7 +93,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_configuration_that_cannot_be_is_refused(name, make_folder):
+def test_an_invalid_configuration_is_refused(name, make_folder):
     change, words = CONFIGS[name]
     folder = make_folder()
     alter(folder / "config.json", *change)
@@ -138,7 +138,7 @@ TOKENIZERS = {
         ],
         "tokenizer",
     ),
-    "another vocabulary": (["model", "vocab", "zzz", 60], "tokens, and its model"),
+    "another vocabulary": (["model", "vocab", "zzz", 60], "tokens, but its model"),
     "another model": (
         [
             "model",
@@ -167,7 +167,7 @@ def test_a_tokenizer_of_another_kind_is_refused(name, make_folder):
     assert_refused(folder, words)
 
 
-def test_a_tokenizer_from_before_words_were_cut_is_loaded(make_folder):
+def test_a_tokenizer_of_an_older_version_that_did_not_cut_words_is_loaded(make_folder):
     folder = make_folder()
     alter(folder / "tokenizer.json", "pre_tokenizer", {"type": "BertPreTokenizer"})
     _, tokenizer = load_run(folder)
@@ -177,7 +177,7 @@ def test_a_tokenizer_from_before_words_were_cut_is_loaded(make_folder):
 
 
 @pytest.mark.parametrize("name", ["AutoTokenizer", "BertTokenizer"])
-def test_a_tokenizer_that_transformers_has_used_and_saved_is_as_before(name, make_folder):
+def test_a_tokenizer_saved_by_transformers_works_as_before(name, make_folder):
     import transformers
 
     folder = make_folder()
@@ -199,7 +199,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_that_are_none_are_refused(name, make_folder):
+def test_invalid_weights_are_refused(name, make_folder):
     change, words = WEIGHTS[name]
     folder = make_folder()
     weights = load_file(folder / "model.safetensors")
@@ -218,7 +218,7 @@ def test_a_text_that_is_not_utf_8_is_refused(make_folder):
 @pytest.mark.parametrize(
     "content", ["no json", "[]", '{"model_max_length": "x", "tokenizer_class": 5, "pad_token": {}}']
 )
-def test_pictures_need_no_tokenizer_config(content, make_folder):
+def test_plots_need_no_tokenizer_config(content, make_folder):
     folder = make_folder("modern")
     (folder / "tokenizer_config.json").write_text(content)
     assert draw_attention(folder, "a great film").axes and draw_embeddings(folder).axes
@@ -246,23 +246,23 @@ def write_metrics(folder, lines, end="\n"):
 
 
 @pytest.mark.parametrize("line", DAMAGED, ids=[line[:40] for line in DAMAGED])
-def test_a_damaged_line_of_metrics_is_left_out_and_counted(line, tmp_path, capsys):
+def test_a_damaged_line_of_metrics_is_skipped_and_counted(line, tmp_path, capsys):
     folder = write_metrics(tmp_path, [json.dumps(FINE), line, json.dumps(FINE)])
     assert read_metrics(folder / "metrics.jsonl") == [FINE, FINE]
     assert "metrics.jsonl: 1 of 3 lines are damaged and left out" in capsys.readouterr().err
     assert draw_curves([folder]).axes
 
 
-def test_a_last_line_that_a_kill_cut_short_is_left_out_without_a_word(tmp_path, capsys):
+def test_an_incomplete_last_line_is_skipped_silently(tmp_path, capsys):
     folder = write_metrics(tmp_path, [json.dumps(FINE), '{"step": 2, "ev'], end="")
     assert read_metrics(folder / "metrics.jsonl") == [FINE] and not capsys.readouterr().err
 
 
-def test_evaluations_without_what_a_curve_needs_are_left_out_and_counted(tmp_path, capsys):
+def test_evaluations_that_lack_a_value_are_skipped_and_counted(tmp_path, capsys):
     lacking = [{name: value for name, value in FINE.items() if name != left_out} for left_out in ("tokens", "seconds")]
     folder = write_metrics(tmp_path, map(json.dumps, [FINE, *lacking]))
     [axes, *_] = draw_curves([folder]).axes
     assert len(axes.lines[0].get_xdata()) == 1
-    assert "2 of 3 evaluations are left out" in capsys.readouterr().err
+    assert "skipped 2 of 3 evaluations" in capsys.readouterr().err
     with pytest.raises(InputError, match="no metrics.jsonl with evaluations"):
         draw_curves([write_metrics(folder, map(json.dumps, lacking))])

@@ -1,1 +1,1 @@
-"""Kernels in C, for what PyTorch computes slowly on a CPU."""
+"""C kernels for operations that PyTorch computes slowly on a CPU."""

@@ -1,9 +1,9 @@
-// Attention for heads of a few numbers, HEAD of them (a constant for the compiler), which are too narrow for matrix products.
+// Attention for heads of HEAD numbers (a compile-time constant), too narrow for matrix products.
 //
-// Scores live in registers and none is kept for the backward pass, which computes them again from the logarithm of their sum (Dao et al. 2022,
-// arXiv:2205.14135). Forward, a vector is that of neighbouring queries, so that their sums need no adding up; backward, of neighbouring keys, a few
-// queries at a time. Keys and values are gathered first, without those that are masked. A thread computes whole heads, so the sums are the same on any
-// number of threads.
+// Scores stay in registers. The backward pass recomputes them from the logarithm of their sum (Dao et al. 2022,
+// arXiv:2205.14135). A vector holds neighbouring queries in the forward pass, so that no sum runs across lanes, and
+// neighbouring keys in the backward pass, for a few queries at a time. Unmasked keys and values are gathered first. A
+// thread computes whole heads, so the sums do not depend on the number of threads.
 //
 // B sequences, H heads, M queries, T keys, PADDED: T rounded up to whole vectors.
 
@@ -11,14 +11,15 @@
 
 #include "vectors.h"
 
-enum { ROWS = 4 };  // queries at a time, backward
-static const float HARMLESS = 60;  // 2 to this, times any number of keys, is far from the ends of fp32
+enum { ROWS = 4 };  // queries at a time in the backward pass
+static const float HARMLESS = 60;  // 2 to the power of this, times any number of keys, is well within fp32
 
-typedef struct { float *data; long batch, head, row; } tensor;  // [B, H, M or T, HEAD]; the strides of the first three, the last is 1
+typedef struct { float *data; long batch, head, row; } tensor;  // [B, H, M or T, HEAD] with the first three strides; the last is 1
 
 #define AT(x, b, h, i) ((x).data + (b) * (x).batch + (h) * (x).head + (i) * (x).row)
 
-// Copies the real ones of a head's T rows, and returns how many they are: number c of row n to to[c * apart + n * beside]. is_real: [T], or NULL where all are.
+// Copies the real rows of a head's T, number c of row n to to[c * apart + n * beside], and returns their count.
+// is_real: [T], or NULL if all are real.
 static long gather(long T, const float *rows, long stride, const unsigned char *is_real, float *to, long apart, long beside) {
     long n = 0;
     for (long j = 0; j < T; j++)
@@ -29,7 +30,7 @@ static long gather(long T, const float *rows, long stride, const unsigned char *
     return n;
 }
 
-// The reverse, from [HEAD, PADDED] and times the factor: the rows that are not real become 0.
+// The reverse of gather, from [HEAD, PADDED] and scaled by the factor. Rows that are not real become 0.
 static void scatter(long T, long PADDED, const float *from, float factor, const unsigned char *is_real, float *rows, long stride) {
     long n = 0;
     for (long j = 0; j < T; j++) {
@@ -49,7 +50,7 @@ void forward(int threads, long B, long H, long M, long T, tensor query, tensor k
             float k[T][HEAD], v[T][HEAD];
             long n = gather(T, AT(key, b, h, 0), key.row, real, *k, 1, HEAD);
             gather(T, AT(value, b, h, 0), value.row, real, *v, 1, HEAD);
-            float longest = 0;  // of the keys, squared
+            float longest = 0;  // squared length of the longest key
             for (long j = 0; j < n; j++) {
                 float length = 0;
                 for (int c = 0; c < HEAD; c++) length += k[j][c] * k[j][c];
@@ -63,7 +64,7 @@ void forward(int threads, long B, long H, long M, long T, tensor query, tensor k
                 for (int r = 0; r < queries; r++)
                     for (int c = 0; c < HEAD; c++) q[c][r] = AT(query, b, h, i + r)[c] * scale;
                 for (int c = 0; c < HEAD; c++) length += q[c] * q[c];
-                if (!(largest_of(length) * longest < HARMLESS * HARMLESS)) {  // by the inequality of Cauchy and Schwarz
+                if (!(largest_of(length) * longest < HARMLESS * HARMLESS)) {  // Cauchy-Schwarz bounds the scores
                     largest = all(-INFINITY);
                     for (long j = 0; j < n; j++) {
                         vec score = q[0] * k[j][0];
@@ -86,7 +87,7 @@ void forward(int threads, long B, long H, long M, long T, tensor query, tensor k
         }
 }
 
-// Fills the gradients of query, key and value.
+// Writes the gradients of query, key and value.
 void backward(int threads, long B, long H, long M, long T, tensor query, tensor key, tensor value, const unsigned char *is_real, tensor output,
               const float *log_sum, tensor output_grad, tensor query_grad, tensor key_grad, tensor value_grad) {
     const float scale = LOG2_E / sqrtf(HEAD);
@@ -96,7 +97,7 @@ void backward(int threads, long B, long H, long M, long T, tensor query, tensor 
         for (long h = 0; h < H; h++) {
             const unsigned char *real = is_real ? is_real + b * T : 0;
             float k[HEAD * PADDED], v[HEAD * PADDED], k_grad[HEAD * PADDED], v_grad[HEAD * PADDED];
-            memset(k, 0, sizeof k);  // what stands behind the real ones adds nothing to the queries' gradients
+            memset(k, 0, sizeof k);  // the padding adds nothing to the queries' gradients
             memset(v, 0, sizeof v);
             memset(k_grad, 0, sizeof k_grad);
             memset(v_grad, 0, sizeof v_grad);
@@ -123,7 +124,7 @@ void backward(int threads, long B, long H, long M, long T, tensor query, tensor 
                             score += q[r][c] * *at(k, c * PADDED + j);
                             weight_grad += out_grad[r][c] * *at(v, c * PADDED + j);
                         }
-                        weight[r] = power_of_2(smaller(score, all(0)));  // above it is only what stands behind the real keys, without limit
+                        weight[r] = power_of_2(smaller(score, all(0)));  // only the padding exceeds 0, without limit
                         score_grad[r] = weight[r] * weight_grad;
                     }
                     for (int c = 0; c < HEAD; c++) {

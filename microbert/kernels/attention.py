@@ -1,6 +1,6 @@
-"""Attention: PyTorch's, and on CPUs a kernel of our own (attention.c) for heads that are too narrow for PyTorch's.
+"""Attention by PyTorch, and by a C kernel (attention.c) on CPUs for heads too narrow for PyTorch's.
 
-Heads of 2 numbers, as in v1 to v3, keep matrix products busy for a tenth of their time.
+With heads of 2 numbers, as in v1 to v3, matrix products reach a tenth of their speed.
 Shapes: B sequences, H heads, M queries, T keys, d = head size.
 """
 
@@ -15,20 +15,21 @@ from microbert.kernels.compile import KERNELS, address, compiled_kernel, n_threa
 from microbert.runtime.device import is_for_kernels, is_real_on_cpu
 
 SOURCE = KERNELS / "attention.c"
-NARROW_HEAD = 8  # numbers; with 8 PyTorch's attention takes 1.7 times as long as ours, with 2 three to five times, with 16 less time (benchmarks/attention.py)
-LONGEST_ROW = 4096  # keys, of which a thread of our attention holds half a megabyte on its stack
+# numbers; PyTorch's attention takes three to five times as long as the kernel at 2, 1.7 times at 8, and less time at 16
+# (benchmarks/attention.py)
+NARROW_HEAD = 8
+LONGEST_ROW = 4096  # keys; a thread of the kernel needs half a megabyte of stack for them
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """softmax(query key^T / sqrt(d)) value of each head.
+    """Return softmax(query key^T / sqrt(d)) value for each head: [B, H, M, d].
 
-    query: [B, H, M, d]. key, value: [B, H, T, d]. attention_mask: bool [B, 1, 1, T], True for the keys that count, of which each sequence has at
-    least one; None where all do. Returns [B, H, M, d]. Fastest when they are views of [B, M or T, H, d]: so is what is returned, where the kernel
-    computes it, and so are the gradients.
+    query: [B, H, M, d]. key, value: [B, H, T, d]. attention_mask: bool [B, 1, 1, T], True for the keys to attend to, at
+    least one in each sequence; None for all keys. Fastest for views of [B, M or T, H, d], which is also the layout of
+    the kernel's output and gradients.
     """
-    if is_real_on_cpu(query) and torch.is_autocast_enabled(
-        "cpu"
-    ):  # there PyTorch's way back takes seven times as long in bf16
+    # on a CPU, PyTorch's backward pass takes seven times as long in bf16
+    if is_real_on_cpu(query) and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return attend(query.float(), key.float(), value.float(), attention_mask)
     if query.shape[-1] <= NARROW_HEAD and key.shape[2] <= LONGEST_ROW and is_for_kernels(query, key, value):
@@ -39,7 +40,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | N
 
 
 class _Strided(ctypes.Structure):
-    """A tensor [B, H, M or T, d], as attention.c takes it."""
+    """A tensor [B, H, M or T, d] as an argument of attention.c."""
 
     _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_long), ("head", ctypes.c_long), ("row", ctypes.c_long)]
 
@@ -53,13 +54,13 @@ def _sizes(query: Tensor, key: Tensor) -> tuple:
 
 
 def _new_like(x: Tensor) -> Tensor:
-    """x: [B, H, M, d]. An empty tensor of its shape, in memory [B, M, H, d]."""
+    """Return an empty tensor of the shape of x: [B, H, M, d], in memory [B, M, H, d]."""
     B, H, M, d = x.shape
     return x.new_empty(B, M, H, d).transpose(1, 2)
 
 
 def _with_whole_rows(x: Tensor) -> Tensor:
-    """The same numbers, with those of a row beside each other in memory."""
+    """Return x with the numbers of each row contiguous in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -86,7 +87,7 @@ class _NarrowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, output_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, is_real, output, log_sum = ctx.saved_tensors
-        gradients = tuple(map(_new_like, (query, key, value)))
+        query_grad, key_grad, value_grad = map(_new_like, (query, key, value))
         output_grad = _with_whole_rows(output_grad)
         ctx.kernel.backward(
             *_sizes(query, key),
@@ -94,6 +95,6 @@ class _NarrowAttention(torch.autograd.Function):
             address(is_real),
             _strided(output),
             address(log_sum),
-            *map(_strided, (output_grad, *gradients)),
+            *map(_strided, (output_grad, query_grad, key_grad, value_grad)),
         )
-        return *gradients, None, None
+        return query_grad, key_grad, value_grad, None, None

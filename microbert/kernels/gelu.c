@@ -1,8 +1,9 @@
-// GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x times the share of a normal distribution that lies below x.
+// GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): x times the share of a normal distribution below x.
 //
-// The share is 7.1.26 of Abramowitz and Stegun's Handbook of Mathematical Functions, to 1e-7: a polynomial times exp(-x^2 / 2), which the slope needs too.
+// The share is formula 7.1.26 of Abramowitz and Stegun's Handbook of Mathematical Functions, accurate to 1e-7: a
+// polynomial times exp(-x^2 / 2), which the slope needs too.
 //
-// N rows of D numbers, one row of x `stride` numbers behind the other: x may be a part of something wider.
+// N rows of D numbers. Rows of x start `stride` numbers apart: x may be a slice of a wider array.
 
 #include <string.h>
 

@@ -1,4 +1,4 @@
-"""GELU: PyTorch's, and on CPUs in fp32 a kernel of our own (gelu.c)."""
+"""GELU by PyTorch, and by a C kernel (gelu.c) on CPUs in fp32."""
 
 import ctypes
 
@@ -14,7 +14,10 @@ SOURCE = KERNELS / "gelu.c"
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Of each number; not the approximation by tanh. x: [..., D]; it may be a part of a wider tensor's last dimension, and is not copied then."""
+    """Return the exact GELU of each number, not the approximation by tanh.
+
+    x: [..., D]. A slice of a wider tensor's last dimension is not copied.
+    """
     kernel = compiled_kernel(SOURCE) if is_for_kernels(x) else None
     return F.gelu(x) if kernel is None else _Gelu.apply(x, kernel)
 
@@ -40,7 +43,7 @@ class _Gelu(torch.autograd.Function):
 
 
 def _row_stride(x: Tensor) -> int | None:
-    """How far one row is behind the other, if that is the same for all; None where it is not, or numbers of a row lie apart."""
+    """Return the stride between rows; None if it varies, or if the numbers of a row are not contiguous."""
     try:
         rows = x.view(-1, x.shape[-1])
     except RuntimeError:
@@ -49,6 +52,6 @@ def _row_stride(x: Tensor) -> int | None:
 
 
 def _sizes(x: Tensor) -> tuple[ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_long]:
-    """What both functions of gelu.c begin with."""
+    """Return the first arguments of both functions of gelu.c. x has a row stride."""
     D = x.shape[-1]
-    return n_threads(), ctypes.c_long(x.numel() // D), ctypes.c_long(D), ctypes.c_long(_row_stride(x))
+    return n_threads(), ctypes.c_long(x.numel() // D), ctypes.c_long(D), ctypes.c_long(_row_stride(x) or 0)

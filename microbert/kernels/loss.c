@@ -1,18 +1,19 @@
-// Cross-entropy over a vocabulary with its gradients, a few rows at a time, while their logits are in a near cache.
+// Cross-entropy over a vocabulary with its gradients, a few rows at a time, while their logits are in cache.
 //
-// Logits are powers of 2 rather than of e. A row's gradients are left times the row's sum of powers: the factor 1 / sum is applied to the narrow side.
-// Each thread adds up gradients of its own, for rows beside each other, and these are added in the order of the threads.
+// Logits are exponents of 2, not of e. Gradients of logits stay multiplied by their row's sum of powers: the factor
+// 1 / sum is applied on the narrow side. Each thread accumulates gradients over a contiguous range of rows; the results
+// are added in the order of the threads.
 //
-// N rows, D numbers each, V tokens in the vocabulary, and STRIDE >= V, whole vectors of them; the bias is -infinity behind V.
+// N rows of D numbers, V tokens in the vocabulary, STRIDE: V rounded up to whole vectors. The bias is -infinity after V.
 
 #include <string.h>
 
 #include "vectors.h"
 
-enum { ROWS = 4, BLOCK = 4 };  // rows at a time, and numbers of a row: their ROWS x BLOCK sums stay in registers
+enum { ROWS = 4, BLOCK = 4 };  // rows and numbers per row at a time: their ROWS x BLOCK sums stay in registers
 
-// Turns n rows of logits, x: [ROWS, STRIDE], into their gradients times the sum of the row, whose inverse is the row's factor, 0 without a label.
-// Returns their loss, in units of ln 2.
+// Replaces n rows of logits, x: [ROWS, STRIDE], by their gradients times the row's sum. factor: 1 / sum, or 0 without a
+// label. Returns the loss in units of ln 2.
 static double softmax(int n, long STRIDE, float *x, const long long *labels, float *factor, float *bias_grad) {
     vec most[ROWS], total[ROWS];
     float largest[ROWS];
@@ -45,13 +46,14 @@ static double softmax(int n, long STRIDE, float *x, const long long *labels, flo
     return loss;
 }
 
-// numbers: [n, D] with D rounded up in `to`: [ROWS, width], times the factor of each row
+// Copies numbers: [n, D], scaled by each row's factor, to `to`: [ROWS, width], padded with 0.
 static void scale_rows(int n, int D, int width, const float *numbers, const float *factor, float *to) {
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < width; c++) to[r * width + c] = r < n && c < D ? numbers[r * D + c] * factor[r] : 0;
 }
 
-// n rows, from hidden states to gradients and the loss. width: D rounded up to blocks. weight, weight_grad: [width, STRIDE]. weight_grad and bias_grad are added to.
+// Computes gradients and returns the loss of n rows of hidden states. width: D rounded up to blocks. weight, weight_grad:
+// [width, STRIDE]. Adds to weight_grad and bias_grad.
 static double thin_rows(int n, int D, int width, long STRIDE, const float *hidden, const float *weight, const float *bias, const long long *labels,
                         float *hidden_grad, float *weight_grad, float *bias_grad, float *x) {
     float h[ROWS * width], factor[ROWS];
@@ -92,8 +94,9 @@ static double thin_rows(int n, int D, int width, long STRIDE, const float *hidde
 
 static int min(long a, long b) { return a < b ? a : b; }
 
-// sum: [n], of the n numbers that each thread has at its own place in `parts`, `apart` from the next
-static void add_up(int threads, long n, const float *parts, long apart, float *sum) {
+// Sums n numbers over the threads. parts: n numbers for each thread, starting `apart` numbers from the next thread's.
+// sum: [n].
+static void sum_threads(int threads, long n, const float *parts, long apart, float *sum) {
     #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < n; i++) {
         sum[i] = 0;
@@ -101,11 +104,11 @@ static void add_up(int threads, long n, const float *parts, long apart, float *s
     }
 }
 
-// The numbers that a thread has for itself.
+// The size of a thread's scratch memory, in numbers.
 long scratch(int width, long STRIDE) { return (ROWS + width + 1) * STRIDE; }
 
-// The whole of it for narrow hidden states. hidden, hidden_grad: [N, D]. weight: [width, STRIDE]. gradients: [width + 1, STRIDE], of the weights and
-// the bias. room: [threads, scratch]. losses: [threads], in units of ln 2.
+// Loss and gradients for narrow hidden states. hidden, hidden_grad: [N, D]. weight: [width, STRIDE]. gradients:
+// [width + 1, STRIDE], of the weights, then the bias. room: [threads, scratch]. losses: [threads], in units of ln 2.
 void thin(int threads, long N, int D, int width, long STRIDE, const float *hidden, const float *weight, const float *bias, const long long *labels,
           float *hidden_grad, float *gradients, double *losses, float *room) {
     #pragma omp parallel for num_threads(threads)
@@ -117,10 +120,10 @@ void thin(int threads, long N, int D, int width, long STRIDE, const float *hidde
             losses[t] += thin_rows(min(end - i, ROWS), D, width, STRIDE, hidden + i * D, weight, bias, labels + i, hidden_grad + i * D, mine,
                                    mine + width * STRIDE, x);
     }
-    add_up(threads, (width + 1) * STRIDE, room + ROWS * STRIDE, scratch(width, STRIDE), gradients);
+    sum_threads(threads, (width + 1) * STRIDE, room + ROWS * STRIDE, scratch(width, STRIDE), gradients);
 }
 
-// Numbers of 16 bits are those of fp32 without the last 16, to the nearest, of two the even one.
+// bf16 is fp32 without its last 16 bits, rounded to nearest, ties to even.
 static float from_bf16(unsigned short x) {
     union { unsigned bits; float value; } wide = {(unsigned)x << 16};
     return wide.value;
@@ -131,8 +134,8 @@ static unsigned short to_bf16(float x) {
     return x == x ? (wide.bits + 0x7fff + (wide.bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
-// The softmax alone, of logits [N, V] in fp32 or bf16, without bias; in their place it leaves their gradients times the row's sum. factor: [N].
-// bias_grad: [STRIDE]. losses: [threads], in units of ln 2. room: [threads, scratch of width 0].
+// Replaces logits without bias, [N, V] in fp32 or bf16, by their gradients times the row's sum. factor: [N]. bias_grad:
+// [STRIDE]. losses: [threads], in units of ln 2. room: [threads, scratch of width 0].
 void softmax_of(int threads, long N, long V, long STRIDE, void *logits, int is_bf16, const float *bias, const long long *labels, float *factor,
                 float *bias_grad, double *losses, float *room) {
     #pragma omp parallel for num_threads(threads)
@@ -160,5 +163,5 @@ void softmax_of(int threads, long N, long V, long STRIDE, void *logits, int is_b
             }
         }
     }
-    add_up(threads, STRIDE, room + ROWS * STRIDE, scratch(0, STRIDE), bias_grad);
+    sum_threads(threads, STRIDE, room + ROWS * STRIDE, scratch(0, STRIDE), bias_grad);
 }

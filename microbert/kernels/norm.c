@@ -1,10 +1,11 @@
-// Layer norm (Ba et al. 2016, arXiv:1607.06450) of rows of a few numbers, D of them (a constant for the compiler, which makes vectors of whole rows).
+// Layer norm (Ba et al. 2016, arXiv:1607.06450) of rows of D numbers (a small compile-time constant, so that the compiler
+// vectorises whole rows).
 //
-// Nothing is kept for the backward pass, which computes mean and deviation again. Each thread adds up gradients of weight and bias of its own, for rows
-// beside each other, and these are added in the order of the threads.
+// The backward pass recomputes mean and deviation. Each thread accumulates the gradients of weight and bias over a
+// contiguous range of rows; the results are added in the order of the threads.
 //
-// A product and the sum that it goes into are rounded apart (no fused instruction): which of its loops the compiler takes depends on how far the arrays
-// lie from each other, and they would fuse differently.
+// Multiplications and additions are not fused: which loop runs depends on the distance between the arrays in memory, and
+// each loop would fuse differently.
 //
 // N rows.
 
@@ -16,7 +17,7 @@
 
 #include <math.h>
 
-// normed: what weight and bias are applied to. Returns 1 / standard deviation.
+// normed: the row before weight and bias. Returns 1 / standard deviation.
 static inline float normalize(const float *x, float eps, float *normed) {
     float mean = 0, variance = 0;
     for (int c = 0; c < D; c++) mean += x[c] / D;
@@ -36,12 +37,12 @@ void forward(int threads, long N, float eps, const float *x, const float *weight
     }
 }
 
-// output_grad, x_grad: [N, D]. parameter_grads: [2, D], of weight and bias.
+// output_grad, x_grad: [N, D]. parameter_grads: [2, D], of weight, then bias.
 void backward(int threads, long N, float eps, const float *x, const float *weight, const float *output_grad, float *x_grad, float *parameter_grads) {
     float sums[threads][2 * D];
     #pragma omp parallel for num_threads(threads)
     for (int t = 0; t < threads; t++) {
-        float weight_grad[D] = {0}, bias_grad[D] = {0};  // which registers hold
+        float weight_grad[D] = {0}, bias_grad[D] = {0};  // in registers
         for (long i = N * t / threads, end = N * (t + 1) / threads; i < end; i++) {
             float normed[D], normed_grad[D], mean = 0, slope = 0;
             float factor = normalize(x + i * D, eps, normed);

@@ -1,4 +1,4 @@
-// Vectors of neighbouring numbers, as wide as the processor's. Those of a pointer may lie anywhere.
+// Vectors of neighbouring numbers, as wide as the processor's. They need no alignment in memory.
 
 #include <math.h>
 
@@ -25,16 +25,16 @@ static inline vec *at(const float *numbers, long i) { return (vec *)(numbers + i
 
 static inline vec all(float x) { return (vec){0} + x; }
 
-static inline vec larger(vec a, vec b) {  // a, where it is not a number
+static inline vec larger(vec a, vec b) {  // returns a if either is NaN
 #ifdef MAX
-    return (vec)MAX(b, a);  // the last one, where one of both is not a number
+    return (vec)MAX(b, a);  // the instruction returns its second operand if either is NaN
 #else
     int_vec is_b = b > a;
     return (vec)((is_b & (int_vec)b) | (~is_b & (int_vec)a));
 #endif
 }
 
-static inline vec smaller(vec a, vec b) {  // a, where it is not a number
+static inline vec smaller(vec a, vec b) {  // returns a if either is NaN
 #ifdef MIN
     return (vec)MIN(b, a);
 #else
@@ -54,11 +54,11 @@ static inline float largest_of(vec x) {
     return largest;
 }
 
-// 2^x for x < 128, to 2e-7 of it: a polynomial of the rest behind the whole part, which is added to the exponent's bits. Its coefficients make the largest
-// relative error in -0.5 to 0.5 smallest. NaN stays NaN.
+// 2^x for x < 128, with a relative error of 2e-7: a polynomial of the fraction, with the integer part added to the bits
+// of the exponent. The coefficients minimise the largest relative error in [-0.5, 0.5]. NaN stays NaN.
 static inline vec power_of_2(vec x) {
-    const float rounder = 3 << 22;  // the sum with it has no bits for fractions left, and the whole part in its last ones
-    x = larger(x, all(-126));  // below is the end of fp32
+    const float rounder = 3 << 22;  // a sum with it has no fraction bits, and the integer part in its last bits
+    x = larger(x, all(-126));  // below this, fp32 ends
     vec sum = x + rounder, rest = x - (sum - rounder);
     vec series = 1 + rest * (0.6931469776f + rest * (0.2402224208f + rest * (0.0555073374f + rest * (0.0096715128f + rest * 0.0013264727f))));
     return (vec)((int_vec)series + ((int_vec)sum << 23));

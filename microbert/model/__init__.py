@@ -1,1 +1,1 @@
-"""The models, their loss, and their form in Hugging Face folders."""
+"""The models, their loss, and their Hugging Face folders."""

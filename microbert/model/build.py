@@ -1,4 +1,4 @@
-"""The model that the constants describe, as it is before the first step."""
+"""Build the model that a run's constants describe, before its first step."""
 
 import dataclasses
 import functools
@@ -12,23 +12,24 @@ from microbert.errors import InputError
 from microbert.model.bert import Bert
 from microbert.model.layers import MaskedLanguageModel, ModelConfig
 from microbert.model.modern import ModernBert
+from microbert.runtime.run import Run
 
 INIT_STD = 0.02
 ARCHITECTURES = {"bert": Bert, "modern": ModernBert}
-ROTARY = {"modern"}  # those whose positions have no weights
-POSITIONS = "embeddings.position.weight"  # those of the others, a row each
+ROTARY = {"modern"}  # architectures without position weights
+POSITIONS = "embeddings.position.weight"  # the position weights of the others: one row for each position
 
 
 def new_model(config: ModelConfig) -> MaskedLanguageModel:
-    """With whatever weights torch gives it."""
+    """Return a model of this shape with PyTorch's default weights."""
     return ARCHITECTURES[config.arch](config)
 
 
 def build_model(config: ModelConfig, seed: int, token_counts: Tensor | None = None) -> MaskedLanguageModel:
-    """A new model, a function of (config, seed): normal weights of standard deviation 0.02, zero biases, on the CPU.
+    """Return a new model on the CPU: normal weights of standard deviation 0.02 drawn from the seed, zero biases.
 
-    token_counts: [V], how often each token stands in the training text. The output bias starts at its log-frequency, so the
-    first step stands at unigram entropy and no step is spent on learning which words are frequent.
+    token_counts: [V], how often each token occurs in the training text. The output bias starts at the log-frequencies,
+    so the loss starts at unigram entropy and no step is spent on learning which words are frequent.
     """
     generator = torch.Generator().manual_seed(seed)
     model = new_model(config)
@@ -44,7 +45,10 @@ def build_model(config: ModelConfig, seed: int, token_counts: Tensor | None = No
 
 
 def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int | None) -> MaskedLanguageModel:
-    """The same weights for sequences of so many tokens; None leaves the model as it is. Raises InputError where its positions have weights, and fewer of them."""
+    """Return the model for sequences of max_seq_len tokens, with the same weights; None leaves it unchanged.
+
+    Raises InputError if the model has weights for fewer positions.
+    """
     own = model.config.max_seq_len
     if max_seq_len in (None, own):
         return model
@@ -52,7 +56,8 @@ def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int | None) -> Mas
     if model.config.arch not in ROTARY:
         if max_seq_len > own:
             raise InputError(
-                f'max_seq_len = {max_seq_len}: this run has weights for {own} positions, and reads no more; longer texts need arch = "modern", as v4 has it'
+                f"max_seq_len = {max_seq_len}, but this run has weights for {own} positions only. Use a smaller "
+                'max_seq_len, or a run with arch = "modern" (the default of v4) for longer texts'
             )
         weights[POSITIONS] = weights[POSITIONS][:max_seq_len]
     other = new_model(dataclasses.replace(model.config, max_seq_len=max_seq_len))
@@ -62,28 +67,36 @@ def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int | None) -> Mas
 
 @functools.cache
 def count_parameters(config: ModelConfig) -> int:
-    """Of the model with its tied output weights, without taking memory for it."""
+    """Return the number of parameters, counting tied weights once, without allocating them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in new_model(config).parameters())
 
 
 def shape_of(config: Config, vocab_size: int) -> ModelConfig:
-    """The model's shape by the constants, with the vocabulary that the corpus gave."""
+    """Return the shape of the run's model. vocab_size: of the trained tokenizer."""
     return ModelConfig(
         vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout, config.arch
     )
 
 
 def model_for_tokens(config: Config, tokens: Tokens) -> MaskedLanguageModel:
-    """The new model that the constants describe."""
+    """Return the new model of these constants and tokens, on the CPU."""
     counts = torch.from_numpy(tokens.token_counts)
-    model = build_model(shape_of(config, len(counts)), config.seed, counts)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"model: {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, {n_parameters:,} parameters")
-    return model
+    return build_model(shape_of(config, len(counts)), config.seed, counts)
+
+
+def create_model(run: Run, tokens: Tokens, device: torch.device) -> MaskedLanguageModel:
+    """Return the run's new model on the device, and print its size."""
+    model = model_for_tokens(run.config, tokens)
+    shape = model.config
+    print(
+        f"model: {shape.n_layers} layer{'s' * (shape.n_layers > 1)}, {shape.n_heads} head{'s' * (shape.n_heads > 1)}, "
+        f"{shape.n_embed}-dim, {count_parameters(shape):,} parameters"
+    )
+    return model.to(device)
 
 
 def unigram_entropy(token_counts: Tensor) -> float:
-    """The loss, in nats a token, of guessing by frequency alone. token_counts: [V]."""
+    """Return the loss, in nats per token, of guessing by frequency only. token_counts: [V]."""
     share = token_counts.double() / token_counts.sum()
     return float(-(share * torch.log(share.clamp_min(1e-300))).sum())

@@ -1,4 +1,4 @@
-"""Examples of what a model has learnt: short spans of held-out text, one word masked, and the model's guesses.
+"""Examples for the end of a run: short spans of held-out text with one word masked, and the model's guesses.
 
 Shapes: T tokens of a text, M masked positions, V = vocabulary.
 """
@@ -17,16 +17,16 @@ from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.counter_rng import permute, random_bits
 
 N_EXAMPLES, N_GUESSES = 3, 5
-SHORTEST, LONGEST = 8, 20  # tokens of a span: at least, where the text has them, and at most
+SHORTEST, LONGEST = 8, 20  # tokens of a span: at least, if the text has that many, and at most
 ROWS = 100  # held-out sequences to choose from
-COMMON = 50  # the most frequent tokens, such as "the", are masked only where there is no other word
-SENTENCE_ENDS = set(".!?\u3002\uff01\uff1f\u0964")  # also the full-width ones, and the danda of Hindi
-STREAM = 2**33  # keeps these draws apart from those of training and evaluation, whose counters are epochs
+COMMON = 50  # the most frequent tokens, such as "the", are masked only if there is no other word
+SENTENCE_ENDS = set(".!?\u3002\uff01\uff1f\u0964")  # with full-width ones, and the danda of Hindi
+STREAM = 2**33  # separates these random numbers from those of training and evaluation, whose counters are epochs
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """text: with [MASK]. word, probability: of the token that was there. guesses: the likeliest tokens, with theirs."""
+    """text: with [MASK]. word, probability: the masked token and its prediction. guesses: the likeliest tokens."""
 
     text: str
     word: str
@@ -34,6 +34,7 @@ class Example:
     guesses: list[tuple[str, float]]
 
     def lines(self) -> tuple[str, str]:
+        """Return the text, and a line with the masked word and the guesses."""
         probability = f"{self.probability:.1%}" if self.probability >= 0.0005 else "below 0.1%"
         guesses = "  ".join(f"{token} {share:.1%}" for token, share in self.guesses)
         return self.text, f"   was: {self.word} {probability}   guesses: {guesses}"
@@ -41,7 +42,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """A candidate: token ids, the index of the one to mask, and how good it is, by a rank that sorts the best first."""
+    """A candidate: token ids, the index of the token to mask, and a rank that sorts the best candidate first."""
 
     ids: tuple[int, ...]
     masked: int
@@ -50,7 +51,7 @@ class _Span:
 
 @torch.no_grad()
 def probabilities_at(model: MaskedLanguageModel, ids: list[int], positions: list[int]) -> Tensor:
-    """Return the probabilities of ordinary tokens at these positions: [M, V]. ids: [T], with [CLS] and [SEP]."""
+    """Return the probabilities of ordinary tokens at the positions: [M, V]. ids: [T], with [CLS] and [SEP]."""
     model = model.eval()
     device = model.output_bias.device
     logits = model.logits(torch.tensor([ids], device=device), None, torch.tensor([positions], device=device))
@@ -59,18 +60,26 @@ def probabilities_at(model: MaskedLanguageModel, ids: list[int], positions: list
 
 
 def likeliest(probabilities: Tensor, tokenizer: Tokenizer, n_best: int) -> list[tuple[str, float]]:
-    """The n_best tokens of a distribution over the vocabulary, with their probabilities. probabilities: [V]"""
-    best = probabilities.topk(min(n_best, len(probabilities) - N_SPECIAL))
-    return list(zip(map(tokenizer.id_to_token, best.indices.tolist()), best.values.tolist()))
+    """Return the n_best likeliest tokens with their probabilities. probabilities: [V]."""
+    best, names = probabilities.topk(min(n_best, len(probabilities) - N_SPECIAL)), token_names(tokenizer)
+    return [
+        (names[token_id], share) for token_id, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def token_names(tokenizer: Tokenizer) -> list[str]:
+    """Return the tokens of the vocabulary by id."""
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def find_examples(model: MaskedLanguageModel, tokenizer: Tokenizer, tokens: Tokens, seed: int) -> list[Example]:
-    """Up to N_EXAMPLES examples, each from another held-out sequence; an empty list where no span qualifies.
+    """Return up to N_EXAMPLES examples from different held-out sequences; an empty list if no span qualifies.
 
-    Tokens and seed decide which spans these are, whatever the model.
+    The spans depend on the tokens and the seed only, not on the model.
     """
     examples = []
-    names = [tokenizer.id_to_token(token_id) for token_id in range(tokenizer.get_vocab_size())]
+    names = token_names(tokenizer)
     for span in _choose_spans(names, tokens, seed, model.config.max_seq_len):
         ids = [CLS_ID, *span.ids, SEP_ID]
         ids[span.masked + 1] = MASK_ID
@@ -87,21 +96,23 @@ def _choose_spans(names: list[str], tokens: Tokens, seed: int, max_seq_len: int)
     n_common = min(COMMON, (len(tokens.token_counts) - N_SPECIAL) // 10)
     common = set(np.argsort(-tokens.token_counts, kind="stable")[:n_common].tolist())
     numbers = permute(np.arange(min(n_sequences, ROWS)), n_sequences, seed, STREAM)
-    best_of_rows: dict[tuple[int, ...], _Span] = {}  # by their ids: text that is repeated counts once
-    for number, row in zip(numbers.tolist(), tokens.held_out.read(numbers).tolist()):
+    best_of_rows: dict[tuple[int, ...], _Span] = {}  # by token ids: repeated text counts once
+    for number, row in zip(numbers.tolist(), tokens.held_out.read(numbers).tolist(), strict=True):
         spans = list(_candidates(row, names, longest, common))
         if spans:
             lowest = min(span.rank for span in spans)
             spans = [span for span in spans if span.rank == lowest]
             span = spans[int(random_bits(seed, STREAM, number)[0] % np.uint64(len(spans)))]
             best_of_rows.setdefault(span.ids, span)
-    return sorted(best_of_rows.values(), key=lambda span: span.rank)[:N_EXAMPLES]  # among equals, the first drawn
+    return sorted(best_of_rows.values(), key=lambda span: span.rank)[
+        :N_EXAMPLES
+    ]  # stable: equal ranks stay in the order drawn
 
 
 def _candidates(row: list[int], names: list[str], longest: int, common: set[int]) -> Iterator[_Span]:
-    """Yield each span of a sequence with each of its words of one token.
+    """Yield each span of a sequence once for each of its single-token words.
 
-    Text without such words, such as DNA, is cut anywhere, and any of its tokens may be masked.
+    Text without such words, such as DNA, is cut anywhere, and any token may be masked.
     """
     for words in _whole_words(row, names):
         has_words, begins = False, True
@@ -128,9 +139,9 @@ def _is_short(ids: tuple[int, ...], longest: int) -> bool:
 
 
 def _whole_words(row: list[int], names: list[str]) -> Iterator[list[list[int]]]:
-    """Yield the words of each stretch of ordinary tokens, without those that its ends may have cut, if any remain."""
+    """Yield the words of each stretch of ordinary tokens, without those possibly cut at its ends, if others remain."""
     stretch: list[list[int]] = []
-    is_full = row[-1] == SEP_ID  # so that the text may have been cut there
+    is_full = row[-1] == SEP_ID  # so the text may be cut here
     for position, token_id in enumerate(row):
         if token_id >= N_SPECIAL:
             if stretch and names[token_id].startswith("##"):
@@ -147,7 +158,7 @@ def _whole_words(row: list[int], names: list[str]) -> Iterator[list[list[int]]]:
 
 
 def _spans(words: list[list[int]], names: list[str], longest: int) -> Iterator[list[list[int]]]:
-    """Consecutive words of at most `longest` tokens, up to the end of a sentence where that makes SHORTEST or more."""
+    """Yield consecutive words of at most `longest` tokens. The end of a sentence ends a span of SHORTEST or more."""
     span: list[list[int]] = []
     length = 0
     for word in words:
@@ -165,7 +176,7 @@ def _spans(words: list[list[int]], names: list[str], longest: int) -> Iterator[l
 
 
 def _dullness(token_id: int, names: list[str], common: set[int]) -> int:
-    """0 for a word, 1 for one of the most frequent words or a letter alone, 2 for punctuation."""
+    """Return 0 for a word, 1 for a very frequent word or a single letter, 2 for punctuation."""
     token = names[token_id]
     if not any(character.isalnum() for character in token):
         return 2
@@ -173,9 +184,9 @@ def _dullness(token_id: int, names: list[str], common: set[int]) -> int:
 
 
 def _as_text(names: list[str], masked: int) -> str:
-    """Tokens as one line of text, pieces joined, with [MASK] in place of one."""
+    """Return tokens as one line of text, with word pieces joined and one token replaced by [MASK]."""
     text = ""
     for index, name in enumerate(names):
         shown = SPECIAL_TOKENS[MASK_ID] if index == masked else name.removeprefix("##")
         text += shown if not text or name.startswith("##") else f" {shown}"
-    return " ".join(text.split())  # no token may end the line
+    return " ".join(text.split())  # a token may hold a line break

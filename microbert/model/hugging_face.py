@@ -1,6 +1,6 @@
-"""How transformers names and describes the model: its parameters and its configuration, to and fro.
+"""Convert parameters and configurations between our models and transformers.
 
-One class for each architecture: `BertForMaskedLM` and `ModernBertForMaskedLM`, both as they stand.
+The stock classes are used unchanged: `BertForMaskedLM` and `ModernBertForMaskedLM`.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ from microbert.model import bert, modern
 from microbert.model.build import INIT_STD, ROTARY, new_model
 from microbert.model.layers import ROTARY_BASE, MaskedLanguageModel, ModelConfig
 
-# our module's name -> that of transformers, or those of several that are one here; {} is the layer's number
+# our module's name -> the name in transformers, or the names of several modules that are stacked in ours; {} is the
+# number of the layer
 NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "bert": {
         "embeddings.word": "bert.embeddings.word_embeddings",
@@ -29,8 +30,8 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
         ),
         "layers.{}.attention.output": "bert.encoder.layer.{}.attention.output.dense",
         "layers.{}.attention_norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
-        "layers.{}.expand": "bert.encoder.layer.{}.intermediate.dense",
-        "layers.{}.contract": "bert.encoder.layer.{}.output.dense",
+        "layers.{}.feed_forward.expand": "bert.encoder.layer.{}.intermediate.dense",
+        "layers.{}.feed_forward.contract": "bert.encoder.layer.{}.output.dense",
         "layers.{}.output_norm": "bert.encoder.layer.{}.output.LayerNorm",
         "head.transform": "cls.predictions.transform.dense",
         "head.norm": "cls.predictions.transform.LayerNorm",
@@ -43,8 +44,8 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "layers.{}.attention.query_key_value": "model.layers.{}.attn.Wqkv",
         "layers.{}.attention.output": "model.layers.{}.attn.Wo",
         "layers.{}.feed_forward_norm": "model.layers.{}.mlp_norm",
-        "layers.{}.expand": "model.layers.{}.mlp.Wi",
-        "layers.{}.contract": "model.layers.{}.mlp.Wo",
+        "layers.{}.feed_forward.expand": "model.layers.{}.mlp.Wi",
+        "layers.{}.feed_forward.contract": "model.layers.{}.mlp.Wo",
         "head.input_norm": "model.final_norm",
         "head.transform": "head.dense",
         "head.norm": "head.norm",
@@ -52,15 +53,12 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
 }
 
-
-RUNS_NOTHING = {
-    "local_files_only": True,
-    "trust_remote_code": False,
-}  # for transformers, where it loads a folder that somebody else may have made
-LEAST_WEIGHTS = 5  # of a layer, by the names of transformers
+# arguments of `from_pretrained` for an untrusted folder
+RUNS_NOTHING = {"local_files_only": True, "trust_remote_code": False}
+LEAST_WEIGHTS = 5  # stored tensors of a layer, at least
 LONGEST_REASON = 300  # characters
 LARGEST = 1_000_000  # of the sizes in a configuration
-# the same in all our models of a shape: another value would silently give other logits
+# equal in all our models of a shape: another value would silently change the logits
 DECIDES_LOGITS = {
     "hidden_act",
     "hidden_activation",
@@ -79,7 +77,7 @@ DECIDES_LOGITS = {
 
 @contextlib.contextmanager
 def errors_of_loading(folder: Path) -> Iterator[None]:
-    """Raises InputError, in one line, for what transformers raises where it loads the folder: it lets through whatever its parsers do."""
+    """Raise a one-line InputError for any error of loading: transformers passes on the errors of its parsers."""
     try:
         yield
     except Exception as error:
@@ -87,12 +85,12 @@ def errors_of_loading(folder: Path) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """Return what the error says, in one line of a readable length: a file may be quoted in it."""
+    """Return the error's message as one line, cut to LONGEST_REASON because it may quote a file."""
     return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
 def _hugging_face_names(arch: str, name: str) -> list[str]:
-    """Under which names a parameter is stored."""
+    """Return the names under which transformers stores a parameter."""
     module, kind = name.rsplit(".", 1)
     number = re.search(r"\.(\d+)\.", module)
     general = NAMES[arch][re.sub(r"\.\d+\.", ".{}.", module)]
@@ -102,25 +100,25 @@ def _hugging_face_names(arch: str, name: str) -> list[str]:
 
 
 def to_hugging_face(model: MaskedLanguageModel) -> dict[str, Tensor]:
-    """The weights under the names of transformers. The tied output matrix is stored once, as embedding."""
+    """Return the weights by their names in transformers. The tied output matrix is stored once, as embedding."""
     weights = {}
     for name, parameter in model.named_parameters():
         names = _hugging_face_names(model.config.arch, name)
-        for stored_name, part in zip(names, parameter.detach().cpu().chunk(len(names))):
+        for stored_name, part in zip(names, parameter.detach().cpu().chunk(len(names)), strict=True):
             weights[stored_name] = part.contiguous()
     return weights
 
 
 @torch.no_grad()
 def from_hugging_face(model: MaskedLanguageModel, weights: dict[str, Tensor]) -> None:
-    """Copy weights as `to_hugging_face` returns them into the model.
+    """Copy weights into the model. weights: as from `to_hugging_face`.
 
-    Raises KeyError for one that is missing, RuntimeError for one of another shape or kind.
+    Raises KeyError if one is missing, RuntimeError if one has another shape or is not real-valued.
     """
     for name, parameter in model.named_parameters():
         parts = [weights[stored_name] for stored_name in _hugging_face_names(model.config.arch, name)]
         if not all(part.is_floating_point() for part in parts):
-            raise RuntimeError(f"{name} holds no real numbers but {parts[0].dtype}")
+            raise RuntimeError(f"{name} must hold real numbers, not {parts[0].dtype}")
         stored = torch.cat(parts)
         if stored.shape != parameter.shape:
             raise RuntimeError(f"{name} has the shape {list(stored.shape)}, not {list(parameter.shape)}")
@@ -128,9 +126,9 @@ def from_hugging_face(model: MaskedLanguageModel, weights: dict[str, Tensor]) ->
 
 
 def model_from_hugging_face(config: ModelConfig, weights: dict[str, Tensor]) -> MaskedLanguageModel:
-    """Return a new model with these weights. Raises KeyError, RuntimeError or ValueError where they do not fit.
+    """Return a new model with these weights. Raises KeyError, RuntimeError or ValueError if they do not fit.
 
-    The sizes are compared before memory is used for a model: a small file may describe a very large one.
+    Sizes are compared before the model is allocated: a small file may describe a very large one.
     """
     n_numbers = sum(weight.numel() for weight in weights.values())
     if config.n_layers * LEAST_WEIGHTS > len(weights) or _numbers_in_matrices(config) > n_numbers:
@@ -144,14 +142,14 @@ def model_from_hugging_face(config: ModelConfig, weights: dict[str, Tensor]) -> 
 
 
 def _numbers_in_matrices(config: ModelConfig) -> int:
-    """Return how many numbers the matrices of a model hold: nearly all of it."""
+    """Return the number of parameters in matrices: nearly all of them."""
     D, n_rows = config.n_embed, config.vocab_size + (0 if config.arch in ROTARY else config.max_seq_len)
     n_feed_forward = {"bert": 2, "modern": 3}[config.arch]
     return D * n_rows + config.n_layers * D * (4 * D + n_feed_forward * config.n_inner)
 
 
 def hugging_face_config(config: ModelConfig) -> dict:
-    """The fields of `transformers.BertConfig` or `ModernBertConfig`."""
+    """Return the fields of `transformers.BertConfig` or `ModernBertConfig`."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embed,
@@ -181,8 +179,8 @@ def _bert_config(config: ModelConfig) -> dict:
 def _modern_config(config: ModelConfig) -> dict:
     """Set every field whose default in ModernBERT differs from ours: ids, rotary base, and layers with a window.
 
-    transformers 5 reads the rotary base and the layers from `rope_parameters` and `layer_types`. Versions before it
-    silently ignore these two and read `global_rope_theta`, `local_rope_theta` and `global_attn_every_n_layers`.
+    transformers 5 reads the rotary base and the layers from `rope_parameters` and `layer_types`. Earlier versions
+    silently ignore these and read `global_rope_theta`, `local_rope_theta` and `global_attn_every_n_layers`.
     """
     return {
         "architectures": ["ModernBertForMaskedLM"],
@@ -214,18 +212,21 @@ def _modern_config(config: ModelConfig) -> dict:
 
 
 def read_hugging_face_config(stored: dict) -> ModelConfig:
-    """The inverse of `hugging_face_config`. Raises KeyError where a field is missing, ValueError for another model."""
+    """Return the shape in a config.json: the inverse of `hugging_face_config`.
+
+    Raises KeyError if a field is missing, ValueError if this package has no such model.
+    """
     architectures = {"bert": ("bert", "hidden_dropout_prob"), "modernbert": ("modern", "mlp_dropout")}
     if stored["model_type"] not in architectures:
-        raise ValueError(f"a model of the type {stored['model_type']!r}, which this suite does not make")
+        raise ValueError(f"model_type is {stored['model_type']!r}; this suite has only bert and modernbert")
     arch, dropout = architectures[stored["model_type"]]
     for name in ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"):
         if type(stored[name]) is not int or not 1 <= stored[name] <= LARGEST:
             raise ValueError(f"{name} is {stored[name]!r}")
     if stored["hidden_size"] % (stored["num_attention_heads"] * (2 if arch == "modern" else 1)):
         raise ValueError(
-            f"num_attention_heads = {stored['num_attention_heads']} does not divide hidden_size = {stored['hidden_size']}"
-            + (" into even parts" if arch == "modern" else "")
+            f"num_attention_heads = {stored['num_attention_heads']} does not divide "
+            f"hidden_size = {stored['hidden_size']}" + (" into even parts" if arch == "modern" else "")
         )
     if stored["max_position_embeddings"] < 3:
         raise ValueError("max_position_embeddings must be at least 3: [CLS], one token, [SEP]")

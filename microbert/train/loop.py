@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from microbert.config.constants import Config
 from microbert.config.learning_rate import explain_learning_rate, peak_learning_rate
 from microbert.data.batches import evaluation_batches, steps_in_run, training_batch
 from microbert.data.masking import EVALUATION_PROBABILITY, mask_batch
@@ -250,20 +249,6 @@ def _train(run: Run, state: State, course: Course, learner: Learner, tokens: Tok
 def _peak_gb(learner: Learner) -> float:
     """The most that any process of the run has held so far. To be called by all together."""
     return float(learner.world.gather(peak_memory_gb(learner.device)).max())
-
-
-def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, str]:
-    """What the model card tells of a finished run."""
-    epochs = min(config.epochs, state.step * config.global_batch_size / len(tokens.train))
-    sequences = f"{len(tokens.train):,} sequences of {config.max_seq_len} tokens"
-    return {
-        "trained on": f"{config.dataset}, {sequences}, {epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}",
-        "shape": f"{config.arch}, {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, {len(tokens.token_counts):,} tokens in the vocabulary",
-        "steps": f"{state.step:,} of {config.global_batch_size} sequences, {config.optimizer}, peak learning rate {peak_learning_rate(config):.3g}",
-        "held-out MLM loss": f"{state.last_eval_loss:.4f} nats a masked token, {tokens.corpus_counts.bits_per_byte(state.last_eval_loss):.3f} bits a byte of text",
-        "held-out MLM accuracy": f"{state.last_eval_accuracy:.1%}",
-        "seed": str(config.seed),
-    }
 
 
 def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, unigram_loss: float) -> None:

@@ -108,7 +108,7 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """The moments by kind and parameter, from the first step on. Adam's count of steps is the run's."""
         return {
-            f"{key}.{name}": self._state(name)[key]
+            f"{key}.{name.replace('.feed_forward.', '.')}": self._state(name)[key]  # the names in checkpoints
             for name, keys in self._moments.items()
             for key in keys
             if key in self._state(name)

@@ -1,4 +1,4 @@
-"""Our kernel for narrow heads computes what PyTorch's attention computes, and stands back where it cannot."""
+"""The kernel for narrow heads computes the same as PyTorch's attention, which computes all other cases."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ needs_kernel = pytest.mark.skipif(compiled_kernel(SOURCE, HEAD=2) is None, reaso
 
 
 def inputs(B=2, H=3, M=5, T=7, d=2, seed=0, scale=2.0, is_masked=False, dtype=torch.float32):
-    """Query, key, value as views of one projection, a mask of each kind of row, and a gradient of the output."""
+    """Return query, key and value as views of one projection, a mask, and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape):
@@ -60,15 +60,14 @@ def test_output_and_gradients_are_those_of_pytorch(d, scale, is_masked, **sizes)
     in_doubles = output_and_gradients(
         pytorch_attention, [x.detach().double().requires_grad_() for x in tensors], mask, output_grad.double()
     )
-    for ours, exact in zip(output_and_gradients(attend, tensors, mask, output_grad), in_doubles):
-        assert (ours - exact).abs().max() <= 1e-5 * scale * max(
-            1, d * scale**2
-        )  # what is summed up in a gradient is a product of three
+    tolerance = 1e-5 * scale * max(1, d * scale**2)  # the terms of a gradient are products of three numbers
+    for ours, exact in zip(output_and_gradients(attend, tensors, mask, output_grad), in_doubles, strict=True):
+        assert (ours - exact).abs().max() <= tolerance
 
 
 @needs_kernel
 @pytest.mark.parametrize("layout", ["contiguous", "numbers apart"])
-def test_any_layout_will_do(layout):
+def test_any_memory_layout_is_accepted(layout):
     tensors, mask, output_grad = inputs(is_masked=True)
     expected = output_and_gradients(attend, tensors, mask, output_grad)
     change = (
@@ -78,21 +77,21 @@ def test_any_layout_will_do(layout):
     )
     *tensors, output_grad = map(change, (*tensors, output_grad))
     tensors = [x.detach().requires_grad_() for x in tensors]
-    for a, b in zip(output_and_gradients(attend, tensors, mask.expand(2, 1, 1, 7), output_grad), expected):
-        assert torch.equal(a, b)
+    found = output_and_gradients(attend, tensors, mask.expand(2, 1, 1, 7), output_grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @needs_kernel
-def test_the_numbers_are_the_same_each_time_and_on_any_number_of_threads():
+def test_results_are_bitwise_the_same_each_time_and_on_any_number_of_threads():
     tensors, mask, output_grad = inputs(B=8, H=4, M=64, T=64, is_masked=True)
     results = [on_threads(n, output_and_gradients, attend, tensors, mask, output_grad) for n in (1, 2, 2, 3)]
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0]))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
 
 @needs_kernel
 @pytest.mark.parametrize("T", [7, 16, 33])
-def test_queries_that_are_far_from_all_keys_have_gradients_too(T):
-    """What stands behind the keys in a vector then weighs more than fp32 can hold, and must not be heard of."""
+def test_queries_far_from_all_keys_have_finite_gradients(T):
+    """The padding after the keys in a vector then overflows fp32, and must not reach the results."""
     for score in torch.linspace(-400, -50, 500):  # nats, of each key
         query, key = torch.zeros(1, 1, 3, 2), torch.ones(1, 1, T, 2)
         query[..., 0] = score * 2**0.5
@@ -104,23 +103,25 @@ def test_queries_that_are_far_from_all_keys_have_gradients_too(T):
             None,
             torch.ones(1, 1, 3, 2).double(),
         )
-        for ours, exact in zip(output_and_gradients(attend, tensors, None, torch.ones(1, 1, 3, 2)), in_doubles):
+        found = output_and_gradients(attend, tensors, None, torch.ones(1, 1, 3, 2))
+        for ours, exact in zip(found, in_doubles, strict=True):
             assert (ours - exact).abs().max() <= 1e-4 * (1 + score.abs())
 
 
 @needs_kernel
-def test_rows_may_be_as_long_as_they_are_taken():
+def test_the_longest_rows_are_computed_correctly():
     tensors, mask, output_grad = inputs(B=1, H=2, M=3, T=LONGEST_ROW, d=NARROW_HEAD, scale=0.5)
     assert is_ours(attend(*tensors, mask))
     for ours, theirs in zip(
         on_threads(2, output_and_gradients, attend, tensors, mask, output_grad),
         output_and_gradients(pytorch_attention, tensors, mask, output_grad),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @needs_kernel
-def test_large_scores_stay_finite_and_what_is_not_a_number_stays_so():
+def test_large_scores_stay_finite_and_nan_stays_nan():
     tensors, mask, output_grad = inputs(scale=1e4)
     assert all(torch.isfinite(x).all() for x in output_and_gradients(attend, tensors, mask, output_grad))
     for number in range(3):
@@ -135,7 +136,7 @@ def test_large_scores_stay_finite_and_what_is_not_a_number_stays_so():
         )
 
 
-def test_wide_heads_long_rows_and_what_is_only_looked_at_are_left_to_pytorch(monkeypatch):
+def test_pytorch_computes_wide_heads_long_rows_and_tensors_without_data(monkeypatch):
     assert is_ours(attend(*inputs(d=NARROW_HEAD)[0], None)) or compiled_kernel(SOURCE, HEAD=2) is None
     assert not is_ours(attend(*inputs(d=NARROW_HEAD + 1)[0], None)) and not is_ours(
         attend(*inputs(dtype=torch.float64)[0], None)
@@ -158,12 +159,11 @@ def test_under_autocast_a_cpu_attends_in_fp32(d):
     expected = output_and_gradients(attend, tensors, mask, output_grad)
     with torch.autocast("cpu", torch.bfloat16):
         output = attend(*tensors, mask)
-    assert all(
-        torch.equal(a, b) for a, b in zip((output, *torch.autograd.grad(output, tensors, output_grad)), expected)
-    )
+    found = (output, *torch.autograd.grad(output, tensors, output_grad))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_without_the_kernel_it_is_pytorch_that_computes(monkeypatch):
+def test_pytorch_computes_without_the_kernel(monkeypatch):
     monkeypatch.setattr(microbert.kernels.attention, "compiled_kernel", lambda *_, **__: None)
     tensors, mask, _ = inputs(is_masked=True)
     assert not is_ours(attend(*tensors, mask))

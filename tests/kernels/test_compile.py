@@ -1,37 +1,54 @@
-"""Kernels are compiled where they can be, for constants of their own, and change nothing else in the process."""
+"""Kernels are compiled for their constants, saved in a private folder, and change nothing else in the process."""
 
 import ctypes
-import getpass
+import errno
 import os
 import platform
-import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import LARGEST_FILE, ROOT, TIME_LIMIT, listing
+from helpers import LARGEST_FILE, ROOT, TIME_LIMIT
 
 import microbert.kernels.compile
-import microbert.runtime.torch_compile
-from microbert.config.environment import COMPILER_CACHES
 from microbert.kernels import attention, gelu, norm
-from microbert.kernels.compile import address, compiled_kernel, n_threads
+from microbert.kernels.compile import CPU_INFO, FLAGS, address, compiled_kernel, n_threads
 from microbert.model import loss
 from microbert.runtime.device import find_compiler, is_for_kernels
-from microbert.runtime.files import private_folder
-from microbert.runtime.torch_compile import compiled
 
 ALL = [(attention.SOURCE, {"HEAD": 3}), (gelu.SOURCE, {}), (loss.SOURCE, {}), (norm.SOURCE, {"D": 5})]
 needs_compiler = pytest.mark.skipif(compiled_kernel(loss.SOURCE) is None, reason="no C compiler with OpenMP")
+needs_cache = pytest.mark.skipif(
+    compiled_kernel(loss.SOURCE) is None or not CPU_INFO.exists() or sys.platform != "linux",
+    reason="compiled kernels are not saved here",
+)
 
 
 @pytest.fixture(autouse=True)
-def forgotten_kernels():
+def forgotten_kernels(tmp_path_factory, monkeypatch):
+    """Forget the loaded kernels, and use a cache folder of the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "kernels"))
     compiled_kernel.cache_clear()
     yield
     compiled_kernel.cache_clear()
+
+
+def command_for(source, constants, output, flags=FLAGS):
+    """Return the command that compiles a kernel."""
+    return [
+        find_compiler(),
+        *flags,
+        *(f"-D{name}={value}" for name, value in constants.items()),
+        "-o",
+        output,
+        source,
+        "-lm",
+    ]
+
+
+def flags_for(processor):
+    return [f"-march={processor}" if flag.startswith("-march") else flag for flag in FLAGS]
 
 
 @needs_compiler
@@ -45,45 +62,22 @@ def test_a_kernel_is_compiled_once_for_its_constants():
 
 @needs_compiler
 @pytest.mark.parametrize("source, constants", ALL, ids=lambda x: getattr(x, "stem", ""))
-def test_sources_compile_without_a_warning_for_old_processors_too(source, constants, tmp_path):
+def test_sources_compile_without_warnings_also_for_older_processors(source, constants, tmp_path):
     processors = {"x86_64": ["x86-64-v2", "haswell", "skylake-avx512"]}.get(platform.machine(), ["native"])
     for processor in processors:
-        flags = [
-            f"-march={processor}" if flag.startswith("-march") else flag for flag in microbert.kernels.compile.FLAGS
-        ]
-        done = subprocess.run(
-            [
-                find_compiler(),
-                *flags,
-                "-Wall",
-                "-Wextra",
-                "-Wno-psabi",
-                *(f"-D{name}={value}" for name, value in constants.items()),
-                "-o",
-                tmp_path / "x.so",
-                source,
-                "-lm",
-            ],
-            capture_output=True,
-            text=True,
+        command = command_for(
+            source, constants, tmp_path / "x.so", [*flags_for(processor), "-Wall", "-Wextra", "-Wno-psabi"]
         )
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr
 
 
 @needs_compiler
 @pytest.mark.parametrize("source, constants", ALL, ids=lambda x: getattr(x, "stem", ""))
-def test_no_file_on_the_way_to_a_library_is_longer_than_it(source, constants, tmp_path):
-    """So that a limit on files that lets a run go on does not change what it computes with."""
+def test_no_intermediate_file_is_larger_than_the_library(source, constants, tmp_path):
+    """Otherwise a limit on file sizes under which a run still works would change what it computes with."""
     resource = pytest.importorskip("resource")
-    command = [
-        find_compiler(),
-        *microbert.kernels.compile.FLAGS,
-        *(f"-D{name}={value}" for name, value in constants.items()),
-        "-o",
-        tmp_path / "x.so",
-        source,
-        "-lm",
-    ]
+    command = command_for(source, constants, tmp_path / "x.so")
     subprocess.run(command, check=True)
     size = (tmp_path / "x.so").stat().st_size
     assert size < LARGEST_FILE
@@ -91,7 +85,7 @@ def test_no_file_on_the_way_to_a_library_is_longer_than_it(source, constants, tm
 
 
 def results():
-    """Of each kernel, with gradients."""
+    """Yield the name, output and inputs of each kernel."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape):
@@ -116,11 +110,7 @@ def results():
 def test_processors_with_narrower_vectors_compute_the_same(processor, monkeypatch):
     here = [(name, output.detach(), torch.autograd.grad(output.sum(), tensors)) for name, output, tensors in results()]
     compiled_kernel.cache_clear()
-    monkeypatch.setattr(
-        microbert.kernels.compile,
-        "FLAGS",
-        [f"-march={processor}" if flag.startswith("-march") else flag for flag in microbert.kernels.compile.FLAGS],
-    )
+    monkeypatch.setattr(microbert.kernels.compile, "FLAGS", flags_for(processor))
     for (name, output, gradients), (_, other_output, tensors) in zip(here, results(), strict=True):
         tolerance = 1e-2 if "bf16" in name or "large" in name else 1e-4
         torch.testing.assert_close(
@@ -132,14 +122,14 @@ def test_processors_with_narrower_vectors_compute_the_same(processor, monkeypatc
 
 
 @needs_compiler
-def test_denormal_numbers_are_not_lost_to_the_process():
+def test_the_process_keeps_denormal_numbers():
     for source, constants in ALL:
         compiled_kernel(source, **constants)
     assert torch.tensor(1e-40) * 1.0 > 0
 
 
 @pytest.mark.parametrize("broken", ["no compiler", "fails", "cannot be loaded"])
-def test_what_cannot_be_compiled_or_loaded_is_none(broken, monkeypatch):
+def test_a_kernel_that_cannot_be_compiled_or_loaded_is_none(broken, monkeypatch):
     compiler = {"no compiler": None, "fails": "false", "cannot be loaded": "true"}[broken]  # `true` writes no library
     monkeypatch.setattr(microbert.kernels.compile, "find_compiler", lambda: compiler)
     assert compiled_kernel(loss.SOURCE) is None
@@ -152,7 +142,7 @@ def test_a_compiler_is_found_by_any_of_its_names(monkeypatch):
     assert find_compiler() is None
 
 
-def test_they_are_for_numbers_in_fp32_on_a_cpu():
+def test_kernels_are_for_fp32_on_a_cpu():
     x = torch.ones(2)
     assert (
         is_for_kernels(x, torch.nn.Parameter(x))
@@ -163,160 +153,135 @@ def test_they_are_for_numbers_in_fp32_on_a_cpu():
         assert not is_for_kernels(x)
 
 
-def test_what_a_kernel_is_given():
+def test_arguments_of_a_kernel():
     x = torch.arange(3.0)
     assert ctypes.cast(address(x[1:]), ctypes.POINTER(ctypes.c_float))[0] == 1.0 and address(None).value is None
     assert n_threads().value == torch.get_num_threads()
 
 
-def mode_of(folder):
-    return stat.S_IMODE(folder.stat().st_mode)
-
-
-def test_a_private_folder_is_made_for_its_owner_alone_and_used_again(tmp_path):
-    before = os.umask(0)  # under which a folder would be open to everybody
-    try:
-        assert private_folder(tmp_path / "a" / "b") == (tmp_path / "a" / "b").resolve()
-    finally:
-        os.umask(before)
-    assert mode_of(tmp_path / "a") == mode_of(tmp_path / "a" / "b") == 0o700
-    (tmp_path / "a" / "b").chmod(0o755)  # others may read what is in it
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert private_folder(tmp_path / "link" / "b") == (tmp_path / "a" / "b").resolve()
-
-
-def make_link(folder):
-    (folder.parent / "elsewhere").mkdir()
-    folder.symlink_to(folder.parent / "elsewhere")
-
-
-def make_file(folder):
-    folder.write_text("")
-
-
-def make_with_mode(mode):
-    def make(folder):
-        folder.mkdir()
-        folder.chmod(mode)
-
-    return make
-
-
-def make_of_somebody_else(folder):
-    if os.geteuid() != 0:
-        pytest.skip("only root can give a folder away")
-    folder.mkdir()
-    os.chown(folder, 12345, 12345)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows protects folders by access lists")
-@pytest.mark.parametrize(
-    "make, told",
-    [
-        (make_link, "is a link"),
-        (make_file, "not a folder|exists"),
-        (make_with_mode(0o770), "written to by other"),
-        (make_with_mode(0o1777), "written to by other"),
-        (make_of_somebody_else, "belongs to another user"),
-    ],
-)
-def test_a_folder_that_another_user_can_write_to_is_refused(make, told, tmp_path):
-    make(tmp_path / "folder")
-    with pytest.raises(OSError, match=told):
-        private_folder(tmp_path / "folder")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows protects folders by access lists")
-@pytest.mark.parametrize(
-    "make, told",
-    [
-        (make_with_mode(0o777), "written to by other"),
-        (make_with_mode(0o1777), ""),
-        (make_of_somebody_else, "belongs to another user"),
-    ],
-)
-def test_a_folder_that_another_user_can_replace_is_refused(make, told, tmp_path):
-    """Where folders above it are another user's, or may be written to by others and are not sticky, as /tmp is."""
-    make(tmp_path / "above")
-    (tmp_path / "above" / "folder").mkdir(mode=0o700)
-    if told:
-        with pytest.raises(OSError, match=told):
-            private_folder(tmp_path / "above" / "folder")
-    else:
-        private_folder(tmp_path / "above" / "folder")
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of saved kernels, empty so far."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "microbert" / "kernels"
 
 
 @pytest.fixture
-def caches(tmp_path, monkeypatch):
-    """Calls `compiled` with these variables in the environment, and returns the folders that it set. It compiles nothing."""
-    import torch._inductor.config  # sets a variable itself
-
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(sys, "platform", "linux")
-
-    def compile_with(**variables):
-        for name, value in (
-            {name: "" for name in COMPILER_CACHES} | {"XDG_CACHE_HOME": tmp_path / "cache"} | variables
-        ).items():
-            monkeypatch.setenv(name, str(value))
-        microbert.runtime.torch_compile._use_private_caches.cache_clear()
-        torch._inductor.config.cpp_cache_precompile_headers = True
-        compiled(abs)
-        assert not torch._inductor.config.cpp_cache_precompile_headers  # they would stay in /tmp
-        return [Path(os.environ[name]) for name in COMPILER_CACHES]
-
-    yield compile_with
-    microbert.runtime.torch_compile._use_private_caches.cache_clear()
+def small_kernel(tmp_path):
+    """A source that compiles fast."""
+    (tmp_path / "small.c").write_text("int number(void) { return N; }\n")
+    return tmp_path / "small.c"
 
 
-def test_compiled_kernels_are_saved_in_the_users_cache(caches, tmp_path, capsys):
-    own = [tmp_path / "cache" / "microbert" / name for name in ("torchinductor", "triton")]
-    assert caches() == own and {mode_of(folder) for folder in own} == {0o700}
-    default = (
-        Path(microbert.runtime.torch_compile.tempfile.gettempdir()) / "torchinductor_somebody"
-    )  # torch sets this one when its compiler is imported
-    assert caches(TORCHINDUCTOR_CACHE_DIR=default) == own and not default.exists()
-    (tmp_path / "mine").mkdir()
-    assert caches(TORCHINDUCTOR_CACHE_DIR=tmp_path / "mine", TRITON_CACHE_DIR=tmp_path / "new") == [
-        tmp_path / "mine",
-        tmp_path / "new",
-    ]
-    assert mode_of(tmp_path / "new") == 0o700 and capsys.readouterr().out == ""
+@pytest.fixture
+def load(cache, small_kernel, monkeypatch):
+    """Return a function that loads a kernel as a new process would, and returns how often the compiler ran."""
+    real, runs = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: runs.append(1) or real(*arguments, **options))
+
+    def load(**constants):
+        compiled_kernel.cache_clear()
+        runs.clear()
+        kernel = compiled_kernel(small_kernel, **({"N": 5} | constants))
+        assert kernel is not None and kernel.number() == constants.get("N", 5)
+        return len(runs)
+
+    return load
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows protects folders by access lists")
-def test_a_cache_that_is_not_private_is_named_and_another_one_used(caches, tmp_path, capsys):
-    make_with_mode(0o777)(tmp_path / "open")
-    assert caches(TRITON_CACHE_DIR=tmp_path / "open")[1] == tmp_path / "cache" / "microbert" / "triton"
-    told = capsys.readouterr().out
-    assert (
-        told.count("\n") == 1
-        and f"TRITON_CACHE_DIR = {tmp_path / 'open'} is not used" in told
-        and "other users" in told
-    )
-    folders = caches(XDG_CACHE_HOME=tmp_path / "open")
-    assert all(mode_of(folder.parent) == 0o700 and folder.parent.name.startswith("microbert-") for folder in folders)
-    told = capsys.readouterr().out
-    assert told.count("warning: no compiled kernels are saved") == len(told.splitlines()) > 0
-    assert not list((tmp_path / "open").iterdir())
+@needs_cache
+def test_another_process_reuses_a_saved_kernel(cache, load, small_kernel):
+    program = f"""from pathlib import Path
+from microbert.kernels.compile import compiled_kernel
+assert compiled_kernel(Path({str(small_kernel)!r}), N=5).number() == 5"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=TIME_LIMIT)
+    [saved] = cache.iterdir()
+    assert saved.stat().st_uid == os.geteuid() and cache.stat().st_mode & 0o777 == 0o700
+    assert load() == 0 and list(cache.iterdir()) == [saved]
 
 
-@pytest.mark.slow
-def test_what_lies_where_torch_would_look_for_compiled_kernels_is_not_touched(tmp_path):
-    hostile = tmp_path / "tmp" / f"torchinductor_{getpass.getuser()}"
-    for name in ("fxgraph", "aotautograd", "precompiled_headers"):
-        (hostile / name).mkdir(parents=True)
-        (hostile / name / "planted").write_text("")
-    before = listing(hostile)
-    program = "import torch; from microbert.runtime.torch_compile import compiled; print(compiled(lambda x: x.sin() + 1)(torch.ones(3)))"
-    environment = {
-        **os.environ,
-        "TMPDIR": str(hostile.parent),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        **dict.fromkeys(COMPILER_CACHES, ""),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT
-    )
-    assert done.returncode == 0 and "1.8415" in done.stdout, done.stderr
-    assert listing(hostile) == before and listing(tmp_path / "cache" / "microbert" / "torchinductor")
+@needs_cache
+def test_kernels_of_other_sources_constants_flags_compilers_and_processors_have_other_files(
+    cache, load, small_kernel, monkeypatch, tmp_path
+):
+    module = microbert.kernels.compile
+    assert [load(N=5), load(N=6), load(N=5)] == [1, 1, 0]
+    monkeypatch.setattr(module, "FLAGS", (*FLAGS, "-DOTHER"))
+    assert load() == 1 and len(list(cache.iterdir())) == 3
+    compiler, other, source = tmp_path / "cc", tmp_path / "cpuinfo", tmp_path / "other.c"
+    names = {module._saved_file(small_kernel, find_compiler(), ["-O3"])}
+    for content in ("a", "other version"):
+        compiler.write_text(content)
+        names.add(module._saved_file(small_kernel, str(compiler), ["-O3"]))
+    source.write_text(small_kernel.read_text() + "\n")
+    names.add(module._saved_file(source, str(compiler), ["-O3"]))
+    monkeypatch.setattr(module, "CPU_INFO", other)
+    for content in ("model name\t: A\nflags\t\t: sse2\n", "model name\t: A\nflags\t\t: sse2 avx\n"):
+        other.write_text(f"{content}cpu MHz\t: 2000\n" * 2)
+        names.add(found := module._saved_file(small_kernel, str(compiler), ["-O3"]))
+        other.write_text(f"{content}cpu MHz\t: 3000\n")
+        assert module._saved_file(small_kernel, str(compiler), ["-O3"]) == found
+    assert len(names) == 6 and all(path.parent == cache for path in names)
+    for content in ("", "processor : 0\n"):  # which processor it is, is unknown
+        other.write_text(content)
+        assert module._saved_file(small_kernel, str(compiler), ["-O3"]) is None
+
+
+def cut_short(saved):
+    saved.write_bytes(saved.read_bytes()[:5000])
+
+
+def replace_content(saved):
+    """By a file that is whole, and no library."""
+    content = b"no library"
+    saved.write_bytes(content + microbert.kernels.compile.hashlib.sha256(content).digest())
+
+
+def make_empty(saved):
+    saved.write_bytes(b"")
+
+
+@needs_cache
+@pytest.mark.parametrize("damage", [cut_short, replace_content, make_empty])
+def test_a_damaged_file_is_replaced(damage, cache, load):
+    assert load() == 1
+    [saved] = cache.iterdir()
+    saved_by_others = saved.with_suffix(".copy")  # damage must not reach the library that this process has mapped
+    saved_by_others.write_bytes(saved.read_bytes())
+    saved.unlink()
+    saved_by_others.rename(saved)
+    damage(saved)
+    assert [load(), load()] == [1, 0] and list(cache.iterdir()) == [saved]
+
+
+@needs_cache
+@pytest.mark.parametrize("change", ["writable by others", "another owner", "a link"])
+def test_a_folder_that_others_can_write_to_is_not_used(change, cache, load, tmp_path):
+    assert load() == 1
+    if change == "writable by others":
+        cache.chmod(0o777)
+    elif change == "a link":
+        cache.rename(tmp_path / "elsewhere")
+        cache.symlink_to(tmp_path / "elsewhere")
+    elif os.geteuid() == 0:
+        os.chown(cache, 12345, 12345)
+    else:
+        pytest.skip("only root can give a folder away")
+    before = [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()]
+    assert [load(), load()] == [1, 1]
+    assert [(path.name, path.stat().st_mtime_ns) for path in cache.iterdir()] == before
+
+
+@needs_cache
+def test_without_a_home_or_with_a_full_disk_kernels_are_compiled_but_not_saved(cache, load, monkeypatch, capfd):
+    def raising(error):
+        def function(*_):
+            raise error
+
+        return function
+
+    monkeypatch.setattr(microbert.kernels.compile, "write_atomic", raising(OSError(errno.ENOSPC, "full")))
+    assert [load(), load()] == [1, 1] and not list(cache.iterdir())
+    monkeypatch.setattr(microbert.kernels.compile, "user_cache", raising(RuntimeError("no home")))
+    assert [load(), load()] == [1, 1]
+    assert capfd.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""Our kernel for narrow rows computes PyTorch's layer norm."""
+"""The kernel for narrow rows computes the same as PyTorch's layer norm."""
 
 import ctypes
 import random
@@ -23,7 +23,7 @@ def inputs(D=4, rows=(3, 5), seed=0, scale=1.0):
     x, weight, bias, output_grad = (
         torch.randn(shape, generator=generator) for shape in ((*rows, D), (D,), (D,), (*rows, D))
     )
-    x = scale * (x + 2 * torch.arange(D)) + 1  # no row of nearly equal numbers, which is hard for both
+    x = scale * (x + 2 * torch.arange(D)) + 1  # rows of nearly equal numbers are inexact in both
     return [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()], output_grad
 
 
@@ -59,25 +59,24 @@ def test_output_and_gradients_are_those_of_pytorch(D, n_rows, seed, scale, n_thr
     in_doubles = output_and_gradients(
         pytorch_norm, [x.detach().double().requires_grad_() for x in tensors], output_grad.double()
     )
-    for mine, exact in zip(on_threads(n_threads, output_and_gradients, ours, tensors, output_grad), in_doubles):
+    found = on_threads(n_threads, output_and_gradients, ours, tensors, output_grad)
+    for mine, exact in zip(found, in_doubles, strict=True):
         assert mine.shape == exact.shape and (mine - exact).abs().max() <= 1e-5 / min(1, scale) * (
             1 + exact.abs().max()
         )
 
 
 @needs_kernel
-def test_any_layout_will_do_and_the_numbers_are_the_same_each_time():
+def test_any_memory_layout_gives_bitwise_the_same_results():
     tensors, output_grad = inputs(rows=(30, 50))
     expected = on_threads(3, output_and_gradients, ours, tensors, output_grad)
     apart = [tensors[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(), *tensors[1:]]
-    for a, b in zip(
-        on_threads(3, output_and_gradients, ours, apart, output_grad.transpose(0, 1).contiguous().transpose(0, 1)),
-        expected,
-    ):
-        assert torch.equal(a, b)
+    grad_apart = output_grad.transpose(0, 1).contiguous().transpose(0, 1)
+    found = on_threads(3, output_and_gradients, ours, apart, grad_apart)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_wide_rows_other_types_and_machines_without_a_compiler_are_left_to_pytorch(monkeypatch):
+def test_pytorch_computes_wide_rows_other_dtypes_and_without_a_compiler(monkeypatch):
     assert not is_ours(ours(*inputs(NARROW_ROW + 1)[0])) and not is_ours(ours(*(x.double() for x in inputs()[0])))
     monkeypatch.setattr(microbert.kernels.norm, "compiled_kernel", lambda *_, **__: None)
     tensors, _ = inputs()
@@ -87,8 +86,8 @@ def test_wide_rows_other_types_and_machines_without_a_compiler_are_left_to_pytor
 @needs_kernel
 @pytest.mark.parametrize("n_embed", [4, NARROW_ROW])
 @pytest.mark.parametrize("n_rows", [10, 32])
-def test_wherever_the_arrays_lie_gradients_are_the_same_bits(n_embed, n_rows):
-    """A compiler may take other loops for arrays that lie close to each other; found where a product and its sum were fused in some of them."""
+def test_gradients_do_not_depend_on_where_arrays_lie_in_memory(n_embed, n_rows):
+    """A compiler may choose other loops for adjacent arrays. Some of these once fused a product with its sum."""
     kernel, generator, rng = compiled_kernel(SOURCE, D=n_embed), torch.Generator().manual_seed(0), random.Random(0)
     x, output_grad = torch.randn(2, n_rows * n_embed, generator=generator)
     arrays = [
@@ -97,7 +96,7 @@ def test_wherever_the_arrays_lie_gradients_are_the_same_bits(n_embed, n_rows):
         torch.randn(n_embed, generator=generator),
         torch.zeros_like(x),
         torch.zeros(2 * n_embed),
-    ]  # the last two: x_grad, parameter_grads
+    ]  # the last two are x_grad and parameter_grads
 
     def gradients():
         buffer, placed, end = torch.zeros(10_000), {}, 0

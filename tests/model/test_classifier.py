@@ -1,4 +1,4 @@
-"""A classifier on an encoder: it computes what the stock class of transformers computes, and reads its texts as the stock tokenizer does."""
+"""The classifier computes the logits of the stock class of transformers, from the ids of the stock tokenizer."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_padding_does_not_change_a_texts_logits(model):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-def test_texts_are_read_as_the_stock_tokenizer_reads_them(tokenizer, finished_run):
+def test_texts_have_the_ids_of_the_stock_tokenizer(tokenizer, finished_run):
     texts = [
         "",
         "great film",
@@ -67,7 +67,7 @@ def test_the_new_weights_are_a_function_of_the_seed():
     }
 
 
-def test_dropout_is_that_of_the_encoder_and_only_with_keys():
+def test_dropout_needs_keys():
     model, rows = TextClassifier(noisy_model(dropout=0.5), 2, seed=0), batch_of(token_rows(4), CPU)
     plain, again, dropped = model(rows), model(rows), model(rows, torch.arange(4))
     assert torch.equal(plain, again) and not torch.equal(plain, dropped)

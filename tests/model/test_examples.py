@@ -1,7 +1,6 @@
-"""The examples at the end of a run: spans of its own held-out text, of any kind, shown as text by the model card."""
+"""Examples at the end of a run are spans of its held-out text, of any kind."""
 
 import random
-import re
 import types
 
 import numpy as np
@@ -13,8 +12,7 @@ from microbert.data.shards import Sequences
 from microbert.data.tokenizer import N_SPECIAL, UNK_ID, train_tokenizer
 from microbert.fill_mask import fill_mask
 from microbert.model.build import build_model
-from microbert.model.examples import N_EXAMPLES, Example, find_examples
-from microbert.model.export import write_model_card
+from microbert.model.examples import N_EXAMPLES, find_examples
 from microbert.model.layers import ModelConfig
 
 WORDS = [
@@ -43,7 +41,7 @@ THAI = [chr(0xE01 + number) for number in range(40)]
 
 
 def documents(kind, n=60):
-    """Text of a kind, the same at each call."""
+    """Return texts of a kind, the same at each call."""
     rng = random.Random(0)
     if kind == "english":
         sentences = [" ".join(rng.choices(WORDS, k=rng.randint(4, 12))) + " ." for _ in range(6 * n)]
@@ -58,7 +56,7 @@ def documents(kind, n=60):
 
 
 def prepared(texts, vocab_size=300, max_seq_len=32, packing=False):
-    """A tokenizer, tokens with all texts held out, and a model that has learnt nothing."""
+    """Return an untrained model, a tokenizer, tokens with all texts held out, and their sequences."""
     tokenizer = train_tokenizer(lambda: iter(texts), vocab_size=vocab_size, lowercase=True, strip_accents=False)
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     lengths = np.array([len(one) for one in ids])
@@ -75,7 +73,7 @@ def prepared(texts, vocab_size=300, max_seq_len=32, packing=False):
 
 
 def filled(example):
-    """The text as it was."""
+    """Return the text before masking."""
     return example.text.replace("[MASK]", example.word.removeprefix("##"), 1)
 
 
@@ -95,7 +93,7 @@ def test_examples_are_spans_of_the_held_out_text(kind, packing):
         assert not any("\n" in line for line in example.lines())
 
 
-def test_a_whole_word_that_says_something_is_asked_for_in_whole_sentences():
+def test_the_masked_token_is_a_whole_meaningful_word_of_whole_sentences():
     texts = documents("english")
     model, tokenizer, tokens, _ = prepared(texts, max_seq_len=64)
     common = tokenizer.id_to_token(int(tokens.token_counts.argmax()))
@@ -107,7 +105,7 @@ def test_a_whole_word_that_says_something_is_asked_for_in_whole_sentences():
             assert [token for token, _ in guesses] == [token for token, _ in example.guesses]
 
 
-def test_they_are_the_same_each_time_and_others_for_another_seed():
+def test_examples_depend_on_the_seed_only():
     model, tokenizer, tokens, _ = prepared(documents("english"))
     first, again, other = (find_examples(model, tokenizer, tokens, seed) for seed in (42, 42, 2**63 - 1))
     assert first == again and {example.text for example in first} != {example.text for example in other}
@@ -116,7 +114,7 @@ def test_they_are_the_same_each_time_and_others_for_another_seed():
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("max_seq_len", range(3, 11))
 @pytest.mark.parametrize("kind", ["english", "dna"])
-def test_what_does_not_fit_is_not_shown(kind, max_seq_len, packing):
+def test_spans_that_are_too_long_or_too_short_are_not_shown(kind, max_seq_len, packing):
     model, tokenizer, tokens, _ = prepared(documents(kind), max_seq_len=max_seq_len, packing=packing)
     examples = find_examples(model, tokenizer, tokens, seed=42)
     least = 4 if kind == "dna" else 5  # tokens: one alone has no context, and the last word may have been cut
@@ -126,21 +124,21 @@ def test_what_does_not_fit_is_not_shown(kind, max_seq_len, packing):
 
 
 @pytest.mark.parametrize("vocab_size", [6, 7, 12])
-def test_a_tiny_vocabulary_fails_nothing(vocab_size):
+def test_a_tiny_vocabulary_works(vocab_size):
     model, tokenizer, tokens, sequences = prepared(documents("english"), vocab_size=vocab_size)
     assert (sequences == UNK_ID).mean() > 0.1
     for example in find_examples(model, tokenizer, tokens, seed=42):
         assert "[UNK]" not in example.text and len(example.guesses) == min(5, vocab_size - N_SPECIAL)
 
 
-def test_text_of_which_nothing_is_known_has_no_examples():
+def test_text_of_unknown_tokens_has_no_examples():
     model, tokenizer, tokens, sequences = prepared(documents("english"))
     sequences[sequences >= N_SPECIAL] = UNK_ID
     assert find_examples(model, tokenizer, tokens, seed=42) == []
 
 
-def test_a_word_that_is_cut_at_the_end_of_a_sequence_is_not_shown():
-    """One letter is one token here, so that most words are cut somewhere."""
+def test_a_word_cut_at_the_end_of_a_sequence_is_not_shown():
+    """Each letter is a token here, so most sequences end inside a word."""
     texts = documents("english")
     model, tokenizer, tokens, _ = prepared(texts, vocab_size=60, max_seq_len=24, packing=True)
     words = set(" ".join(texts).split())
@@ -148,35 +146,13 @@ def test_a_word_that_is_cut_at_the_end_of_a_sequence_is_not_shown():
         assert all(set(filled(example).split()) <= words for example in find_examples(model, tokenizer, tokens, seed))
 
 
-def test_the_same_text_is_shown_once():
+def test_repeated_text_is_shown_once():
     model, tokenizer, tokens, _ = prepared(["the film was great and never slow ."] * 50)
     assert len(find_examples(model, tokenizer, tokens, seed=42)) == 1
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_does_not_change():
     model, tokenizer, tokens, _ = prepared(documents("english"))
     before = [parameter.clone() for parameter in model.parameters()]
     find_examples(model, tokenizer, tokens, seed=42)
     assert all(map(torch.equal, before, model.parameters()))
-
-
-@pytest.mark.parametrize("text", ["``` # title | <b>[MASK]", "| [MASK] | `` ` ````` '", '\u0e17 [MASK] "\\', "[MASK]"])
-def test_a_model_card_shows_any_text_as_text(text, tmp_path):
-    example = Example(text, "a|b", 0.5, [("```", 0.25), ("<script>", 0.125)])
-    write_model_card(tmp_path, "runs", {"trained on": "texts|more\n# x `y` <b> [z]"}, [example])
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^(`{3,})(\w+)\n(.*?)\n\1$", card, re.MULTILINE | re.DOTALL)
-    assert [language for _, language, _ in blocks] == ["python", "text"]
-    assert blocks[1][2].split("\n") == list(example.lines())
-    compile(blocks[0][2], "card", "exec")
-    assert repr(text) in blocks[0][2]
-    assert r"| trained on | texts\|more # x \`y\` \<b\> \[z\] |" in card
-    outside = re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.MULTILINE | re.DOTALL)
-    assert re.findall(r"^#+ .*", outside, re.MULTILINE) == ["# runs", "## Examples"]
-    assert "private" in card
-
-
-def test_a_model_card_without_examples_has_no_section_of_them(tmp_path):
-    write_model_card(tmp_path, "runs", {"seed": "42"}, [])
-    card = (tmp_path / "README.md").read_text()
-    assert "Examples" not in card and "[MASK]" in card and "movie" not in card

@@ -1,4 +1,4 @@
-"""The run's folder: loads in stock transformers without a warning, fills masks, and holds no half-written save."""
+"""The run's folder loads in stock transformers without a warning, fills masks, and holds no incomplete save."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def test_transformers_loads_the_run_and_its_checkpoints_without_a_warning_about_
             assert word not in done.stderr.lower()
 
 
-def test_the_folder_holds_what_was_promised(finished_run):
+def test_the_folder_holds_all_files_of_a_finished_run(finished_run):
     names = {path.name for path in (finished_run / "run").iterdir()}
     assert {
         "config.json",
@@ -46,7 +46,7 @@ def test_the_folder_holds_what_was_promised(finished_run):
     assert (status["state"], status["exit_code"], status["rank"]) == ("done", 0, 0)
 
 
-def test_metrics_have_evaluations_first_last_and_between(finished_run):
+def test_metrics_have_evaluations_at_the_start_the_end_and_between(finished_run):
     lines = [json.loads(line) for line in (finished_run / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["step"] for line in lines if "eval/loss" in line]
     assert evaluated[0] == 0 and evaluated[-1] == max(line["step"] for line in lines) and len(evaluated) > 2
@@ -87,15 +87,15 @@ def test_fill_mask_on_the_command_line(finished_run):
     [
         (["{run}", "no mask here"], "[MASK]"),
         (["{run}/nowhere", "a [MASK]"], "holds no model"),
-        (["{run}", "[MASK] " + "word " * 100], "takes 32"),
+        (["{run}", "[MASK] " + "word " * 100], "at most 32"),
     ],
 )
-def test_fill_mask_says_what_is_wrong(arguments, words, finished_run):
+def test_fill_mask_reports_mistakes(arguments, words, finished_run):
     done = fill(*(argument.format(run=finished_run / "run") for argument in arguments))
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_checkpoint_without_the_vocabulary_as_older_versions_saved_it_is_whole(finished_run, reference, tmp_path):
+def test_a_checkpoint_of_an_older_version_without_the_vocabulary_is_whole(finished_run, reference, tmp_path):
     path = shutil.copytree(finished_run / "run" / reference["checkpoint"], tmp_path / "checkpoint-1")
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "vocab.txt").write_text("another\n")

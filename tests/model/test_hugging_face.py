@@ -1,4 +1,4 @@
-"""Both architectures are those of transformers: the same logits from the same weights, to and fro."""
+"""Both architectures compute the logits of transformers from the same weights, converted in both directions."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_our_model_computes_the_same_from_the_weights_of_transformers(arch, n_la
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_so_it_is_at_every_length(arch):
+def test_transformers_computes_the_same_at_every_length(arch):
     ours = noisy_model(n_embed=16, arch=arch)
     theirs = their_model(ours.config)
     theirs.load_state_dict(to_hugging_face(ours), strict=False)

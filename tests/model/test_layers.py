@@ -1,4 +1,4 @@
-"""What both architectures are made of: gathering, padding, rotary positions, dropout."""
+"""Modules of both architectures: gathering of positions, padding, rotary positions, dropout."""
 
 import pytest
 import torch
@@ -29,21 +29,20 @@ def test_only_the_asked_positions_are_computed_in_the_order_asked(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @torch.no_grad()
-def test_what_stands_in_the_padding_changes_nothing(arch):
+def test_tokens_in_the_padding_change_nothing(arch):
     model, (ids, real) = noisy_model(arch=arch), padded_tokens()
     positions = torch.arange(16).expand(6, 16)
     other = torch.where(real, ids, torch.randint_like(ids, N_SPECIAL, VOCAB_SIZE))
     before, after = (model.logits(x, real, positions).view(6, 16, -1) for x in (ids, other))
     assert torch.equal(before[real], after[real])
     assert not torch.equal(before, after)
-    assert not torch.allclose(
-        before[real], model.logits(other, None, positions).view(6, 16, -1)[real], atol=1e-3
-    )  # the mask did it
+    without_mask = model.logits(other, None, positions).view(6, 16, -1)
+    assert not torch.allclose(before[real], without_mask[real], atol=1e-3)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_gradient_of_asked_positions_is_that_of_all_of_them(arch):
-    """The last layer computes no others, and nothing may be lost by that."""
+def test_the_gradient_of_asked_positions_is_that_of_computing_all_positions(arch):
+    """The last layer computes only the asked positions, which must not change gradients."""
     ids, real = padded_tokens()
     positions = torch.randint(0, 16, (6, 5), generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -55,7 +54,7 @@ def test_the_gradient_of_asked_positions_is_that_of_all_of_them(arch):
     assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in zip(*gradients, strict=True))
 
 
-def test_dropout_is_the_same_where_only_some_positions_are_computed():
+def test_dropout_is_the_same_if_only_some_positions_are_computed():
     config = ModelConfig(VOCAB_SIZE, 2, 2, 8, 16, dropout=0.3)
     dropout, keys, x = Dropout(config, site=3), torch.arange(4), torch.ones(4, 16, 8)
     positions = torch.randint(0, 16, (4, 5), generator=torch.Generator().manual_seed(0))
@@ -64,7 +63,7 @@ def test_dropout_is_the_same_where_only_some_positions_are_computed():
     assert 0.2 < (whole == 0).float().mean() < 0.4 and not torch.equal(whole, Dropout(config, site=2)(x, keys))
 
 
-def test_rotary_products_depend_on_the_distance_alone():
+def test_rotary_products_depend_only_on_the_distance():
     rotary = Rotary(ModelConfig(VOCAB_SIZE, 1, 2, 16, 32))
     query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 1, 32, 2, 8)
     query, key = (rotary(x)[0, :, 0] for x in (query, key))  # [T, d]
@@ -75,11 +74,9 @@ def test_rotary_products_depend_on_the_distance_alone():
     assert products.diagonal(0)[0] - products.diagonal(7)[0] != pytest.approx(0, abs=1e-2)
 
 
-def test_rotary_turns_asked_positions_as_all_of_them():
-    rotary, x = (
-        Rotary(ModelConfig(VOCAB_SIZE, 1, 2, 16, 32)),
-        torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(0)),
-    )
+def test_rotary_rotates_asked_positions_as_in_the_whole_sequence():
+    rotary = Rotary(ModelConfig(VOCAB_SIZE, 1, 2, 16, 32))
+    x = torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(0))
     positions = torch.randint(0, 32, (3, 5), generator=torch.Generator().manual_seed(1))
     whole = rotary(x.view(3, 32, 2, 8)).flatten(2)
     assert torch.equal(
@@ -87,7 +84,7 @@ def test_rotary_turns_asked_positions_as_all_of_them():
     )
 
 
-def test_rotary_tables_that_grow_are_those_that_are_built_at_once(monkeypatch):
+def test_extended_rotary_tables_equal_those_built_in_advance(monkeypatch):
     (ids, real), positions = padded_tokens(), torch.tensor([[15, 3, 7]]).expand(6, 3)
     at_once = noisy_model(arch="modern")
     expected = at_once.logits(ids, real, positions)

@@ -1,5 +1,6 @@
-"""The loss: cross-entropy over masked tokens, the same however it is cut into chunks and micro-batches."""
+"""The loss is cross-entropy over masked tokens, however it is split into chunks and micro-batches."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from microbert.model.loss import SOURCE, THIN, masked_loss, masked_scores
 from microbert.runtime.distributed import World
 from microbert.train.step import Learner, micro_batches
 
-N, V = 23, 50  # V is no whole number of vectors
+N, V = 23, 50  # V is not a multiple of LANES
 KERNEL, TORCH, COMPILED = "loss.c", "PyTorch", "torch.compile"
 WAYS = {
     "thin": (6, KERNEL),
@@ -29,7 +30,7 @@ WAYS = {
     "thin, by PyTorch": (6, TORCH),
     "wide, by PyTorch": (40, TORCH),
     "wide, for torch.compile": (40, COMPILED),
-}  # D; by what
+}  # D, and what computes it
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-6}, torch.float64: {"rtol": 1e-11, "atol": 1e-13}}
 
 
@@ -41,9 +42,8 @@ def n_embed(request, monkeypatch):
         monkeypatch.setattr(loss_module, "compiled_kernel", lambda _: None)
         if way == COMPILED:
             monkeypatch.setattr(loss_module, "_TorchSoftmax", lambda bias, _: loss_module._CompiledSoftmax(bias))
-            monkeypatch.setattr(
-                loss_module, "_compiled_softmax", lambda: loss_module._softmax
-            )  # which is not compiled here: that takes seconds a shape
+            # not compiled here: that takes seconds for each shape
+            monkeypatch.setattr(loss_module, "_compiled_softmax", lambda: loss_module._softmax)
     elif loss_module.compiled_kernel(SOURCE) is None:
         pytest.skip("no C compiler with OpenMP")
     return D
@@ -89,17 +89,20 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, n_embed, chu
     )
 
 
+def in_dtype(*leaves, labels, dtype, is_compiled=False):
+    return masked_loss(*leaves, labels, 17, dtype, is_compiled)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_so_they_are_when_torch_compiles_them(monkeypatch, dtype):
+def test_torch_compile_gives_the_same_loss_and_gradients(monkeypatch, dtype):
     monkeypatch.setattr(loss_module, "compiled_kernel", lambda _: None)
     in_chunks_of(monkeypatch, 8 * V)
     leaves, labels = inputs(n_embed=40)
-    results = [
-        loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype, is_compiled), leaves)
+    (loss, gradients), (expected_loss, expected_gradients) = (
+        loss_and_gradients(functools.partial(in_dtype, labels=labels, dtype=dtype, is_compiled=is_compiled), leaves)
         for is_compiled in (True, False)
-    ]
-    (loss, gradients), (expected_loss, expected_gradients) = results
+    )
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert loss == pytest.approx(expected_loss.item(), rel=tolerance)
     assert all(
@@ -109,8 +112,8 @@ def test_so_they_are_when_torch_compiles_them(monkeypatch, dtype):
 
 
 @given(chunk=st.integers(1, 3000), n_rows=st.integers(0, 20_000))
-def test_where_chunks_are_compiled_they_are_alike_if_that_makes_few_more(chunk, n_rows):
-    even = loss_module._even(chunk, n_rows)
+def test_compiled_chunks_have_one_size_if_that_makes_few_more(chunk, n_rows):
+    even = loss_module._even_chunk(chunk, n_rows)
     n_chunks, least = -(-n_rows // even), -(-n_rows // chunk)
     assert 1 <= even <= chunk and least <= n_chunks and (n_chunks < 2 * least or n_rows == 0)
 
@@ -123,7 +126,9 @@ def test_where_chunks_are_compiled_they_are_alike_if_that_makes_few_more(chunk, 
     n_threads=st.integers(1, 4),
     seed=st.integers(0, 100),
 )
-def test_so_they_are_for_any_sizes_and_threads(n_rows, vocab_size, n_embed, n_threads, seed):
+def test_any_sizes_and_threads_give_the_loss_and_gradients_of_cross_entropy(
+    n_rows, vocab_size, n_embed, n_threads, seed
+):
     generator = torch.Generator().manual_seed(seed)
     leaves = [
         torch.randn(shape, generator=generator).requires_grad_()
@@ -138,18 +143,17 @@ def test_so_they_are_for_any_sizes_and_threads(n_rows, vocab_size, n_embed, n_th
     torch.testing.assert_close(results[0], expected(leaves, labels, n_rows), rtol=1e-4, atol=1e-5)
 
 
-def test_products_in_bf16_give_about_the_same_loss_and_gradients(monkeypatch, n_embed):
+def test_products_in_bf16_give_nearly_the_same_loss_and_gradients(monkeypatch, n_embed):
     in_chunks_of(monkeypatch, 5 * V)
     leaves, labels = inputs(scale=0.5, n_embed=n_embed)
     (loss, gradients), (exact_loss, exact) = (
-        loss_and_gradients(lambda *x: masked_loss(*x, labels, 17, dtype), leaves)
+        loss_and_gradients(functools.partial(in_dtype, labels=labels, dtype=dtype), leaves)
         for dtype in (torch.bfloat16, torch.float32)
     )
-    is_thin_kernel = (
-        n_embed <= THIN and loss_module.compiled_kernel(SOURCE) is not None
-    )  # which multiplies in fp32 all the same
+    # the kernel for narrow hidden states multiplies in fp32 anyway
+    is_thin_kernel = n_embed <= THIN and loss_module.compiled_kernel(SOURCE) is not None
     assert (loss == exact_loss) == is_thin_kernel and loss == pytest.approx(exact_loss.item(), rel=0.01)
-    for gradient, of_fp32 in zip(gradients, exact):
+    for gradient, of_fp32 in zip(gradients, exact, strict=True):
         assert gradient.dtype == torch.float32
         assert (gradient - of_fp32).norm() < 0.02 * of_fp32.norm()
 
@@ -164,7 +168,7 @@ def test_huge_logits_stay_finite(n_embed):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_what_is_not_a_number_is_not_hidden(n_embed, value, dtype):
+def test_nan_and_infinity_are_not_hidden(n_embed, value, dtype):
     leaves, labels = inputs(n_embed=n_embed)
     with torch.no_grad():
         leaves[0][1, 0] = value  # a row with a label
@@ -172,7 +176,7 @@ def test_what_is_not_a_number_is_not_hidden(n_embed, value, dtype):
     assert loss.isnan() and weight_grad.isnan().any() and bias_grad.isnan().any()
 
 
-def test_any_layout_will_do_and_labels_beyond_the_vocabulary_are_told(n_embed):
+def test_any_memory_layout_is_accepted_and_labels_beyond_the_vocabulary_are_refused(n_embed):
     leaves, labels = inputs(n_embed=n_embed)
     result = loss_and_gradients(lambda *x: masked_loss(*x, labels, 17), leaves)
     (hidden, weight, bias), apart = leaves, torch.stack([labels, labels], dim=1)[:, 0]
@@ -203,11 +207,11 @@ def test_without_a_masked_token_loss_and_gradients_are_zero(n_embed):
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 5 * V, 10**6])
-def test_scores_are_the_summed_loss_and_the_number_of_right_guesses(monkeypatch, chunk_elements):
+def test_scores_are_the_summed_loss_and_the_number_of_correct_guesses(monkeypatch, chunk_elements):
     in_chunks_of(monkeypatch, chunk_elements)
     (hidden, weight, bias), labels = inputs()
     guesses = (hidden @ weight.T + bias).argmax(dim=1)
-    labels[1:8:2] = guesses[1:8:2]  # some right ones
+    labels[1:8:2] = guesses[1:8:2]  # some are correct
     used = labels != IGNORED
     loss, correct = masked_scores(hidden, weight, bias, labels)
     assert correct == int((guesses == labels)[used].sum()) >= 4
@@ -220,7 +224,7 @@ def test_scores_without_a_masked_token_are_zero():
 
 
 @pytest.mark.slow
-def test_it_takes_a_tenth_at_most_of_the_memory_of_all_logits():
+def test_it_uses_at_most_a_tenth_of_the_memory_of_all_logits():
     rows, vocab_size, n_embed = 8192, 50_000, 128
     command = [
         sys.executable,
@@ -251,7 +255,7 @@ def gradients_of_a_step(micro_batch_size):
 
 
 @pytest.mark.parametrize("size", [8, 16, 5, 1])
-def test_micro_batches_give_the_gradient_of_the_whole_batch_with_what_it_drops(size):
+def test_micro_batches_give_the_gradient_of_the_whole_batch_with_the_same_dropout(size):
     whole = gradients_of_a_step(None)
     assert whole[1] > 0.01
     torch.testing.assert_close(gradients_of_a_step(size), whole, rtol=1e-3, atol=1e-5)  # fp32 sums in another order

@@ -1,4 +1,4 @@
-"""What transformers 5 and 4 load from an exported folder: the same logits and the same token ids as ours."""
+"""transformers 5 and 4 compute our logits and token ids from an exported folder."""
 
 import itertools
 import json
@@ -57,7 +57,7 @@ def tokenizer_with(lowercase, strip_accents):
 
 
 @pytest.mark.parametrize("lowercase, strip_accents", NORMALIZERS)
-def test_the_classes_of_bert_read_a_text_as_the_auto_class_does(lowercase, strip_accents, tmp_path):
+def test_all_tokenizer_classes_give_our_token_ids(lowercase, strip_accents, tmp_path):
     tokenizer = tokenizer_with(lowercase, strip_accents)
     texts = [*TEXTS, *EDGES, *(unicodedata.normalize("NFD", text) for text in TEXTS)]
     save_tokenizer(tokenizer, tmp_path, 64)
@@ -70,8 +70,8 @@ def test_the_classes_of_bert_read_a_text_as_the_auto_class_does(lowercase, strip
 
 
 @torch.no_grad()
-def test_the_older_fields_say_the_same_as_the_newer_ones():
-    """transformers 5 reads the fields of version 4 where its own are missing."""
+def test_older_and_newer_fields_describe_the_same_model():
+    """transformers 5 reads the fields of version 4 if its own are missing."""
     model = noisy_model(n_layers=N_LAYERS, n_embed=16, max_seq_len=N_TOKENS, arch="modern")
     stored = hugging_face_config(model.config)
     older = {name: value for name, value in stored.items() if name not in ("rope_parameters", "layer_types")}
@@ -85,7 +85,7 @@ def test_the_older_fields_say_the_same_as_the_newer_ones():
 
 @pytest.fixture(scope="module")
 def old_python(tmp_path_factory):
-    """The Python of a virtual environment with transformers 4; all but it and what it pins comes from this one."""
+    """Return the Python of a virtual environment with transformers 4 and its pins; the rest comes from this one."""
     folder = tmp_path_factory.mktemp("old")
     venv.create(folder, with_pip=True)
     [packages] = folder.glob("[Ll]ib/**/site-packages")
@@ -101,7 +101,7 @@ def old_python(tmp_path_factory):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_transformers_4_computes_the_same_and_reads_the_same(old_python, tmp_path):
+def test_transformers_4_gives_our_logits_and_token_ids(old_python, tmp_path):
     ids = torch.from_numpy(token_rows(3, N_TOKENS, shortest=N_TOKENS // 2))
     real, positions = ids != PAD_ID, torch.arange(N_TOKENS).expand(ids.shape)
     texts = [unicodedata.normalize("NFC", text) for text in (*TEXTS, *EDGES)]  # as its Python tokenizer does itself

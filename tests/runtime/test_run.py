@@ -14,8 +14,8 @@ from configs import configure
 from helpers import SCRIPT, interrupted_copy, listing, run_here, small_flags
 from launches import launch, status
 
-import microbert.model.export
 import microbert.runtime.run
+import microbert.train.export_run
 from microbert.errors import InputError, Stopped
 from microbert.runtime.run import _quiet_but_first, open_run, take_lock
 
@@ -154,7 +154,7 @@ def test_a_run_of_short_sequences_under_names_that_are_hard_to_print_ends_well(t
 @pytest.mark.fault(row=33)
 def test_examples_that_fail_are_left_out(finished_run, tmp_path, monkeypatch, capfd):
     copy = interrupted_copy(finished_run, tmp_path)
-    monkeypatch.setattr(microbert.model.export, "find_examples", raising(ValueError("a fault")))
+    monkeypatch.setattr(microbert.train.export_run, "find_examples", raising(ValueError("a fault")))
     assert run_here(small_flags(copy), monkeypatch) == 0
     printed = capfd.readouterr()
     assert "warning: no examples are shown (ValueError: a fault)" in printed.err and "examples from" not in printed.out
