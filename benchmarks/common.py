@@ -26,8 +26,9 @@ from microbert.train.step import Learner  # noqa: E402
 
 
 def prepared(config: Config) -> tuple[Tokenizer, Tokens]:
-    corpus = open_corpus(config, lambda: None)
-    with lock_cache(corpus, config, lambda: None):
+    corpus = open_corpus(config)
+    print(corpus.summary)
+    with lock_cache(corpus, config):
         tokenizer = get_tokenizer(corpus, config, lambda: None)
         return tokenizer, prepare_tokens(corpus, tokenizer, config, lambda: None)
 

@@ -45,7 +45,8 @@ def write_corpus(path: Path, megabytes: int) -> None:
     from microbert.config.flags import read_script
     from microbert.data.sources import open_corpus
 
-    corpus = open_corpus(read_script(ROOT / "mlm_pretrain_v1.py", []), lambda: None)
+    corpus = open_corpus(read_script(ROOT / "mlm_pretrain_v1.py", []))
+    print(corpus.summary)
     sentences = [sentence for rows, _ in corpus.read() for row in rows for sentence in re.split(r"(?<=[.!?])\s+", row)]
     rng, size = random.Random(0), 0
     with open(path, "w", encoding="utf-8") as file:
@@ -60,8 +61,9 @@ def train_tokenizer(folder: Path) -> None:
     from microbert.data.tokenizer import get_tokenizer, save_tokenizer
 
     config = configure(folder)
-    corpus = open_corpus(config, lambda: None)
-    with lock_cache(corpus, config, lambda: None):
+    corpus = open_corpus(config)
+    print(corpus.summary)
+    with lock_cache(corpus, config):
         save_tokenizer(get_tokenizer(corpus, config, lambda: None), folder, config.max_seq_len)
 
 
@@ -71,8 +73,9 @@ def ours(folder: Path) -> float:
     from microbert.data.tokenizer import get_tokenizer
 
     config = configure(folder)
-    corpus = open_corpus(config, lambda: None)
-    with lock_cache(corpus, config, lambda: None):
+    corpus = open_corpus(config)
+    print(corpus.summary)
+    with lock_cache(corpus, config):
         tokenizer = get_tokenizer(corpus, config, lambda: None)
         begin = time.perf_counter()
         tokens = prepare_tokens(corpus, tokenizer, config, lambda: None)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from microbert.config.constants import Config, dataset_files
+from microbert.config.constants import Config, local_data_files
 from microbert.config.flags import Parser, read_script, whole_number
 from microbert.data.corpus import Estimate
 from microbert.data.hub import choose_dataset
@@ -132,7 +132,7 @@ def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> 
     elif config.max_samples is not None and config.max_samples < documents:
         flags += ["--max-samples", "none"]
     config = _config(version, flags)
-    is_of_the_hub = dataset != "imdb" and (dataset == "hf" or not dataset_files(config))
+    is_of_the_hub = dataset != "imdb" and (dataset == "hf" or not local_data_files(config))
     download = 1e6 * estimate.megabytes
     if is_of_the_hub and not choose_dataset(config)[2] and needed + download > machine.free_disk:
         flags.append("--streaming")

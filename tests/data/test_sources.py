@@ -15,7 +15,7 @@ import pytest
 from configs import configure
 from helpers import run_here, small_flags
 
-from microbert.config.constants import dataset_files
+from microbert.config.constants import local_data_files
 from microbert.data.corpus import Position, clean, split_hash
 from microbert.data.sources import lock_cache, open_corpus
 from microbert.errors import InputError
@@ -154,7 +154,7 @@ def test_a_folder_leaves_out_hidden_files_and_what_this_suite_has_written(tmp_pa
         "--output-dir",
         str(tmp_path / "data" / "out"),
     )
-    assert dataset_files(config) == [str(tmp_path / "data" / "a.txt")]
+    assert local_data_files(config) == [str(tmp_path / "data" / "a.txt")]
 
 
 def test_empty_names_stand_for_nothing_and_a_tilde_for_the_home(tmp_path, monkeypatch):
@@ -163,9 +163,9 @@ def test_empty_names_stand_for_nothing_and_a_tilde_for_the_home(tmp_path, monkey
     (tmp_path / "home").mkdir()
     for name in ("a.txt", "b.txt", "home/c.txt"):
         (tmp_path / name).write_text("x\n")
-    assert dataset_files(configure("--dataset", "a.txt,")) == ["a.txt"]
-    assert dataset_files(configure("--dataset", "a.txt", "")) == ["a.txt"]
-    assert dataset_files(configure("--dataset", "~/*.txt")) == [str(tmp_path / "home" / "c.txt")]
+    assert local_data_files(configure("--dataset", "a.txt,")) == ["a.txt"]
+    assert local_data_files(configure("--dataset", "a.txt", "")) == ["a.txt"]
+    assert local_data_files(configure("--dataset", "~/*.txt")) == [str(tmp_path / "home" / "c.txt")]
     with pytest.raises(SystemExit):
         configure("--dataset", ",")
 
@@ -176,7 +176,7 @@ def test_hundreds_of_names_may_be_given(tmp_path):
     ]
     for path in paths:
         path.write_text("x\n")
-    assert len(dataset_files(configure("--dataset", *map(str, paths)))) == 200
+    assert len(local_data_files(configure("--dataset", *map(str, paths)))) == 200
 
 
 def test_a_folder_leaves_out_and_names_what_it_cannot_read(tmp_path, capsys):
@@ -282,7 +282,7 @@ def test_names_with_commas_and_outer_spaces_among_others(tmp_path):
         (tmp_path / name).write_text(f"from {name[-5]}\n")
     assert read(tmp_path / "my, folder", tmp_path) == ["from a"]
     names = [f"{tmp_path}/{name}" for name in ("e.txt", "my, folder", "b, c.txt", " d.txt")]
-    assert dataset_files(configure("--dataset", *names)) == [names[0], f"{names[1]}/a.txt", *names[2:]]
+    assert local_data_files(configure("--dataset", *names)) == [names[0], f"{names[1]}/a.txt", *names[2:]]
 
 
 def test_a_loop_of_links_never_goes_to_the_hub(tmp_path, monkeypatch, capsys):
