@@ -39,7 +39,8 @@ class Source:
             for number, what in ((self.without_text, "text"), (self.without_label, "label"))
             if number
         ]
-        return f"{self.description}: {self.rows:,} rows, {used:,} used; skipped: {', '.join(skipped) or 'none'}"
+        rows = "1 row" if self.rows == 1 else f"{self.rows:,} rows"
+        return f"{self.description}: {rows}, {used:,} used; skipped: {', '.join(skipped) or 'none'}"
 
 
 @dataclasses.dataclass(frozen=True)

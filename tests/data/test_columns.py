@@ -93,7 +93,9 @@ def test_several_columns_of_text_are_an_error_that_lists_all_names():
 def test_the_label_column_has_a_usual_name_or_the_given_one():
     columns = [Column(name, TEXT) for name in ("text", "class", "stars ")]
     assert choose_label_column(columns, None, "a") == "class" and choose_label_column(columns, "stars", "a") == "stars "
-    with pytest.raises(InputError, match=r"no column .nope.; set label_column \(--label-column\) to .*: text, class, stars"):
+    with pytest.raises(
+        InputError, match=r"no column .nope.; set label_column \(--label-column\) to .*: text, class, stars"
+    ):
         choose_label_column(columns, "nope", "a")
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microbert.data.delimited import read_delimited, detect_separator
+from microbert.data.delimited import detect_separator, read_delimited
 from microbert.errors import InputError
 
 FIELDS = st.text(st.sampled_from('ab ,;|\t"\nz'), max_size=8)
@@ -94,7 +94,7 @@ def test_other_punctuation_and_letters_are_not_separators(text):
 
 
 def test_a_carriage_return_inside_a_field_is_an_error():
-    with pytest.raises(InputError, match=r"near line 2: a field contains a carriage return \(CR\)"):
+    with pytest.raises(InputError, match=r"near line 1: a field contains a carriage return \(CR\)"):
         read_delimited(iter(["text;label\n", "a\rb;x\n", "c;y\n"]), "a.csv")
 
 

@@ -40,7 +40,7 @@ TEXTS = {
     ),
     "some nulls": ("corpus.jsonl", FINE + b'{"text": null}\n', [], 0, "skipped: 1 empty"),
     "wrong column": ("corpus.csv", b"title,body\nx,y z\n", ["--text-column", "nope"], 2, "title, body"),
-    "broken JSON": ("corpus.jsonl", FINE + b'{"text": oops}\n', [], 2, "line 4 is not JSON"),
+    "broken JSON": ("corpus.jsonl", FINE + b'{"text": oops}\n', [], 2, "line 4 is not valid JSON"),
     "JSON nested deeply": (
         "corpus.jsonl",
         FINE + b'{"text": "a", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
