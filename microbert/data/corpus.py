@@ -84,12 +84,14 @@ class Corpus:
     def summary(self) -> str:
         """What to print when the corpus is opened: its notes, its description and its size."""
         about = "" if self.estimate.is_exact else "about "
-        size = f"{about}{self.estimate.documents:,} documents, {self.estimate.megabytes:,.0f} MB of text"
+        noun = "document" if self.estimate.documents == 1 else "documents"
+        size = f"{about}{self.estimate.documents:,} {noun}, {self.estimate.megabytes:,.0f} MB of text"
         advice = "--dataset accepts a Hub id, or paths and globs of your own files"
         return "\n".join([*self.notes, f"dataset: {self.description}, {size}; {advice}"])
 
     @property
     def parts(self) -> list[Part]:
+        """The parts, opened at the first use."""
         if self._parts is None:
             self._parts = self._open_parts()
         return self._parts

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 TABLE_PARTS = 100  # of a downloaded dataset, so that the tokenizer's sample covers all of it
 
 
-def downloaded_parts(dataset: HubDataset, text_column: TextColumn, check_stop: Callable[[], None]) -> list[Part]:
+def downloaded_parts(
+    dataset: HubDataset, text_column: TextColumn, check_stop: Callable[[], None] = lambda: None
+) -> list[Part]:
     """Return slices of the dataset's table, after downloading what HF_HOME lacks."""
     table = retry(
         lambda: call_in_child(_download, dataset, check_stop=check_stop), dataset.label, check_stop

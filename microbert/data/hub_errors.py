@@ -17,7 +17,7 @@ class NetworkError(Exception):
     """An error that may pass: a lost connection, a time-out or a server error. The message is one line."""
 
 
-def retry(call: Callable[[], T], where: str, check_stop: Callable[[], None]) -> T:
+def retry(call: Callable[[], T], where: str, check_stop: Callable[[], None] = lambda: None) -> T:
     """Return what `call` returns. Retry after a network error; report any other error as one of the dataset."""
     attempt = 0
     while True:
@@ -67,7 +67,7 @@ def explain(error: Exception, where: str, is_of_dataset: bool) -> Exception:
     return InputError(f"{where}: {first_line(error.__cause__ or error)}") if is_of_dataset else error
 
 
-def wait(seconds: float, check_stop: Callable[[], None]) -> None:
+def wait(seconds: float, check_stop: Callable[[], None] = lambda: None) -> None:
     """Sleep, calling `check_stop` at least every 0.2 seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

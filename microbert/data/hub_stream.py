@@ -26,7 +26,11 @@ class HubStream:
     """The train split of a dataset, read over the network. copies: the folder for temporary copies of files."""
 
     def __init__(
-        self, dataset: HubDataset, text_column: TextColumn, copies: Path, check_stop: Callable[[], None]
+        self,
+        dataset: HubDataset,
+        text_column: TextColumn,
+        copies: Path,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.dataset, self.text_column = dataset, text_column
         self.copies, self.check_stop = copies, check_stop

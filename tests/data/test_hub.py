@@ -30,10 +30,8 @@ from microbert.errors import InputError, Stopped
 from microbert.runtime.distributed import in_background
 from microbert.runtime.files import fingerprint
 
-NO_TIME_OUTS = {
-    "HF_HUB_ETAG_TIMEOUT": "100000",
-    "HF_HUB_DOWNLOAD_TIMEOUT": "100000",
-}  # the libraries wait without limit
+# the libraries wait without limit
+NO_TIME_OUTS = {"HF_HUB_ETAG_TIMEOUT": "100000", "HF_HUB_DOWNLOAD_TIMEOUT": "100000"}
 rng = random.Random(5)
 TEXTS = [f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for number in range(600)]
 README = """---
