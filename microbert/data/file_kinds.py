@@ -90,7 +90,9 @@ def open_file(path: str) -> io.BufferedReader:
     ending = Path(path).suffix.lower()
     opener = next((opener for magic, opener in DECOMPRESSORS.items() if magic.match(head)), None)
     if opener is None and ending in COMPRESSIONS and head:
-        raise InputError(f"{path}: cannot be read: its content is not compressed as {ending}; remove {ending} from its name")
+        raise InputError(
+            f"{path}: cannot be read: its content is not compressed as {ending}; remove {ending} from its name"
+        )
     file = (opener or _open_plain)(path)
     try:
         _refuse_unsupported(path, file.peek(HEAD_BYTES)[:HEAD_BYTES])
