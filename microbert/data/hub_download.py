@@ -5,8 +5,11 @@ this process, a transfer that hangs would delay a stop without limit. The child 
 imports, little beside a download. Calls that only read metadata start no such threads and use `in_background`.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from microbert.data.corpus import READ_ROWS, Part
 from microbert.data.hub_dataset import HubDataset, TextColumn
@@ -55,6 +58,7 @@ def _part(table: "Dataset", column: str, label: str, first: int, end: int) -> Pa
 
 def _download(dataset: HubDataset) -> "Dataset":
     """Return the train split, which pickles as the paths of its files. Runs in the child process."""
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which Python reports as leaked after a kill
     try:
         return prepare_table(dataset.load_builder())
     except Exception as error:  # explained here, because an error loses its causes on the way to the parent

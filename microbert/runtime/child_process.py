@@ -24,7 +24,7 @@ def call_in_child(call: Callable[..., T], *arguments: object, check_stop: Callab
     Use it for a long call that starts threads which Python joins at exit: they end with the child, which is killed.
     The child is spawned, not forked, because a fork copies locks that other threads hold. It has to import the module
     of `call`, so make a short call with `in_background` instead. `call`, its arguments, its result and its errors must
-    be picklable.
+    be picklable. `call` should create no semaphores of multiprocessing: Python reports them as leaked after a kill.
 
     check_stop: called every POLL_SECONDS; an exception that it raises ends the child. Raises Failed if something else
     kills the child.
