@@ -50,7 +50,7 @@ def write_corpus(path: Path, megabytes: int) -> None:
 
     from microbert.data.sources import open_corpus
 
-    corpus = open_corpus(script_config("v1"), lambda: None)
+    corpus = open_corpus(script_config("v1"))
     sentences = [sentence for rows, _ in corpus.read() for row in rows for sentence in re.split(r"(?<=[.!?])\s+", row)]
     rng, size = random.Random(0), 0
     with open(path, "w", encoding="utf-8") as file:
@@ -65,8 +65,8 @@ def train_tokenizer(folder: Path) -> None:
     from microbert.data.tokenizer import get_tokenizer, save_tokenizer
 
     config = corpus_config(folder)
-    corpus = open_corpus(config, lambda: None)
-    with lock_cache(corpus, config, lambda: None):
+    corpus = open_corpus(config)
+    with lock_cache(corpus, config):
         save_tokenizer(get_tokenizer(corpus, config), folder, config.max_seq_len)
 
 
@@ -77,8 +77,8 @@ def ours(folder: Path) -> float:
     from microbert.data.tokenizer import get_tokenizer
 
     config = corpus_config(folder)
-    corpus = open_corpus(config, lambda: None)
-    with lock_cache(corpus, config, lambda: None):
+    corpus = open_corpus(config)
+    with lock_cache(corpus, config):
         tokenizer = get_tokenizer(corpus, config)
         begin = time.perf_counter()
         tokens = prepare_tokens(corpus, tokenizer, config)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from microbert.config.constants import Config, dataset_files
+from microbert.config.constants import Config, local_data_files
 from microbert.config.flags import Parser, read_script, whole_number
 from microbert.data.corpus import Estimate
 from microbert.data.hub import choose_dataset
@@ -138,7 +138,7 @@ def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> 
     elif config.max_samples is not None and config.max_samples < documents:
         flags += ["--max-samples", "none"]
     config = _config(version, flags)
-    if dataset == "hf" or (dataset != "imdb" and not dataset_files(config)):
+    if dataset == "hf" or (dataset != "imdb" and not local_data_files(config)):
         hub_flags, hub_warnings = _hub_flags(config, machine, needed, 1e6 * estimate.megabytes)
         flags += hub_flags
         warnings += hub_warnings

@@ -1,15 +1,16 @@
-"""A stand-in for the Hugging Face Hub on this machine, for the real `datasets` and `huggingface_hub` in a process of their own.
+"""A local server that imitates the Hugging Face Hub, for the real `datasets` and `huggingface_hub` in another process.
 
     with HubServer() as hub:
         hub.add("org/name", {"data/train-00000-of-00001.parquet": parquet_bytes})
         subprocess.run([sys.executable, "-c", "..."], env=hub.env(tmp_path))
         assert hub.bytes_of("org/name", "data/train-00000-of-00001.parquet") > 0
 
-It serves dataset repositories from memory: the API for a repository, its files and its folders, and HEAD and ranged GET of the files. It
-keeps a log of what was asked, and fails on request. What the client wants of other hosts (the dataset viewer's) comes here too, through the
-proxy variables of `env`, and is answered with 404: a test touches no network.
+It serves dataset repositories from memory: the API for a repository, its files and its folders, and HEAD and ranged GET
+of the files. It logs all requests, and fails on demand. Requests for other hosts (such as the dataset viewer) arrive
+here, too, because of the proxy variables of `env`, and are answered with 404: a test uses no network.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,14 +26,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 KINDS = ("500", "429", "401", "timeout", "cut", "short")
-KEPT_HEADERS = ("range", "authorization", "user-agent", "if-none-match")
+LOGGED_HEADERS = ("range", "authorization", "user-agent", "if-none-match")
 CHUNK = 1 << 16
 DATE = "2026-01-01T00:00:00.000Z"
 
 
 @dataclass
 class Request:
-    """One request, in the log from the moment it arrives. Status 0: not answered (yet). The bytes are those of the body, headers apart."""
+    """One request, logged on arrival. status: 0 without an answer (yet). bytes_sent: of the body, without headers."""
 
     method: str
     path: str
@@ -44,7 +45,7 @@ class Request:
 
 @dataclass
 class Failure:
-    """What to do to the next `times` requests that match `pattern`."""
+    """How to fail the next `times` requests that match `pattern`."""
 
     pattern: re.Pattern[str]
     kind: str
@@ -57,13 +58,13 @@ def blob_id(content: bytes) -> str:
 
 
 def card(readme: bytes) -> dict[str, object]:
-    """The YAML block at the head of a README.md."""
+    """Return the YAML block at the beginning of a README.md."""
     block = re.match(r"---\r?\n(.*?)\n---\s", readme.decode("utf-8") + "\n", re.DOTALL)
     return (block and yaml.safe_load(block[1])) or {}
 
 
 def entries(files: dict[str, bytes]) -> dict[str, dict[str, object]]:
-    """Every file and folder of a commit by its path, as the tree API describes it."""
+    """Return all files and folders of a commit by their paths, as the tree API describes them."""
     listed: dict[str, dict[str, object]] = {}
     for path, content in sorted(files.items()):
         for folder in [str(parent) for parent in reversed(Path(path).parents)][1:]:
@@ -75,17 +76,41 @@ def entries(files: dict[str, bytes]) -> dict[str, dict[str, object]]:
     return listed
 
 
+def repository_info(repo_id: str, commit: str, files: dict[str, bytes], with_sizes: bool) -> dict[str, object]:
+    """Return the description of a repository, as its API returns it."""
+    siblings = [
+        {"rfilename": path, **({"size": len(content), "blobId": blob_id(content)} if with_sizes else {})}
+        for path, content in sorted(files.items())
+    ]
+    return {
+        "_id": commit[:24],
+        "id": repo_id,
+        "author": repo_id.split("/")[0],
+        "sha": commit,
+        "private": False,
+        "gated": False,
+        "disabled": False,
+        "createdAt": DATE,
+        "lastModified": DATE,
+        "downloads": 0,
+        "likes": 0,
+        "tags": [],
+        "cardData": card(files.get("README.md", b"")),
+        "siblings": siblings,
+    }
+
+
 class HubServer:
-    """The server, from its creation to `close`. As a context manager it closes itself."""
+    """The server, which runs from its creation to `close`, or to the end of its `with` block."""
 
     def __init__(self) -> None:
         self.log: list[Request] = []
-        self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}  # the files by repository and commit
-        self.branches: dict[tuple[str, str], str] = {}  # the commit by repository and name
+        self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}  # files by repository and commit
+        self.branches: dict[tuple[str, str], str] = {}  # commit by repository and branch
         self.failures: list[Failure] = []
         self.lock = threading.Lock()
         self.closed = threading.Event()
-        self.hanging = threading.Event()  # set when those that hang are let go
+        self.hanging = threading.Event()  # set to release hanging requests
         self.connections: set[socket.socket] = set()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -100,7 +125,7 @@ class HubServer:
         self.close()
 
     def close(self) -> None:
-        """Refuses new connections and breaks the open ones, those left hanging included."""
+        """Refuse new connections and reset the open ones, including hanging ones."""
         if self.closed.is_set():
             return
         self.closed.set()
@@ -109,13 +134,11 @@ class HubServer:
         self.server.server_close()
         with self.lock:
             for connection in self.connections:
-                try:
+                with contextlib.suppress(OSError):  # the client has closed it already
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:  # the client was quicker
-                    pass
 
     def add(self, repo_id: str, files: dict[str, bytes], revision: str | None = None) -> str:
-        """Makes `files` the whole content of a new commit on the branch `revision` (main if not given). Returns the commit."""
+        """Create a commit with exactly these files on the branch `revision`, main by default. Return the commit."""
         with self.lock:
             commits = self.repositories.setdefault(repo_id, {})
             parts = [
@@ -129,11 +152,11 @@ class HubServer:
         return commit
 
     def fail(self, pattern: str, kind: str, times: int = 1, after_bytes: int = 0) -> None:
-        """Spoils the next `times` requests whose path, or method and path as in "GET /api/x", `pattern` is found in.
+        """Fail the next `times` requests whose path, or method and path as in "GET /api/x", contains `pattern`.
 
-        The kinds: "500", "429" and "401" (a gated repository; with the pattern "/resolve/" one whose files alone are shut) are answers,
-        "timeout" is none until `close` or `answer_again`. "cut" sends the headers and `after_bytes` bytes of the body and resets the
-        connection, "short" sends as much and ends it in good order.
+        kind: "500", "429" and "401" are answers; "401" means a gated repository, or gated files with the pattern
+        "/resolve/". "timeout" is no answer until `close` or `answer_again`. "cut" sends the headers and `after_bytes`
+        bytes of the body and resets the connection; "short" sends as much and closes it normally.
         """
         if kind not in KINDS:
             raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind}")
@@ -141,14 +164,14 @@ class HubServer:
             self.failures.append(Failure(re.compile(pattern), kind, times, after_bytes))
 
     def answer_again(self) -> None:
-        """Forgets all failures. What hangs is let go without an answer."""
+        """Remove all failures. Release hanging requests without an answer."""
         with self.lock:
             self.failures.clear()
             hanging, self.hanging = self.hanging, threading.Event()
         hanging.set()
 
     def bytes_of(self, repo_id: str, file: str) -> int:
-        """Body bytes sent for all GETs of one file, whatever the revision."""
+        """Return the body bytes sent for all GETs of a file, over all revisions."""
         path = re.compile(f"/datasets/{re.escape(repo_id)}/resolve/[^/]+/{re.escape(file)}")
         with self.lock:
             return sum(
@@ -156,7 +179,7 @@ class HubServer:
             )
 
     def env(self, home: Path) -> dict[str, str]:
-        """The whole environment of a process that takes this server for the Hub, has no token and keeps its caches below `home`."""
+        """Return the environment of a process that uses this server as the Hub, has no token, and caches in `home`."""
         ours = {
             name: value
             for name, value in os.environ.items()
@@ -164,11 +187,8 @@ class HubServer:
                 r"(HF|HUGGING|HUGGINGFACE|TRANSFORMERS|XDG_CACHE)_|(https?|all|no)_proxy$", name, re.IGNORECASE
             )
         }
-        proxy = {
-            "HTTP_PROXY": self.url,
-            "HTTPS_PROXY": self.url,
-            "NO_PROXY": "127.0.0.1,invalid",
-        }  # a name in .invalid never resolves
+        # a name in .invalid never resolves
+        proxy = {"HTTP_PROXY": self.url, "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1,invalid"}
         return (
             ours
             | proxy
@@ -184,7 +204,7 @@ class HubServer:
         )
 
     def record(self, request: Request) -> Failure | None:
-        """Notes a request that came in, and says how it is to fail."""
+        """Log a request, and return how it fails, None if it does not."""
         with self.lock:
             self.log.append(request)
             for failure in self.failures:
@@ -197,7 +217,7 @@ class HubServer:
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """One connection to the server, in a thread of its own."""
+    """One connection to the server, in its own thread."""
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -216,17 +236,17 @@ class HubHandler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except OSError:  # the client has gone
+        except OSError:  # the client has disconnected
             self.close_connection = True
 
     def log_message(self, *_: object) -> None:
         pass
 
     def do_GET(self) -> None:
-        """Every method: the failures first, then the route."""
+        """Handle a request with any method: fail it or route it."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        kept = {name: self.headers[name] for name in KEPT_HEADERS if name in self.headers}
-        self.request_log = Request(self.command, unquote(self.path.partition("?")[0]), headers=kept)
+        headers = {name: self.headers[name] for name in LOGGED_HEADERS if name in self.headers}
+        self.request_log = Request(self.command, unquote(self.path.partition("?")[0]), headers=headers)
         self.failure = self.hub.record(self.request_log)
         kind = self.failure.kind if self.failure else ""
         if kind == "timeout":
@@ -247,7 +267,7 @@ class HubHandler(BaseHTTPRequestHandler):
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         api = parts[:2] == ["api", "datasets"]
         if not self.path.startswith("/") or self.command == "CONNECT" or not (api or parts[0] == "datasets"):
-            return self.error(404, "", "nothing is served here")  # or meant for another host
+            return self.error(404, "", "nothing is served here")  # or the request is for another host
         org, name, action, revision, *rest = [*parts[2 if api else 1 :], "", "", "", ""]
         file = "/".join(part for part in rest if part)
         with self.hub.lock:
@@ -261,36 +281,14 @@ class HubHandler(BaseHTTPRequestHandler):
         if not api and action == "resolve":
             return self.send_file(files, file, commit)
         if api and action in ("", "revision"):
-            return self.send_json(self.info(f"{org}/{name}", commit, files), commit)
+            with_sizes = "blobs" in parse_qs(urlsplit(self.path).query)
+            return self.send_json(repository_info(f"{org}/{name}", commit, files, with_sizes), commit)
         if api and action == "paths-info":
             asked = parse_qs(body.decode()).get("paths", [])
             return self.send_json([entry for path, entry in entries(files).items() if path in asked], commit)
         if api and action == "tree":
             return self.send_tree(files, file, commit)
         return self.error(404, "", "nothing is served here")
-
-    def info(self, repo_id: str, commit: str, files: dict[str, bytes]) -> dict[str, object]:
-        sizes = "blobs" in parse_qs(urlsplit(self.path).query)
-        siblings = [
-            {"rfilename": path, **({"size": len(content), "blobId": blob_id(content)} if sizes else {})}
-            for path, content in sorted(files.items())
-        ]
-        return {
-            "_id": commit[:24],
-            "id": repo_id,
-            "author": repo_id.split("/")[0],
-            "sha": commit,
-            "private": False,
-            "gated": False,
-            "disabled": False,
-            "createdAt": DATE,
-            "lastModified": DATE,
-            "downloads": 0,
-            "likes": 0,
-            "tags": [],
-            "cardData": card(files.get("README.md", b"")),
-            "siblings": siblings,
-        }
 
     def send_tree(self, files: dict[str, bytes], folder: str, commit: str) -> None:
         query = parse_qs(urlsplit(self.path).query)
@@ -328,15 +326,15 @@ class HubHandler(BaseHTTPRequestHandler):
         )
 
     def error(self, status: int, code: str, message: str, commit: str = "") -> None:
-        """An error with the headers by which the client tells what is missing."""
-        told = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
+        """Send an error with the headers from which the client learns the reason."""
+        details = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
         headers = {"Content-Type": "application/json; charset=utf-8"} | {
-            name: value for name, value in told.items() if value
+            name: value for name, value in details.items() if value
         }
         self.answer(status, json.dumps({"error": message}).encode(), headers)
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        """Sends it all, or what a "cut" or a "short" leaves of it. A chunk counts just before it goes: no client is ahead of the log."""
+        """Send the answer, or the part that "cut" or "short" allows. Log each chunk before sending it."""
         self.request_log.status = status
         broken = self.failure is not None and self.failure.kind in ("cut", "short")
         self.send_response(status)
@@ -352,7 +350,7 @@ class HubHandler(BaseHTTPRequestHandler):
         if broken:
             self.close_connection = True
             if self.failure.kind == "cut":
-                self.hub.closed.wait(0.1)  # or the reset overtakes what was sent
+                self.hub.closed.wait(0.1)  # else the reset overtakes the sent bytes
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.rfile.close()  # now, both ends of it: the server would say goodbye first
+                self.rfile.close()  # close both now: the server would shut down the connection first
                 self.connection.close()

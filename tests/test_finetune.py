@@ -267,7 +267,7 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
         (["--shrink", "0"], "shrink"),
         (["--max-seq-len", "2"], "max_seq_len"),
         (["--epochs", "1.5"], "epochs"),
-        (["--dataset", "no/such.csv"], "no file that exists"),
+        (["--dataset", "no/such.csv"], "no such file"),
         (["--device", "gpu"], "device"),
         (["--max-samples", "4"], "too few"),
     ],

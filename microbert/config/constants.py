@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import re
 
-from microbert.config.dataset_names import FILE_KINDS, hub_id, named_files
+from microbert.config.dataset_names import FILE_KINDS, find_local_files, hub_id
 from microbert.errors import InputError
 
 RATIO_ROUNDING = 1e-9  # by which a sum of two ratios, such as 0.8 + 0.2, may be above 1
@@ -149,16 +149,16 @@ class Config:
             is_utf8 = not any("\ud800" <= character <= "\udfff" for character in getattr(self, name))
             _require(is_utf8, name, "must be valid UTF-8: the libraries that write there open no other names", self)
         if self.dataset not in ("imdb", "hf"):
-            if not dataset_files(self) and hub_id(self.dataset) is None:
+            if not local_data_files(self) and hub_id(self.dataset) is None:
                 raise InputError(
                     f'dataset = "{self.dataset}" is no file that exists: give "imdb", "hf", a Hub id such as '
                     f'"org/name" or "org/name:config", or paths, folders and globs of {", ".join(FILE_KINDS)} files'
                 )
 
 
-def dataset_files(config: Config) -> list[str]:
-    """The files that `dataset` names, none of this suite's own among them. Empty for what is no path. Raises InputError as `named_files` does."""
-    return named_files(config.dataset, config.cache_dir, config.output_dir)
+def local_data_files(config: Config) -> list[str]:
+    """The files that `dataset` names, none of this suite's own among them. Empty for what is no path. Raises InputError as `find_local_files` does."""
+    return find_local_files(config.dataset, config.cache_dir, config.output_dir).paths
 
 
 def fill_in(config: Config, values: dict[str, int]) -> Config:

@@ -1,5 +1,7 @@
-"""Which column of a table holds the text and which the labels: as the user names them, or where there is no doubt;
-and what a label is."""
+"""Choose the text column and the label column of a table, and check the values of both.
+
+A column that you name is used. Without a name, a column is chosen only if no other could be meant.
+"""
 
 import dataclasses
 import datetime
@@ -12,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from microbert.data.corpus import clean
 from microbert.errors import InputError
 
-LABEL_COLUMNS = ("label", "labels", "sentiment", "class")  # where none is named
-TEXT, NUMBERS, A_LIST, NOTHING, OTHER = "text", "numbers", "a list", "nothing", "not text"  # what a column holds
-MOST_NAMES, LONGEST_NAME = 50, 80  # of columns in an error; characters
-# names that say that a column is text, whatever its first values look like
+LABEL_COLUMNS = ("label", "labels", "sentiment", "class")  # tried in this order if you name none
+TEXT, NUMBERS, A_LIST, NOTHING, OTHER = "text", "numbers", "a list", "nothing", "not text"  # the content of a column
+MAX_LISTED_COLUMNS, MAX_NAME_LENGTH = 50, 80  # in a message; the second in characters
+# a column with one of these names holds text, whatever its first values look like
 TEXT_NAMES = {
     "abstract",
     "article",
@@ -41,57 +43,59 @@ TEXT_NAMES = {
     "tweet",
     "utterance",
 }
-# names of columns with strings that nobody trains on
+# names of columns whose strings are not text to train on
 IDENTIFIER_NAMES = re.compile(
     r"(^|[^a-z])(id|ids|uid|uuid|guid|key|index|hash|md5|sha\d*|doi|isbn|url|urls|uri|link|href|website|domain|path"
     r"|file|filename|file_name|address|email|e-mail|mail|phone|ip|date|datetime|time|timestamp|author|user"
     r"|username|name)$"
 )
-# a value that is an address, or one word with a digit in it, a slash or an underscore
+# a value that is an address, or a single word with a digit, a slash or an underscore
 IDENTIFIER = re.compile(
     r"(https?://|www\.|ftp://|mailto:)\S+|\S+@\S+\.\S+|(?=\S*[\d/\\_])[\w.:/\\#&=?%+~@-]+", re.ASCII
 )
-LONG_WORD = 200  # characters: a sequence of DNA without a space is text, an identifier of that length is rare
-LONGEST_LOOKED_AT = 1000  # characters of a value
+LONG_WORD = 200  # characters: a DNA sequence without spaces is text, and identifiers of this length are rare
+MAX_EXAMINED = 1000  # characters of a value
 SEVERAL_NAMES = re.compile(r"\w ?[,;|:~^\t\x01]{1,2} ?\w")
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,4})?", re.IGNORECASE | re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a table, by its name (`data.text` for the field text of data), and what it holds, as above."""
+    """A column of a table. name: `data.text` for a nested field. holds: TEXT, NUMBERS, A_LIST, NOTHING or OTHER."""
 
     name: str
     holds: str
 
     def __str__(self) -> str:
-        """Its name in one line for people, whatever is in it."""
-        return " ".join(self.name.split())[:LONGEST_NAME] + (
+        """The name for a message, in one line."""
+        return " ".join(self.name.split())[:MAX_NAME_LENGTH] + (
             f" ({self.holds})" if self.holds in (A_LIST, OTHER) else ""
         )
 
 
 class WrittenNumber(str):
-    """A number as its file has it: 3.10 is neither 3.1 nor a text."""
+    """A number as written in its file: 3.10 is neither 3.1 nor a text."""
 
 
 def listed(columns: Iterable[Column]) -> str:
-    """The columns in one line, however many there are."""
+    """Return the columns in one line, with a limit on their number."""
     names = [str(column) for column in columns]
-    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    return ", ".join(names[:MAX_LISTED_COLUMNS]) + (
+        f" and {len(names) - MAX_LISTED_COLUMNS} more" if len(names) > MAX_LISTED_COLUMNS else ""
+    )
 
 
 def choose_text_column(
     columns: Sequence[Column], wanted: str | None, where: str, sample: Callable[[str], list[object]]
 ) -> str:
-    """The wanted column, else "text", else the only one with text, where it does not hold identifiers or addresses.
+    """Return the wanted column, else "text", else the only column with text that is not identifiers or addresses.
 
-    where: the table's name in errors. sample(name): the first values of a column. Raises InputError, with the columns'
-    names, where none can be chosen.
+    where: the table's name for messages. sample(name): the first values of a column. Raises InputError, with the names
+    of the columns, if none can be chosen.
     """
     if wanted is not None:
         if (found := _named(columns, wanted)) is None:
-            raise InputError(f'{where} has no column "{wanted}" (text_column); it has: {listed(columns)}')
+            raise InputError(f'{where} has no column "{wanted}"; set text_column to one of: {listed(columns)}')
         return found
     texts = [column.name for column in columns if column.holds == TEXT]
     named = [column.name for column in columns if column.name.strip().lower() == "text"]
@@ -99,67 +103,67 @@ def choose_text_column(
     if usable:
         return "text" if "text" in usable else usable[0]
     if len(texts) != 1:
-        raise InputError(f"{where}: set text_column to the column to train on; it has: {listed(columns)}")
+        problem = "no column with text" if not texts else "several columns with text"
+        raise InputError(f"{where} has {problem}; set text_column to the one to train on: {listed(columns)}")
     if SEVERAL_NAMES.search(texts[0]):
         raise InputError(
-            f'{where}: set text_column to the column to train on; "{texts[0]}" looks like several names with a '
-            "separator that is not known here"
+            f'{where}: the header, "{texts[0]}", looks like several names with an unsupported separator. Save the file '
+            "with commas between fields, or set text_column to this name"
         )
     if _holds_identifiers(texts[0], sample(texts[0])):
         raise InputError(
-            f'{where}: set text_column to the column to train on; the only one with text, "{texts[0]}", '
-            "seems to hold identifiers or addresses. "
-            f"It has: {listed(columns)}"
+            f'{where}: the only column with text, "{texts[0]}", seems to hold identifiers or addresses; set '
+            f"text_column to the one to train on: {listed(columns)}"
         )
     return texts[0]
 
 
 def choose_label_column(columns: Sequence[Column], wanted: str | None, where: str) -> str:
-    """The wanted column, else the first of LABEL_COLUMNS.
+    """Return the wanted column, else the first of LABEL_COLUMNS.
 
-    Raises InputError, with the columns' names, where there is none.
+    Raises InputError, with the names of the columns, if there is none.
     """
     for name in LABEL_COLUMNS if wanted is None else (wanted,):
         if (found := _named(columns, name)) is not None:
             return found
-    missing = "" if wanted is None else f'there is no column "{wanted}": '
+    missing = "no label column" if wanted is None else f'no column "{wanted}"'
     raise InputError(
-        f"{where}: {missing}set label_column (--label-column) to the column with the labels; it has: {listed(columns)}"
+        f"{where} has {missing}; set label_column (--label-column) to the one with the labels: {listed(columns)}"
     )
 
 
 def as_text(value: object, where: str, column: str, row: int) -> str | None:
-    """The value of a text column, None for a missing one.
+    """Return the value of a text column, None for a missing one.
 
-    row: from 1, for errors. Raises InputError for what is no text.
+    row: counted from 1, for messages. Raises InputError if the value is not text.
     """
     if value is None or type(value) is str:
         return value
-    raise InputError(f'{where}: row {row:,}: text_column "{column}" holds {_shown(value)}, not text')
+    raise InputError(
+        f'{where}: row {row:,}: column "{column}" holds {_shown(value)}, not text; set text_column to another one'
+    )
 
 
 def as_label(value: object, where: str, column: str, row: int) -> str | None:
-    """A label as its file has it, without the white space around it; None where a row has none (null, NaN or an empty
-    text).
+    """Return a label as written, without surrounding white space; None for null, NaN and empty text.
 
-    row: from 1, for errors. Raises InputError for a list or an object: a row has one label.
+    row: counted from 1, for messages. Raises InputError for a list or an object: a row has one label.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, WrittenNumber) and value == "NaN":
         return None
     if isinstance(value, bool):
-        return str(value).lower()  # as JSON has it
+        return str(value).lower()  # as in JSON
     if isinstance(value, str | int | float | decimal.Decimal | datetime.date | datetime.time):
         return clean(str(value)) or None
-    several = (
-        "several labels a row are not supported" if isinstance(value, list | tuple) else "a label is a text or a number"
-    )
-    raise InputError(f'{where}: row {row:,}: label_column "{column}" holds {_shown(value)}; {several}')
+    is_list = isinstance(value, list | tuple)
+    rule = "only one label per row is supported" if is_list else "a label must be a text or a number"
+    raise InputError(f'{where}: row {row:,}: label column "{column}" holds {_shown(value)}; {rule}')
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
-    """The different labels in the order of their numbers where all are numbers, else of their letters."""
+    """Return the distinct labels, sorted as numbers if all are numbers, else alphabetically."""
     different = set(labels)
     if all(NUMBER.fullmatch(label) for label in different):
         return sorted(different, key=lambda label: (decimal.Decimal(label), label))
@@ -167,7 +171,7 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
 
 
 def _named(columns: Sequence[Column], wanted: str) -> str | None:
-    """The column of that name, outer spaces aside."""
+    """Return the column with this name, if necessary ignoring outer spaces."""
     for candidates in (
         [c.name for c in columns if c.name == wanted],
         [c.name for c in columns if c.name.strip() == wanted.strip()],
@@ -178,7 +182,7 @@ def _named(columns: Sequence[Column], wanted: str) -> str | None:
 
 
 def _holds_identifiers(name: str, values: list[object]) -> bool:
-    """Whether a column with strings names things rather than being text. values: the first ones."""
+    """Return whether the strings of a column are identifiers rather than text. values: the first ones."""
     last = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.rpartition(".")[2].strip()).lower()  # doc.sourceUrl -> source_url
     if last in TEXT_NAMES:
         return _share(values, lambda text: IDENTIFIER.fullmatch(text) is not None) > 0.9
@@ -186,14 +190,13 @@ def _holds_identifiers(name: str, values: list[object]) -> bool:
 
 
 def _share(values: list[object], holds: Callable[[str], bool]) -> float:
-    texts = [
-        text[:LONGEST_LOOKED_AT] for text in map(clean, (value for value in values if isinstance(value, str))) if text
-    ]
+    """Return the share of the texts among the values for which `holds` is true."""
+    texts = [text[:MAX_EXAMINED] for text in map(clean, (value for value in values if isinstance(value, str))) if text]
     return sum(map(holds, texts)) / max(1, len(texts))
 
 
 def _is_prose(text: str) -> bool:
-    """Several words, or letters of a script that has no spaces between them, or a long sequence; and no address."""
+    """Return whether a text is several words, a long sequence, or in a script without spaces; and not an address."""
     if IDENTIFIER.fullmatch(text) and len(text) < LONG_WORD:
         return False
     has_letters = any(character.isalpha() for character in text)
@@ -201,6 +204,7 @@ def _is_prose(text: str) -> bool:
 
 
 def _shown(value: object) -> str:
+    """Return the beginning of a value, for a message."""
     if isinstance(value, WrittenNumber):
         return value[:40]
     return json.dumps(value, ensure_ascii=False, default=str)[:40]

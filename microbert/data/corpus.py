@@ -1,25 +1,28 @@
-"""What every source of text is to the rest: parts that are read in order, a few rows at a time, from any row on.
+"""The interface of a text source: parts that are read in order, a few rows at a time, starting at any row.
 
-A part is a file, or a piece of a table. So a reader that stopped goes on where it was without reading the parts before it.
+A part is a file or a slice of a table, so an interrupted reader resumes without reading the parts before its position.
 """
 
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from microbert.config.constants import Config
 
 HELD_OUT_SHARE = 0.1
-HELD_OUT_AT_MOST = 10_000  # or about so many
-READ_ROWS = 200  # handed over at a time, or
-READ_CHARACTERS = 1_000_000  # so many, where rows are long
+HELD_OUT_AT_MOST = 10_000  # documents, approximately
+READ_ROWS = 200  # rows in a batch
+READ_CHARACTERS = 1_000_000  # characters in a batch, if rows are long
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """size: in any unit that all parts share. read(row): yields the text column from that row on, None for an empty row."""
+    """A piece of a corpus.
+
+    size: in any unit that all parts share. read(row): yields the text column from that row on, None for an empty row.
+    """
 
     size: float
     read: Callable[[int], Iterator[list[str | None]]]
@@ -27,16 +30,19 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where the next row stands: `row` of `part`, with `rows` rows before it in all."""
+    """The position of the next row: `row` of `part`, after `rows` rows of the corpus."""
 
     part: int = 0
     row: int = 0
     rows: int = 0
 
 
+START = Position()
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a corpus is thought to hold before it is read. is_exact says that `documents` was counted, not reckoned."""
+    """The size of a corpus before it is read. is_exact: `documents` is a count, not an estimate."""
 
     documents: int
     megabytes: float  # of UTF-8 text
@@ -46,8 +52,9 @@ class Estimate:
 class Corpus:
     """A dataset whose rows can be read in one fixed order.
 
-    description: one line for people. key: changes whenever the rows may have changed. is_remote: reading costs transfer, so rows that
-    `head` has read are kept for the next `read`. open_parts: called once, at the first read. remember: called when all is prepared.
+    description: one line for the user. key: changes whenever the rows may have changed. open_parts: called once, at the
+    first read. is_remote: reading transfers data, so the next `read` reuses the rows that `head` has read. remember:
+    called when everything is prepared. notes: lines for the user about how the dataset was found.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class Corpus:
         max_samples: int | None,
         is_remote: bool = False,
         remember: Callable[[], None] = lambda: None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.description = description
         self.key = key
@@ -66,24 +74,35 @@ class Corpus:
         self.max_samples = max_samples
         self.is_remote = is_remote
         self.remember = remember
+        self.notes = notes
         self._open_parts = open_parts
         self._parts: list[Part] | None = None
         self._ahead: list[tuple[list[str | None], Position]] = []
         self._reading: Iterator[tuple[list[str | None], Position]] | None = None
 
     @property
+    def summary(self) -> str:
+        """What to print when the corpus is opened: its notes, its description and its size."""
+        about = "" if self.estimate.is_exact else "about "
+        noun = "document" if self.estimate.documents == 1 else "documents"
+        size = f"{about}{self.estimate.documents:,} {noun}, {self.estimate.megabytes:,.0f} MB of text"
+        advice = "--dataset accepts a Hub id, or paths and globs of your own files"
+        return "\n".join([*self.notes, f"dataset: {self.description}, {size}; {advice}"])
+
+    @property
     def parts(self) -> list[Part]:
+        """The parts, opened at the first use."""
         if self._parts is None:
             self._parts = self._open_parts()
         return self._parts
 
     def cache_folder(self, config: Config) -> Path:
-        """Where everything that is prepared from this corpus is kept."""
+        """Return the folder for everything prepared from this corpus."""
         return Path(config.cache_dir) / self.key
 
-    def read(self, start: Position = Position()) -> Iterator[tuple[list[str | None], Position]]:
-        """Some rows at a time, with the position behind them, up to `max_samples` rows in all."""
-        if start == Position() and self._reading:
+    def read(self, start: Position = START) -> Iterator[tuple[list[str | None], Position]]:
+        """Yield batches of rows, each with the position after it, `max_samples` rows at most."""
+        if start == START and self._reading:
             reading, self._reading = self._reading, None
             while self._ahead:
                 yield self._ahead.pop(0)
@@ -92,7 +111,10 @@ class Corpus:
             yield from self._read_parts(start)
 
     def head(self, characters: int) -> Iterator[list[str | None]]:
-        """The first rows that hold so many characters; from each part its share, where that costs nothing and all parts are wanted."""
+        """Yield first rows with so many characters in all.
+
+        If all parts are local and wanted, each part contributes in proportion to its size.
+        """
         wants_all = self.max_samples is None or self.estimate.documents < self.max_samples
         if wants_all and not self.is_remote and len(self.parts) > 1:
             size, left = sum(part.size for part in self.parts), float(characters)
@@ -100,13 +122,13 @@ class Corpus:
                 for rows in _first(part.read(0), characters * part.size / size):
                     left -= sum(len(row) for row in rows if row)
                     yield rows
-                if left <= 0:  # long rows may have taken more than their part's share
+                if left <= 0:  # long rows may exceed their part's share
                     return
             return
         if not self.is_remote:
-            yield from _first((rows for rows, _ in self._read_parts(Position())), characters)
+            yield from _first((rows for rows, _ in self._read_parts(START)), characters)
             return
-        self._reading = self._read_parts(Position())
+        self._reading = self._read_parts(START)
         for rows, position in self._reading:
             self._ahead.append((rows, position))
             yield rows
@@ -128,7 +150,7 @@ class Corpus:
 
 
 def _first(batches: Iterator[list[str | None]], characters: float) -> Iterator[list[str | None]]:
-    """The first rows that hold so many characters."""
+    """Yield the first rows, until they hold so many characters."""
     for rows in batches:
         lengths = itertools.accumulate(len(row) if row else 0 for row in rows)
         n_rows = 1 + sum(length < characters for length in lengths)
@@ -139,7 +161,10 @@ def _first(batches: Iterator[list[str | None]], characters: float) -> Iterator[l
 
 
 def clean(row: str | None) -> str:
-    """A row's text without a byte-order mark and surrounding white space, "" where it holds none. Halves of surrogate pairs become "?"."""
+    """Return a row's text without a byte-order mark and surrounding white space, "" for None.
+
+    Halves of surrogate pairs become "?".
+    """
     if row is None:
         return ""
     text = row.strip().strip("\ufeff\0").strip()
@@ -147,6 +172,6 @@ def clean(row: str | None) -> str:
 
 
 def split_hash(text: str, seed: int) -> int:
-    """64 bits from (seed, text), so that duplicates fall on one side of the split, in any order, on any machine."""
+    """Return a 64-bit hash of (seed, text): duplicates are on the same side of the split, on any machine."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")

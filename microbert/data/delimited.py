@@ -1,9 +1,8 @@
-"""The rows of a text file with separated fields: which separator, what a quotation mark means, and errors with their
-line.
+"""Read text files with separated fields: detect the separator, handle quotation marks, report errors with their line.
 
-CSV follows RFC 4180: a field that begins with a quotation mark ends with one, and marks inside it are doubled. TSV has
-no quotation marks by its definition (IANA, text/tab-separated-values), yet Excel and pandas write some; so there a mark
-counts only where the line, read as quoted, makes sense.
+CSV follows RFC 4180: a field that begins with a quotation mark ends with one, and quotation marks inside it are
+doubled. TSV has no quoting by its definition (IANA, text/tab-separated-values), yet Excel and pandas write quoted
+fields; so in TSV a quotation mark counts only if the line, read as quoted, has the right number of fields.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 
 from microbert.errors import InputError
 
-# in the order in which they are tried; the last are those of Hive and of older exports
+# in the order in which they are tried; the last ones are those of Hive and of older exports
 SEPARATORS = {
     ",": "commas",
     ";": "semicolons",
@@ -24,27 +23,25 @@ SEPARATORS = {
     "~": '"~"',
     "\x01": "U+0001",
 }
-EXCEL_HINT = re.compile(r"sep=(.)\s*")  # the line that Excel writes and reads above the names
-SAMPLE_LINES = 200  # that show the separator
-MOST_LINES_OF_A_FIELD = 1000  # of a quoted field in TSV
-ROWS_IN_A_FIELD = {
-    2: 2
-}  # lines inside a quoted field by the number of columns: if all of them are rows, none is inside
-FEWEST_ROWS_IN_A_FIELD = 1  # the same for other numbers of columns
-SAVE_WITH_LF = "Save the file with the line ends of Unix (LF) or Windows (CR LF)"
-LARGEST_FIELD = 2**28  # characters: a mark that never closes is noticed before a large file is in memory
+EXCEL_HINT = re.compile(r"sep=(.)\s*")  # a line that Excel writes and reads above the names
+SAMPLE_LINES = 200  # used to detect the separator
+MAX_LINES_PER_FIELD = 1000  # of a quoted field in TSV
+# so many lines inside a quoted field that all look like rows are an error, by the number of columns
+MIN_ROWS_IN_FIELD = {2: 2}
+DEFAULT_MIN_ROWS_IN_FIELD = 1  # for other numbers of columns
+SAVE_WITH_LF = "Save the file with Unix (LF) or Windows (CR LF) line endings"
+MAX_FIELD_LENGTH = 2**28  # characters: stops at an unclosed quotation mark before a large file fills the memory
 
 
 def read_delimited(lines: Iterator[str], path: str) -> tuple[list[str], Iterator[list[str | None]]]:
-    """The names of the columns, and the rows below the first line, each with as many fields: None where a row is
-    shorter.
+    """Return the names of the columns and the rows below them, each padded with None to the number of names.
 
-    Empty rows are left out. Raises InputError, with the line, where a row has more fields than there are names or a
-    quotation mark never closes, and where the separator cannot be told.
+    Empty rows are skipped. Raises InputError, with the line, for a row with more fields than names and for a quotation
+    mark that is not closed; and if the separator cannot be detected.
     """
-    csv.field_size_limit(LARGEST_FIELD)
+    csv.field_size_limit(MAX_FIELD_LENGTH)
     sample = list(itertools.islice(lines, SAMPLE_LINES))
-    separator = separator_of(sample, path)
+    separator = detect_separator(sample, path)
     n_above = next(
         (number for number, line in enumerate(sample) if line.strip() and not EXCEL_HINT.fullmatch(line)), 0
     )  # lines above the names
@@ -52,19 +49,18 @@ def read_delimited(lines: Iterator[str], path: str) -> tuple[list[str], Iterator
     records = _tab_separated(below, n_above, path) if separator == "\t" else _quoted(below, separator, n_above, path)
     _, names = next(records, (1, []))
     names = [name.strip() for name in names]
-    return names, _filled(records, names, path)
+    return names, _padded(records, names, path)
 
 
 def usual_separator(path: str) -> str:
-    """What a file's name says about its separator."""
+    """Return the usual separator for a file of this name."""
     return "\t" if re.search(r"\.tsv(\.\w+)?$", path, re.IGNORECASE) else ","
 
 
-def separator_of(sample: list[str], path: str) -> str:
-    """What separates the fields: by the file's ending where the first lines agree with that, else the one with which
-    they do.
+def detect_separator(sample: list[str], path: str) -> str:
+    """Return the usual separator for the file's name if it splits the first lines into equal rows, else one that does.
 
-    sample: the first lines. Raises InputError where the first line has another separator than the others.
+    sample: the first lines. Raises InputError if the first line has another separator than the other lines.
     """
     if sample and (hint := EXCEL_HINT.fullmatch(sample[0])):
         return hint[1]
@@ -76,14 +72,14 @@ def separator_of(sample: list[str], path: str) -> str:
         return fitting[0] if fitting and not _fits(sample, usual, path) else usual
     if others and not fitting:
         raise InputError(
-            f"{path}: the separator of its fields cannot be told: its lines do not have as many "
-            f"{SEPARATORS[others[0]]} as the first. Save it with {SEPARATORS[usual]} between fields"
+            f"{path}: cannot detect what separates its fields: most lines have another number of "
+            f"{SEPARATORS[others[0]]} than the first. Save it with {SEPARATORS[usual]} between fields"
         )
     return fitting[0] if fitting else usual
 
 
 def _fits(sample: list[str], separator: str, path: str) -> bool:
-    """Whether the first line has several fields, each with a name, and at least half of the others as many."""
+    """Return whether the first line has several named fields, and at least half of the others have as many."""
     lines = [line for line in sample if line.strip(" \r\n")]
     if separator == "\t":
         rows = [line.rstrip("\r\n").split("\t") for line in lines]
@@ -91,7 +87,7 @@ def _fits(sample: list[str], separator: str, path: str) -> bool:
         with _csv_errors(path, 1):
             rows = [row for row in csv.reader(lines, delimiter=separator, skipinitialspace=True) if row]
     if len(sample) == SAMPLE_LINES and len(rows) > 1:
-        rows.pop()  # its end may not be in the sample
+        rows.pop()  # the sample may end within it
     names, *rows = rows
     n_fitting = sum(len(row) >= len(names) and not any(row[len(names) :]) for row in rows)
     return len(names) > 1 and all(names[1:]) and 2 * n_fitting >= len(rows)
@@ -99,43 +95,45 @@ def _fits(sample: list[str], separator: str, path: str) -> bool:
 
 @contextlib.contextmanager
 def _csv_errors(path: str, line: int) -> Iterator[None]:
-    """Raises InputError for what the csv module raises in a row that begins at this line."""
+    """Turn errors of the csv module in a row that begins at this line into InputError."""
     try:
         yield
     except csv.Error as error:
         if "new-line" in str(error):
             raise InputError(
-                f"{path}: near line {line}: there is a carriage return (CR) in a field. {SAVE_WITH_LF}"
+                f"{path}: near line {line}: a field contains a carriage return (CR). {SAVE_WITH_LF}"
             ) from None
         raise InputError(
-            f"{path}: line {line}: the row that begins here is not CSV ({error}): a field that begins with a "
-            "quotation mark must end with one, and marks inside it must be doubled"
+            f"{path}: line {line}: the row that begins here is not valid CSV ({error}): a field that begins with a "
+            "quotation mark must end with one, and quotation marks inside it must be doubled"
         ) from None
 
 
-def _filled(records: Iterator[tuple[int, list[str]]], names: list[str], path: str) -> Iterator[list[str | None]]:
+def _padded(records: Iterator[tuple[int, list[str]]], names: list[str], path: str) -> Iterator[list[str | None]]:
+    """Yield each row with as many fields as there are names. Raises InputError for a row with more."""
     for line, fields in records:
         if len(fields) > len(names):
             if any(field.strip() for field in fields[len(names) :]):
-                advice = "" if len(names) > 1 else ": put a text that has separators in it in quotation marks"
+                plural = "column" if len(names) == 1 else "columns"
                 raise InputError(
-                    f"{path}: line {line} has {len(fields)} fields, and the first line names {len(names)}{advice}"
+                    f"{path}: line {line} has {len(fields)} fields, but the header names {len(names)} {plural}: put "
+                    "fields that contain the separator in quotation marks"
                 )
-            fields = fields[: len(names)]  # empty columns, as Excel writes them
+            fields = fields[: len(names)]  # Excel writes empty columns
         if fields:
             yield fields + [None] * (len(names) - len(fields))
 
 
 def _quoted(lines: Iterator[str], separator: str, n_above: int, path: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows with quoted fields, each with the number of its last line. n_above: lines of the file before the first."""
-    of_row: list[str] = []  # its lines
+    """Yield rows with quoted fields, each with the number of its last line. n_above: lines before the first one."""
+    row_lines: list[str] = []
 
-    def remembered() -> Iterator[str]:
+    def recorded() -> Iterator[str]:
         for line in lines:
-            of_row.append(line)
+            row_lines.append(line)
             yield line
 
-    reader = csv.reader(remembered(), delimiter=separator, skipinitialspace=True, strict=True)
+    reader = csv.reader(recorded(), delimiter=separator, skipinitialspace=True, strict=True)
     n_names = 0
     while True:
         first_line = n_above + reader.line_num + 1
@@ -144,30 +142,29 @@ def _quoted(lines: Iterator[str], separator: str, n_above: int, path: str) -> It
         if fields is None:
             return
         n_names = n_names or len(fields)
-        if len(of_row) > 2:
-            _check_lines_of_row(of_row, separator, n_names, first_line, path)
-        of_row.clear()
+        if len(row_lines) > 2:
+            _check_lines_of_row(row_lines, separator, n_names, first_line, path)
+        row_lines.clear()
         yield n_above + reader.line_num, fields
 
 
 def _check_lines_of_row(lines: list[str], separator: str, n_names: int, first_line: int, path: str) -> None:
-    """Raises InputError where each line of a row is a row itself: stray quotation marks in two fields have made them
-    one."""
+    """Raise InputError if each line of a row is a row itself, joined by stray quotation marks in two fields."""
     n_inside = len(lines) - 2
-    if n_names > 1 and n_inside >= ROWS_IN_A_FIELD.get(n_names, FEWEST_ROWS_IN_A_FIELD):
-        if all(len(line.split(separator)) == n_names for line in lines):
-            raise InputError(
-                f"{path}: line {first_line}: a quotation mark opens a field here that ends {len(lines) - 1:,} lines "
-                "below, "
-                "and each of these lines looks like a row: double the marks that belong to the text, and put the field "
-                "in quotation marks"
-            )
+    if n_names < 2 or n_inside < MIN_ROWS_IN_FIELD.get(n_names, DEFAULT_MIN_ROWS_IN_FIELD):
+        return
+    if all(len(line.split(separator)) == n_names for line in lines):
+        raise InputError(
+            f"{path}: line {first_line}: a quotation mark opens a field here that ends {len(lines) - 1:,} lines below, "
+            "and each of these lines looks like a row: double the quotation marks that belong to the text, and put the "
+            "field in quotation marks"
+        )
 
 
 def _tab_separated(lines: Iterator[str], n_above: int, path: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows of tab-separated fields, as for `_quoted`.
+    """Yield rows of tab-separated fields as `_quoted` does.
 
-    All fields are quoted where the names are; else those that need it.
+    If all names are quoted, all fields are; else only those that need it.
     """
     numbered = ((number, line.rstrip("\r\n")) for number, line in enumerate(lines, n_above + 1))
     number, first = next(numbered, (1, ""))
@@ -180,30 +177,27 @@ def _tab_separated(lines: Iterator[str], n_above: int, path: str) -> Iterator[tu
             quoted = _unquoted(line)
             if quoted is None and len(fields) < len(names) and _is_open(fields):
                 number, quoted = _over_lines(number, line, numbered, len(names), path)
-            is_row = quoted is not None and len(quoted) == len(names)
-            if is_row and (is_all_quoted or '""' in line or len(fields) != len(names)):
+            needs_quoting = is_all_quoted or '""' in line or len(fields) != len(names)
+            if needs_quoting and quoted is not None and len(quoted) == len(names):
                 fields = quoted
             elif is_all_quoted and quoted is None:
                 raise InputError(
-                    f"{path}: line {number}: the first line has its fields in quotation marks, and this one is not so: "
-                    "marks inside a field must be doubled"
+                    f"{path}: line {number}: the first line has its fields in quotation marks, but this one is not "
+                    "quoted correctly: double the quotation marks inside a field"
                 )
         yield number, fields
 
 
 def _is_open(fields: list[str]) -> bool:
-    """Whether one of the fields begins with a quotation mark that does not close in it."""
+    """Return whether a field begins with a quotation mark that is not closed in it."""
     return any(field.startswith('"') and field.count('"') % 2 for field in fields)
 
 
 def _over_lines(
     first: int, line: str, numbered: Iterator[tuple[int, str]], n_names: int, path: str
 ) -> tuple[int, list[str]]:
-    """The row that begins with a line with an open field, and the number of its last line.
-
-    Takes these from `numbered`.
-    """
-    for number, more in itertools.islice(numbered, MOST_LINES_OF_A_FIELD):
+    """Return the row that begins with an open field, and the number of its last line. Consumes lines of `numbered`."""
+    for number, more in itertools.islice(numbered, MAX_LINES_PER_FIELD):
         line += "\n" + more
         if '"' in more and (quoted := _unquoted(line)) is not None:
             if len(quoted) == n_names:
@@ -212,12 +206,13 @@ def _over_lines(
         if n_names > 1 and more.count("\t") == n_names - 1:  # a row of its own
             break
     raise InputError(
-        f"{path}: line {first}: a quotation mark opens a field here that does not close before the next row"
+        f"{path}: line {first}: a quotation mark opens a field here that is not closed before the next row; close the "
+        "field, or double the quotation mark"
     )
 
 
 def _unquoted(line: str) -> list[str] | None:
-    """The fields of a line, read as one with quoted fields; None where it is none."""
+    """Return the fields of a line with quoted fields, None if it is not valid."""
     try:
         rows = list(csv.reader([part + "\n" for part in line.split("\n")], delimiter="\t", strict=True))
     except csv.Error:

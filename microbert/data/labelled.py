@@ -1,7 +1,7 @@
-"""Texts with labels, to fine-tune on: the bundled reviews, your csv, jsonl and parquet files, or a dataset of the
-Hub."""
+"""Texts with labels for fine-tuning: the bundled reviews, your csv, jsonl and parquet files, or a Hub dataset."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,21 +10,22 @@ from microbert.config.dataset_names import file_kind, hub_id, some_names
 from microbert.data.columns import as_label, choose_label_column, sorted_labels
 from microbert.data.corpus import clean
 from microbert.data.file_formats import find_labelled_columns, read_labelled_rows
-from microbert.data.hub_reader import first_line, is_network_trouble, labelled_files
+from microbert.data.hub_download import labelled_files
+from microbert.data.hub_errors import first_line, is_network_error
 from microbert.data.local_files import readable_files
 from microbert.data.sources import imdb_file, labelled_imdb
 from microbert.data.tables import table_columns, table_labels, table_rows, table_text_column
 from microbert.errors import InputError
 
-MOST_LABELS = 1000
-READ_ROWS = 1000  # of a table of the Hub at a time
+MAX_LABELS = 1000
+READ_ROWS = 1000  # of a table of `datasets`, at a time
 
-Rows = Iterator[tuple[str | None, str | None]]  # text and label, None for what a row lacks
+Rows = Iterator[tuple[str | None, str | None]]  # text and label, None for a missing one
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where labelled texts come from, in words for people, and how many rows could not be used."""
+    """Where labelled texts come from, as a line for the user, and the numbers of rows read and skipped."""
 
     description: str
     rows: int
@@ -38,12 +39,13 @@ class Source:
             for number, what in ((self.without_text, "text"), (self.without_label, "label"))
             if number
         ]
-        return f"{self.description}: {self.rows:,} rows, {used:,} used; skipped: {', '.join(skipped) or 'none'}"
+        rows = "1 row" if self.rows == 1 else f"{self.rows:,} rows"
+        return f"{self.description}: {rows}, {used:,} used; skipped: {', '.join(skipped) or 'none'}"
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledTexts:
-    """labels: int64 [N], numbers of `names`. source: None for texts that were not read from anywhere."""
+    """N texts with labels. labels: int64 [N], indices into `names`. source: None for texts that were not read."""
 
     texts: list[str]
     labels: np.ndarray
@@ -51,7 +53,7 @@ class LabelledTexts:
     source: Source | None = None
 
     def take(self, chosen: np.ndarray) -> "LabelledTexts":
-        """chosen: bool [N], or numbers."""
+        """Return the chosen texts. chosen: bool [N], or indices."""
         numbers = np.arange(len(self.texts))[chosen]
         return dataclasses.replace(self, texts=[self.texts[number] for number in numbers], labels=self.labels[numbers])
 
@@ -59,26 +61,12 @@ class LabelledTexts:
 def read_labelled(
     dataset: str, text_column: str | None, label_column: str | None, max_samples: int | None, seed: int
 ) -> LabelledTexts:
-    """All rows that have a text and a label, or `max_samples` of them, drawn by the seed.
+    """Return all rows that have a text and a label, or a random sample of `max_samples` of them.
 
-    Labels are what is written in the file. Raises InputError where the dataset cannot be read, a column is missing, a
-    row has several labels, or there are not at least two labels.
+    Labels are returned as written in the file. Raises InputError if the dataset cannot be read, a column is missing, a
+    row has several labels, or the number of distinct labels is not between 2 and MAX_LABELS.
     """
-    if dataset == "imdb":
-        description, rows = "imdb (film reviews, bundled)", iter(labelled_imdb(imdb_file()))
-    elif (files := readable_files(dataset)).paths:
-        tables = [path for path in files.paths if file_kind(path) != "text"]
-        texts = [path for path in files.paths if file_kind(path) == "text"] if tables else []
-        description, rows = _of_files(dataset, tables or files.paths, text_column, label_column, {})
-        description += f"; {files.left_out}" if files.left_out else ""
-        description += f"; text files, which have no labels, left out: {some_names(texts)}" if texts else ""
-    elif hub_id(dataset):
-        description, rows = _of_hub(dataset, text_column, label_column)
-    else:
-        raise InputError(
-            f'dataset = "{dataset}" is no file that exists: give imdb, csv, jsonl or parquet files, '
-            "or a Hub id such as org/name"
-        )
+    description, rows = _open_rows(dataset, text_column, label_column)
     all_rows = [(clean(text), label) for text, label in rows]
     without_text = sum(not text for text, _ in all_rows)
     kept = [(text, label) for text, label in all_rows if text and label is not None]
@@ -86,66 +74,82 @@ def read_labelled(
     if max_samples is not None and max_samples < len(kept):
         kept = [kept[number] for number in sorted(np.random.default_rng(seed).permutation(len(kept))[:max_samples])]
     names = sorted_labels(label for _, label in kept)
-    if not 2 <= len(names) <= MOST_LABELS:
+    if not 2 <= len(names) <= MAX_LABELS:
+        count = "1 distinct label" if len(names) == 1 else f"{len(names):,} distinct labels"
         raise InputError(
-            f"{source}. They have {len(names):,} different labels, and from 2 to {MOST_LABELS:,} are supported. "
-            "Is label_column the right one?"
+            f"{source}. They have {count}, but 2 to {MAX_LABELS:,} are supported; check that label_column is correct"
         )
     numbers = {name: number for number, name in enumerate(names)}
     return LabelledTexts([text for text, _ in kept], np.array([numbers[label] for _, label in kept]), names, source)
 
 
-def _of_files(
-    dataset: str, paths: list[str], text_column: str | None, label_column: str | None, classes: dict[str, list[str]]
-) -> tuple[str, Rows]:
-    """The description and the rows of files, all of which have the columns of the first that holds a row.
-
-    classes: by column, what its numbers mean.
-    """
-    columns = next(filter(None, (find_labelled_columns(path, text_column, label_column) for path in paths)), None)
-    if columns is None:
-        raise InputError(f"{dataset}: there is no row in it")
-    return f"{dataset} ({_described(*columns)})", (
-        row for path in paths for row in read_labelled_rows(path, *columns, classes.get(columns[1], []))
+def _open_rows(dataset: str, text_column: str | None, label_column: str | None) -> tuple[str, Rows]:
+    """Return the description of a dataset for the user, and its rows."""
+    if dataset == "imdb":
+        return "imdb (film reviews, bundled)", iter(labelled_imdb(imdb_file()))
+    if (files := readable_files(dataset)).paths:
+        tables = [path for path in files.paths if file_kind(path) != "text"]
+        texts = [path for path in files.paths if file_kind(path) == "text"] if tables else []
+        description, rows = _rows_of_files(dataset, tables or files.paths, text_column, label_column, {})
+        description += f"; {files.skipped}" if files.skipped else ""
+        description += f"; text files skipped, because they have no labels: {some_names(texts)}" if texts else ""
+        return description, rows
+    if (found := hub_id(dataset)) is not None:
+        return _rows_of_hub(dataset, *found, text_column, label_column)
+    raise InputError(
+        f'dataset = "{dataset}": no such file; use imdb, csv, jsonl or parquet files, or a Hub id such as org/name'
     )
 
 
-def _of_hub(dataset: str, text_column: str | None, label_column: str | None) -> tuple[str, Rows]:
-    """The same for the train split of a dataset of the Hub: of its files where they can be read here, else of the
-    table that `datasets` makes of them."""
+def _rows_of_files(
+    dataset: str, paths: list[str], text_column: str | None, label_column: str | None, classes: dict[str, list[str]]
+) -> tuple[str, Rows]:
+    """Return the description and the rows of files, which all have the columns of the first one that holds a row.
+
+    classes: the names of the classes by column, if it holds their numbers.
+    """
+    columns = next(filter(None, (find_labelled_columns(path, text_column, label_column) for path in paths)), None)
+    if columns is None:
+        raise InputError(f"{dataset} contains no rows")
+    names = classes.get(columns[1], [])
+    rows = itertools.chain.from_iterable(read_labelled_rows(path, *columns, names) for path in paths)
+    return f"{dataset} ({_description(*columns)})", rows
+
+
+def _rows_of_hub(
+    dataset: str, repo_id: str, name: str | None, text_column: str | None, label_column: str | None
+) -> tuple[str, Rows]:
+    """Return the description and the rows of the train split of a dataset of the Hub.
+
+    They are read from its files if this suite can read them, else from the table that `datasets` makes of them.
+    """
     try:
-        files, table, classes = labelled_files(*hub_id(dataset))
+        files, table, classes = labelled_files(repo_id, name)
     except InputError:
         raise
-    except Exception as error:  # of the dataset, its card and the network
-        name = hub_id(dataset)[0]
+    except Exception as error:  # of the dataset, its card or the network
         advice = (
-            f'. Where there is a network, run "hf download --repo-type dataset {name} --local-dir '
-            f'{name.split("/")[1]}", '
-            "and give the training files as --dataset"
-            if is_network_trouble(error)
+            f'. On a machine with a network, run "hf download --repo-type dataset {repo_id} --local-dir '
+            f'{repo_id.split("/")[1]}", and pass the training files as --dataset'
+            if is_network_error(error)
             else ""
         )
         raise InputError(f"{dataset} cannot be read: {first_line(error)}{advice}") from error
-    if files:
-        return _of_files(dataset, files, text_column, label_column, classes)
+    if table is None:
+        return _rows_of_files(dataset, files, text_column, label_column, classes)
     first = table[:READ_ROWS]
-    columns = table_columns(first.schema)
-    label = choose_label_column(columns, label_column, dataset)
+    label = choose_label_column(table_columns(first.schema), label_column, dataset)
     text = table_text_column(first, text_column, dataset, without=label)
 
     def rows() -> Rows:
-        number = 0
         for start in range(0, len(table), READ_ROWS):
             part = table[start : start + READ_ROWS]
-            for written, value in zip(
-                table_rows(part, text, dataset), table_labels(part, label, classes.get(label, []), dataset)
-            ):
-                number += 1
+            texts, labels = table_rows(part, text, dataset), table_labels(part, label, classes.get(label, []), dataset)
+            for number, (written, value) in enumerate(zip(texts, labels, strict=True), start + 1):
                 yield written, as_label(value, dataset, label, number)
 
-    return f"{dataset} ({_described(text, label)})", rows()
+    return f"{dataset} ({_description(text, label)})", rows()
 
 
-def _described(text_column: str, label_column: str) -> str:
+def _description(text_column: str, label_column: str) -> str:
     return f'text column "{text_column}", label column "{label_column}"'

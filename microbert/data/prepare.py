@@ -79,6 +79,7 @@ def _prepare(
 ) -> tuple[Corpus, Tokenizer, Tokens]:
     """Call `show` with each line for the user."""
     corpus = open_corpus(config, check_stop)
+    show(corpus.summary)
     with lock_cache(corpus, config, check_stop):
         if not tokenizer_path(corpus, config).exists():
             show(f"tokenizer: training WordPiece on at most {SAMPLE_CHARACTERS / 1e6:.0f}M characters ...")

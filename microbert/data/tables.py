@@ -1,4 +1,4 @@
-"""Columns and rows of parquet files and of other Arrow tables, with the fields of nested columns as `data.text`."""
+"""Read columns and rows of parquet files and other Arrow tables. Fields of nested columns are named as `data.text`."""
 
 import contextlib
 import functools
@@ -15,13 +15,13 @@ from microbert.data.columns import A_LIST, NOTHING, NUMBERS, OTHER, TEXT, Column
 from microbert.data.corpus import READ_ROWS
 from microbert.errors import InputError
 
-DEEPEST = 5  # levels of nested columns that are listed
+MAX_DEPTH = 5  # of nested columns
 
 
 def parquet_columns(file: BinaryIO, where: str) -> tuple[list[Column], Callable[[str], list[object]]] | None:
-    """The columns of a parquet file, with a function that returns the first values of one; None where it holds no row.
+    """Return the columns of a parquet file, and a function that returns a column's first values; None without rows.
 
-    Reads the file's footer, and nothing else before that function is called.
+    Reads only the file's footer until that function is called.
     """
     with parquet_errors(where):
         table = pa.parquet.ParquetFile(file, pre_buffer=False)
@@ -30,7 +30,7 @@ def parquet_columns(file: BinaryIO, where: str) -> tuple[list[Column], Callable[
 
 
 def parquet_text_column(file: BinaryIO, wanted: str | None, where: str) -> str:
-    """The column to train on. Raises as `choose_text_column` does."""
+    """Return the column to train on. Raises InputError as `choose_text_column` does."""
     with parquet_errors(where):
         table = pa.parquet.ParquetFile(file, pre_buffer=False)
         sample = functools.partial(_first_values, table, where)
@@ -38,7 +38,7 @@ def parquet_text_column(file: BinaryIO, wanted: str | None, where: str) -> str:
 
 
 def read_parquet(file: BinaryIO, column: str, row: int, where: str) -> Iterator[list[str | None]]:
-    """The text column from `row` on, by row group, in the calling thread. Errors of `file` itself pass as they are."""
+    """Yield the text column from `row` on, by row group, in the calling thread. Errors of `file` pass through."""
     with parquet_errors(where):
         table = pa.parquet.ParquetFile(file, pre_buffer=False)
         names = _stored_names(table.schema_arrow, (column,), where)
@@ -56,31 +56,32 @@ def read_parquet(file: BinaryIO, column: str, row: int, where: str) -> Iterator[
 def read_labelled_parquet(
     file: BinaryIO, text_column: str, label_column: str, classes: list[str], where: str
 ) -> Iterator[tuple[str | None, object]]:
-    """Text and label of every row. classes: as for `table_labels`."""
+    """Yield text and label of every row. classes: as for `table_labels`."""
     with parquet_errors(where):
         parquet = pa.parquet.ParquetFile(file)
         names = _stored_names(parquet.schema_arrow, (text_column, label_column), where)
         for batch in parquet.iter_batches(READ_ROWS, columns=names, use_threads=False):
             table = pa.table(batch).replace_schema_metadata(parquet.schema_arrow.metadata)
-            yield from zip(table_rows(table, text_column, where), table_labels(table, label_column, classes, where))
+            texts, labels = table_rows(table, text_column, where), table_labels(table, label_column, classes, where)
+            yield from zip(texts, labels, strict=True)
 
 
 def table_text_column(table: pa.Table, wanted: str | None, where: str, without: str | None = None) -> str:
-    """The column to train on.
+    """Return the column to train on.
 
-    table: the first rows. where: its name in errors. without: a column that it is not. Raises as `choose_text_column`
-    does.
+    table: the first rows. where: the table's name for messages. without: a column to ignore. Raises InputError as
+    `choose_text_column` does.
     """
     columns = [column for column in table_columns(table.schema) if column.name != without]
     return choose_text_column(columns, wanted, where, lambda name: _values(table, name, where))
 
 
 def table_columns(schema: pa.Schema) -> list[Column]:
-    """The columns of a table, with the fields of nested ones in their place."""
+    """Return the columns of a table, with the fields of nested columns instead of these."""
 
     def columns(fields: Sequence[pa.Field], prefix: str, depth: int) -> Iterator[Column]:
         for field in fields:
-            if pa.types.is_struct(field.type) and depth < DEEPEST:
+            if pa.types.is_struct(field.type) and depth < MAX_DEPTH:
                 yield from columns(list(field.type), f"{prefix}{field.name}.", depth + 1)
             else:
                 yield Column(prefix + field.name, _holds(field.type))
@@ -89,18 +90,19 @@ def table_columns(schema: pa.Schema) -> list[Column]:
 
 
 def table_rows(table: pa.Table, column: str, where: str) -> list[str | None]:
-    """The values of the text column. Raises InputError where it is missing or holds anything but text."""
+    """Return the values of the text column. Raises InputError if it is missing or holds anything but text."""
     values = _array(table, column, where)
     if not _is_text(values.type) and not pa.types.is_null(values.type):
-        raise InputError(f'{where}: text_column "{column}" holds {values.type}, not text')
+        raise InputError(
+            f'{where}: column "{column}" holds {values.type}, not text; set text_column to a column with text'
+        )
     return values.to_pylist()
 
 
 def table_labels(table: pa.Table, column: str, classes: list[str], where: str) -> list[object]:
-    """The values of the label column as Python has them, with the names of classes in place of their numbers.
+    """Return the values of the label column as Python objects, with the names of classes instead of their numbers.
 
-    classes: these names, where the table itself has none. A number without a name, such as -1, means that a row has no
-    label.
+    classes: these names, if the table itself has none. A number without a name, such as -1, becomes None: no label.
     """
     names = _class_names(table.schema, column) or classes
     values = _values(table, column, where)
@@ -108,12 +110,12 @@ def table_labels(table: pa.Table, column: str, classes: list[str], where: str) -
 
 
 def class_name(number: int, names: list[str]) -> str | None:
-    """The name of a class by its number, None for a number without one."""
+    """Return the name of a class by its number, None for a number without a name."""
     return names[number] if 0 <= number < len(names) else None
 
 
 def _class_names(schema: pa.Schema, column: str) -> list[str]:
-    """What the numbers of a column stand for, where `datasets` has written that into the schema; else none."""
+    """Return the names of a column's classes if `datasets` has written them into the schema, else an empty list."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
         return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else []
@@ -145,24 +147,24 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _stored_names(schema: pa.Schema, columns: tuple[str, ...], where: str) -> list[str]:
-    """In which columns of a file those are that are wanted. Raises InputError where one is missing."""
+    """Return the top-level columns that contain the given ones. Raises InputError if one is missing."""
     return list(dict.fromkeys(_path(schema, column, where)[0] for column in columns))
 
 
 def _values(table: pa.Table, column: str, where: str) -> list[object]:
-    """The values as Python has them; numbers of 16 and 32 bits with their own digits."""
+    """Return the values as Python objects; floats of 16 and 32 bits with their shortest decimal representation."""
     array = _array(table, column, where)
     try:
         values = array.to_pylist()
     except (OverflowError, ValueError) as error:  # such as a date after the year 9999
-        raise InputError(f'{where}: column "{column}" holds what cannot be read as {array.type}: {error}') from error
+        raise InputError(f'{where}: a value of column "{column}" is not a valid {array.type}: {error}') from error
     if pa.types.is_float16(array.type) or pa.types.is_float32(array.type):
         return [value if value is None else float(str(np.float32(value))) for value in values]
     return values
 
 
 def _array(table: pa.Table, column: str, where: str) -> pa.ChunkedArray:
-    """A column, or the field of a nested one. Raises InputError where there is none."""
+    """Return a column, or a field of a nested one. Raises InputError if it is missing."""
     first, *fields = _path(table.schema, column, where)
     array = table.column(first)
     for field in fields:
@@ -171,7 +173,7 @@ def _array(table: pa.Table, column: str, where: str) -> pa.ChunkedArray:
 
 
 def _path(schema: pa.Schema, column: str, where: str) -> list[str]:
-    """The column of the table, and the fields in it one after another. Raises InputError where there is none."""
+    """Return the names of a top-level column and of the nested fields in it. Raises InputError if one is missing."""
 
     def paths(fields: Sequence[pa.Field], wanted: str) -> Iterator[list[str]]:
         for field in fields:
@@ -185,16 +187,19 @@ def _path(schema: pa.Schema, column: str, where: str) -> list[str]:
     if found is None:
         raise InputError(f'{where} has no column "{column}"; it has: {listed(table_columns(schema))}')
     if schema.names.count(found[0]) > 1:
-        raise InputError(f'{where} has several columns "{found[0]}"; it has: {listed(table_columns(schema))}')
+        raise InputError(
+            f'{where} has several columns "{found[0]}"; rename all but one of them. It has: '
+            f"{listed(table_columns(schema))}"
+        )
     return found
 
 
 @contextlib.contextmanager
 def parquet_errors(where: str) -> Iterator[None]:
-    """Raises InputError for what a damaged parquet file raises."""
+    """Turn errors of a damaged parquet file into InputError."""
     try:
         yield
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise  # of the file, not of its content
+            raise  # an error of the file, not of its content
         raise InputError(f"{where}: cannot be read as parquet: {str(error).splitlines()[0]}") from error

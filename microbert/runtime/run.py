@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from microbert.config.constants import Config, dataset_files
+from microbert.config.constants import Config, local_data_files
 from microbert.config.terminal import flush_or_discard, safe_output
 from microbert.errors import Failed, InputError, Stopped
 from microbert.runtime.device import out_of_memory
@@ -287,7 +287,7 @@ def check_folder(folder: Path) -> None:
 
 def hub_folder(config: Config) -> Path | None:
     """HF_HOME, where the dataset is one that comes from the Hub."""
-    if config.dataset == "imdb" or (config.dataset != "hf" and dataset_files(config)):
+    if config.dataset == "imdb" or (config.dataset != "hf" and local_data_files(config)):
         return None
     from huggingface_hub.constants import HF_HOME  # only here, because it takes a while to load
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 
-from microbert.config.constants import BY_TIER, Config, dataset_files, fill_in, resolve_batch_size
+from microbert.config.constants import BY_TIER, Config, fill_in, local_data_files, resolve_batch_size
 from microbert.data.local_files import open_files
 from microbert.data.tokenizer import VOCABULARY
 from microbert.errors import InputError
@@ -110,7 +110,7 @@ def compare_with_finished(folder: Path, given: Config, hardware: Hardware) -> tu
     filled = fill_in(given, stored)
     different = _differences(stored, filled)
     other_name = _differences(stored, given, ("dataset",))
-    if given.dataset in ("imdb", "hf") or not dataset_files(given):
+    if given.dataset in ("imdb", "hf") or not local_data_files(given):
         different += other_name + _differences(stored, given, () if given.dataset == "imdb" else ("streaming",))
     elif different or corpus_key is None:  # the key depends on constants too
         different += other_name

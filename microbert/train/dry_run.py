@@ -84,7 +84,8 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
         print_tier(given, hardware)
     tokenizer = tokens = None
     if estimate is None:
-        corpus = open_corpus(config, lambda: None)
+        corpus = open_corpus(config)
+        print(corpus.summary)
         estimate, tokenizer = corpus.estimate, find_tokenizer(corpus, config)
         tokens = find_tokens(corpus, tokenizer, config) if tokenizer else None
     vocab_size = tokenizer.get_vocab_size() if tokenizer else config.vocab_size

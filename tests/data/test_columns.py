@@ -1,4 +1,4 @@
-"""The column that is chosen, the one that is refused, and what a label is."""
+"""Which column is chosen or refused, and what counts as a text or a label."""
 
 import datetime
 import decimal
@@ -24,7 +24,7 @@ def choose(names, wanted=None, **values):
     return choose_text_column(columns, wanted, "a.jsonl", lambda name: values.get(name, ["some words in a row"] * 5))
 
 
-def test_text_is_taken_by_its_name_whatever_else_there_is():
+def test_a_column_named_text_wins():
     assert choose(["id", "Text", "body"]) == "Text" and choose([" text", "b"]) == " text"
     assert choose(["text", "b"], "b") == "b" and choose([" b "], "b") == " b " and choose(["b"], " b ") == "b"
 
@@ -50,9 +50,8 @@ def test_text_is_taken_by_its_name_whatever_else_there_is():
     ],
 )
 def test_a_column_of_identifiers_or_addresses_is_not_chosen_silently(name, values):
-    with pytest.raises(
-        InputError, match=f'set text_column .* "{name}", seems to hold identifiers or addresses. It has: {name}, n'
-    ):
+    told = f'"{name}", seems to hold identifiers or addresses; set text_column to the one to train on: {name}, n'
+    with pytest.raises(InputError, match=told):
         choose([name, "n"], holds_n=NUMBERS, **{name: values})
     assert choose([name, "n"], name, holds_n=NUMBERS, **{name: values}) == name
 
@@ -73,7 +72,7 @@ def test_the_only_column_of_text_is_chosen(name, values):
     assert choose(["n", name], holds_n=NUMBERS, **{name: values}) == name
 
 
-def test_a_name_that_seems_to_be_several_is_not_chosen_silently():
+def test_a_name_that_looks_like_several_names_is_refused():
     for name in ("text,label", "text::label", "text^label"):
         with pytest.raises(InputError, match="looks like several names"):
             choose([name])
@@ -84,17 +83,19 @@ def test_the_exact_name_wins():
     assert choose(["Text", "text"]) == "text" and choose(["text", "Text "]) == "text"
 
 
-def test_several_columns_of_text_are_a_question_with_all_names():
-    with pytest.raises(InputError, match=r"set text_column .* it has: a, data.text, tokens \(a list\)"):
+def test_several_columns_of_text_are_an_error_that_lists_all_names():
+    with pytest.raises(InputError, match=r"set text_column to the one to train on: a, data.text, tokens \(a list\)"):
         choose(["a", "data.text", "tokens"], holds_tokens=A_LIST)
-    with pytest.raises(InputError, match=r'no column "c" \(text_column\); it has: a, b'):
+    with pytest.raises(InputError, match=r'no column "c"; set text_column to one of: a, b'):
         choose(["a", "b"], "c")
 
 
-def test_the_label_column_has_one_of_a_few_names_or_the_one_that_is_given():
+def test_the_label_column_has_a_usual_name_or_the_given_one():
     columns = [Column(name, TEXT) for name in ("text", "class", "stars ")]
     assert choose_label_column(columns, None, "a") == "class" and choose_label_column(columns, "stars", "a") == "stars "
-    with pytest.raises(InputError, match="--label-column.*it has: text, class, stars"):
+    with pytest.raises(
+        InputError, match=r"no column .nope.; set label_column \(--label-column\) to .*: text, class, stars"
+    ):
         choose_label_column(columns, "nope", "a")
 
 
@@ -119,26 +120,26 @@ def test_the_label_column_has_one_of_a_few_names_or_the_one_that_is_given():
         (datetime.date(2024, 1, 2), "2024-01-02"),
     ],
 )
-def test_a_label_is_what_is_written(value, label):
+def test_a_label_is_returned_as_written(value, label):
     assert as_label(value, "a", "label", 1) == label
 
 
 @pytest.mark.parametrize(
     "value, told",
-    [(["a", "b"], r"several labels a row are not supported"), ([], "several labels"), ({"a": 1}, "a text or a number")],
+    [(["a", "b"], "only one label per row is supported"), ([], "only one label"), ({"a": 1}, "a text or a number")],
 )
-def test_a_row_has_one_label(value, told):
-    with pytest.raises(InputError, match=rf'a.csv: row 1,234: label_column "tags" holds .*{told}'):
+def test_several_labels_in_a_row_are_refused(value, told):
+    with pytest.raises(InputError, match=rf'a.csv: row 1,234: label column "tags" holds .*{told}'):
         as_label(value, "a.csv", "tags", 1234)
 
 
-def test_a_text_is_a_text():
+def test_a_value_that_is_no_text_is_refused():
     assert as_text("3", "a", "text", 1) == "3" and as_text(None, "a", "text", 1) is None
-    with pytest.raises(InputError, match=r'row 2: text_column "text" holds \["a", 1\], not text'):
+    with pytest.raises(InputError, match=r'row 2: column "text" holds \["a", 1\], not text'):
         as_text(["a", 1], "a", "text", 2)
 
 
-def test_labels_are_sorted_as_numbers_where_all_are():
+def test_labels_are_sorted_as_numbers_if_all_are_numbers():
     assert sorted_labels(["10", "9", "01", "1", "9", "-2", "1.5", "1e1"]) == ["-2", "01", "1", "1.5", "9", "10", "1e1"]
     assert sorted_labels(["1e99999999999999999999", "5"]) == ["1e99999999999999999999", "5"]
     assert sorted_labels(["10", "9", "nan"]) == ["10", "9", "nan"] and sorted_labels([]) == []

@@ -1,4 +1,4 @@
-"""Separated fields: which separator, what a quotation mark means, and errors with their line."""
+"""Separated fields: the separator, quotation marks, and errors with their line."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microbert.data.delimited import read_delimited, separator_of
+from microbert.data.delimited import detect_separator, read_delimited
 from microbert.errors import InputError
 
 FIELDS = st.text(st.sampled_from('ab ,;|\t"\nz'), max_size=8)
@@ -30,7 +30,7 @@ def rows_of(text, path="a.csv"):
         (";", "A.TSV"),
     ],
 )
-def test_the_separator_is_the_one_that_all_lines_agree_on(separator, path):
+def test_the_separator_splits_all_lines_equally(separator, path):
     text = "".join(
         separator.join(row) + "\n" for row in [("id", "text", "label"), *[("7", "so, so; or not", "good")] * 3]
     )
@@ -40,12 +40,12 @@ def test_the_separator_is_the_one_that_all_lines_agree_on(separator, path):
 
 
 @pytest.mark.parametrize("separator", "^~\x01")
-def test_a_separator_that_is_not_usual_is_recognised_where_all_lines_have_it(separator):
+def test_an_unusual_separator_is_detected_if_all_lines_have_it(separator):
     text = "".join(separator.join(row) + "\n" for row in [("text", "label"), ("so, so", "good"), ("it is", "bad")])
     assert rows_of(text) == (["text", "label"], [["so, so", "good"], ["it is", "bad"]])
 
 
-def test_lines_above_the_names_are_passed_over_and_counted():
+def test_lines_above_the_header_are_skipped_and_counted():
     assert rows_of("sep=;\n\ntext;label\na, b;good\n") == (["text", "label"], [["a, b", "good"]])
     for separator, path in ((",", "a.csv"), ("\t", "a.tsv")):
         with pytest.raises(InputError, match="line 5 has 3 fields"):
@@ -57,23 +57,23 @@ def test_one_column_needs_no_separator(text):
     assert rows_of(text)[0] == [text.splitlines()[0]]
 
 
-def test_a_separator_that_few_rows_have_is_refused_and_a_row_with_more_is_named():
-    told = "a.csv: the separator of its fields cannot be told: its lines do not have as many semicolons"
+def test_a_separator_in_few_rows_and_a_row_with_too_many_fields_are_errors():
+    told = "a.csv: cannot detect what separates its fields: most lines have another number of semicolons"
     with pytest.raises(InputError, match=told):
         rows_of("text;label\none of them\ntwo of them\nfour;bad\n")
-    with pytest.raises(InputError, match="line 3 has 4 fields, and the first line names 2"):
+    with pytest.raises(InputError, match="line 3 has 4 fields, but the header names 2 columns"):
         rows_of("text;label\nsix;bad\none; two; three;good\nfour;bad\nfive;bad\n")
 
 
 @pytest.mark.parametrize("separator", ",;|\t")
-def test_short_rows_lines_of_spaces_footers_and_empty_columns_at_the_end_are_no_trouble(separator):
+def test_short_rows_blank_lines_footers_and_empty_columns_at_the_end_are_accepted(separator):
     text = "text;label\na;x\n   \nb\nc;y;;\nd;x\nTotal: 2\n".replace(";", separator)
     rows = [row for row in rows_of(text)[1] if (row[0] or "").strip()]
     assert rows == [["a", "x"], ["b", None], ["c", "y"], ["d", "x"], ["Total: 2", None]]
     assert rows_of("text;label\n".replace(";", separator)) == (["text", "label"], [])
 
 
-def test_a_first_field_that_is_longer_than_the_sample_is_no_trouble():
+def test_a_first_field_longer_than_the_sample_is_read():
     field = "\n".join(f"line {number}" for number in range(300))
     assert rows_of(f'text;label\n"{field}";good\nb;bad\n')[1] == [[field, "good"], ["b", "bad"]]
 
@@ -88,27 +88,28 @@ def test_a_first_field_that_is_longer_than_the_sample_is_no_trouble():
         "Tweet #1\nhi #one\n",
     ],
 )
-def test_marks_and_letters_of_any_script_separate_nothing(text):
+def test_other_punctuation_and_letters_are_not_separators(text):
     first, *rest = text.splitlines()
     assert rows_of(text) == ([first], [[line] for line in rest])
 
 
-def test_line_ends_inside_a_field_are_named():
-    with pytest.raises(InputError, match=r"there is a carriage return \(CR\) in a field"):
+def test_a_carriage_return_inside_a_field_is_an_error():
+    with pytest.raises(InputError, match=r"near line 1: a field contains a carriage return \(CR\)"):
         read_delimited(iter(["text;label\n", "a\rb;x\n", "c;y\n"]), "a.csv")
 
 
-def test_the_usual_separator_wins_where_both_would_do():
-    assert separator_of(["a,b;c\n", "1,2;3\n"], "a.csv") == "," and separator_of(["a;b,c\n", "1;2,3\n"], "a.tsv") == ","
+def test_the_usual_separator_wins_if_several_fit():
+    assert detect_separator(["a,b;c\n", "1,2;3\n"], "a.csv") == ","
+    assert detect_separator(["a;b,c\n", "1;2,3\n"], "a.tsv") == ","
 
 
 def test_names_and_quoted_fields_may_have_spaces_before_them():
     assert rows_of('id, text , label\n1, "a, b", good\n') == (["id", "text", "label"], [["1", "a, b", "good"]])
 
 
-def test_shorter_rows_end_in_none_longer_ones_are_refused_and_empty_ones_left_out():
+def test_short_rows_are_padded_long_ones_refused_and_empty_ones_skipped():
     assert rows_of("a,b,c\n1\n\n1,2,3\n")[1] == [["1", None, None], ["1", "2", "3"]]
-    with pytest.raises(InputError, match="line 3 has 3 fields, and the first line names 2"):
+    with pytest.raises(InputError, match="line 3 has 3 fields, but the header names 2 columns"):
         rows_of("a,b\n1,2\n1,2,3\n")
 
 
@@ -123,7 +124,7 @@ INCHES = [f"screen number {number},good\n" for number in range(30)]
         ({10: '"12 inches,good\n', 20: 'it has 15",good\n'}, "line 12.* looks like a row"),
     ],
 )  # closes where a field may end
-def test_a_mark_that_is_no_quotation_mark_is_an_error_with_its_line_in_csv(lines, told):
+def test_a_stray_quotation_mark_in_csv_is_an_error_with_its_line(lines, told):
     text = "text,label\n" + "".join(lines.get(number, line) for number, line in enumerate(INCHES))
     with pytest.raises(InputError, match=told):
         rows_of(text)
@@ -137,7 +138,7 @@ def test_a_mark_that_is_no_quotation_mark_is_an_error_with_its_line_in_csv(lines
         'text,label\n"12 inches,x\nfoo,y\nbar,y\nit has 15",x\nq,y\n',
     ],
 )
-def test_a_field_that_swallows_a_few_rows_is_noticed(text):
+def test_a_field_that_swallows_a_few_rows_is_an_error(text):
     with pytest.raises(InputError, match="line 2: a quotation mark opens a field"):
         rows_of(text)
 
@@ -150,11 +151,11 @@ def test_a_field_that_swallows_a_few_rows_is_noticed(text):
         "Roses, red\nViolets, blue\nSugar, sweet",
     ],
 )
-def test_verse_and_code_in_a_quoted_field_are_no_rows(field):
+def test_verse_and_code_in_a_quoted_field_are_not_rows(field):
     assert rows_of(f'text,label\n"{field}",good\nb,bad\n')[1] == [[field, "good"], ["b", "bad"]]
 
 
-def test_a_quoted_field_may_go_over_many_lines():
+def test_a_quoted_field_may_have_many_lines():
     poem = "\n".join(f"line {number} of it" for number in range(50))
     assert rows_of(f'text,label\n"{poem}",good\n')[1] == [[poem, "good"]]
 
@@ -162,7 +163,7 @@ def test_a_quoted_field_may_go_over_many_lines():
 @pytest.mark.parametrize(
     "field", ['"12 inches', '12"', '"so" it said', 'it said "so"', '"', '""', '" "', 'a "" b', '"whole"']
 )
-def test_a_mark_in_tsv_is_a_character_like_any_other(field):
+def test_a_quotation_mark_in_tsv_is_an_ordinary_character(field):
     rows = [["1", field, "good"], ["2", "next", "bad"]]
     text = "id\ttext\tlabel\n" + "".join("\t".join(row) + "\n" for row in rows)
     read = rows_of(text, "a.tsv")[1]
@@ -170,7 +171,7 @@ def test_a_mark_in_tsv_is_a_character_like_any_other(field):
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_tsv_as_pandas_and_excel_write_it_is_unquoted(quoting):
+def test_quoted_fields_of_pandas_and_excel_in_tsv_are_unquoted(quoting):
     rows = [
         ["1", 'she said "so"', "good"],
         ["2", "a\ttab", "bad"],
@@ -182,13 +183,13 @@ def test_tsv_as_pandas_and_excel_write_it_is_unquoted(quoting):
     assert rows_of(file.getvalue(), "a.tsv") == (["id", "text", "label"], rows)
 
 
-def test_a_row_of_tsv_that_lacks_fields_because_of_a_mark_is_an_error_with_its_line():
-    with pytest.raises(InputError, match="line 3: a quotation mark opens a field here that does not close"):
+def test_an_unclosed_field_in_tsv_is_an_error_with_its_line():
+    with pytest.raises(InputError, match="line 3: a quotation mark opens a field here that is not closed"):
         rows_of('text\tlabel\na\tb\n"open\nc\td\n', "a.tsv")
 
 
-def test_tsv_with_quoted_names_and_other_quotes_in_a_row_is_an_error_with_its_line():
-    with pytest.raises(InputError, match="line 2: .* marks inside a field must be doubled"):
+def test_wrong_quoting_in_a_quoted_tsv_is_an_error_with_its_line():
+    with pytest.raises(InputError, match="line 2: .*: double the quotation marks inside a field"):
         rows_of('"text"\t"label"\n"he said \\"hi\\" to me"\t"pos"\n"plain"\t"pos"\n', "a.tsv")
 
 
@@ -200,7 +201,7 @@ def test_a_short_row_of_tsv_that_begins_with_a_quotation_is_a_row():
 
 
 @given(st.lists(st.lists(FIELDS, min_size=3, max_size=3), min_size=1, max_size=6))
-def test_what_the_csv_module_writes_comes_back(rows):
+def test_rows_written_by_the_csv_module_are_read_back(rows):
     file = io.StringIO()
     csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([["a", "b", "c"], *rows])
     assert rows_of(file.getvalue())[1] == rows

@@ -123,11 +123,11 @@ def test_empty_files_of_every_format_hold_no_row(tmp_path):
         ('{"text": "t", "text2": null}', "text"),
     ],
 )
-def test_the_column_is_found_where_there_is_no_doubt(content, column, tmp_path):
+def test_the_only_possible_column_is_found(content, column, tmp_path):
     assert find_text_column(write(tmp_path / "a.jsonl", content), None) == column
 
 
-def test_a_csv_column_of_numbers_is_no_text(tmp_path):
+def test_a_csv_column_of_numbers_is_not_text(tmp_path):
     assert find_text_column(write(tmp_path / "a.csv", "id,score,body\n1,2.5,x\n2,,7\n"), None) == "body"
 
 
@@ -154,10 +154,10 @@ DAMAGED = {
     "much_later.jsonl": ('{"body": "y"}\n' * 300, 'no column "text"; it has: body'),
     "fields.csv": ("text,n\na,1\nb,c,2\n", "line 3 has 3 fields"),
     "number.jsonl": ('{"text": "a"}\n{"text": [1, 2]}\n', r"row 2: .* holds \[1, 2\], not text"),
-    "half.jsonl": ('{"text": "a"}\n{"text": "b', "line 2 is not JSON"),
-    "lines.json": ('\n[{"text": "a"},\n\n{"text": ]', "line 4 is not JSON"),
+    "half.jsonl": ('{"text": "a"}\n{"text": "b', "line 2 is not valid JSON"),
+    "lines.json": ('\n[{"text": "a"},\n\n{"text": ]', "line 4 is not valid JSON"),
     "item.json": ('[{"text": "a"},\n5]', "item 2 is not a JSON object"),
-    "deep.jsonl": ("[" * 100_000, "is not JSON"),
+    "deep.jsonl": ("[" * 100_000, "is not valid JSON"),
     "latin.txt.gz": (gzip.compress(b"fine\nbroken \xff line\n"), "line 2 is not UTF-8"),
     "short.jsonl.gz": (gzip.compress(CONTENTS[".jsonl"].encode() * 9)[:-20], "cannot be read"),
     "short.jsonl.zst": (zst(CONTENTS[".jsonl"].encode() * 9)[:-20], "cannot be read"),
@@ -170,13 +170,13 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_what_cannot_be_read_is_told_with_its_file(name, tmp_path):
+def test_a_damaged_file_is_an_error_with_its_name(name, tmp_path):
     content, words = DAMAGED[name]
     with pytest.raises(InputError, match=rf"{name}.*{words}"):
         list(read_rows(write(tmp_path / name, content), "text"))
 
 
-def test_damaged_parquet_is_told_with_its_file(tmp_path):
+def test_damaged_parquet_is_an_error_with_its_name(tmp_path):
     path = tmp_path / "a.parquet"
     texts = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"\xffa")]
@@ -197,12 +197,13 @@ def test_damaged_parquet_is_told_with_its_file(tmp_path):
         list(read_rows(str(path), "text"))
 
 
-def test_a_large_parquet_file_that_is_left_unfinished_does_not_hang_the_process(tmp_path):
+def test_a_large_parquet_file_that_is_not_read_to_its_end_does_not_hang_the_process(tmp_path):
     texts = [str(n) * 300 for n in range(20_000)]
     pa.parquet.write_table(
         pa.table({"text": texts, "other": [text[::-1] for text in texts]}), tmp_path / "a.parquet", row_group_size=2000
     )
-    program = f"from microbert.data.file_formats import read_rows\nprint(len(next(read_rows({str(tmp_path / 'a.parquet')!r}, 'text', 5000))))"
+    path = str(tmp_path / "a.parquet")
+    program = f"from microbert.data.file_formats import read_rows\nprint(len(next(read_rows({path!r}, 'text', 5000))))"
     for _ in range(3):
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT
@@ -210,13 +211,13 @@ def test_a_large_parquet_file_that_is_left_unfinished_does_not_hang_the_process(
         assert (done.returncode, done.stdout) == (0, "200\n"), done.stderr
 
 
-def test_a_first_line_that_is_a_row_is_no_header(tmp_path):
+def test_a_first_line_that_looks_like_a_row_is_refused(tmp_path):
     for content in (
         "great film,pos\nbad film,neg\nfine film,pos\n",
         "0,it was a film of some kind\n1,and another one\n",
         "this is the first of all rows,1\nand one,2\n",
     ):
-        with pytest.raises(InputError, match=r"a\.csv: the first line should name the columns, and looks like a row"):
+        with pytest.raises(InputError, match=r"a\.csv: the first line should name the columns, but looks like a row"):
             find_text_column(write(tmp_path / "a.csv", content), None)
     path = write(tmp_path / "a.csv", "0,it was a film of some kind\n1,and another one\n")
     assert find_text_column(path, "it was a film of some kind") == "it was a film of some kind"
@@ -230,16 +231,16 @@ def test_long_questions_and_usual_names_are_a_header(tmp_path):
     assert find_labelled_columns(labelled, None, None) == ("review", "sentiment")
 
 
-def test_names_with_points_in_nested_columns(tmp_path):
+def test_names_with_dots_in_nested_columns(tmp_path):
     rows = [{"data": [{"a": 1}], "meta": {"a.b": "one", "data": {"text": "two"}}, "c.d": {"e": "three"}}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for path in (path, str(tmp_path / "a.parquet")):
+    for table in (path, str(tmp_path / "a.parquet")):
         for column, text in (("meta.a.b", "one"), ("meta.data.text", "two"), ("c.d.e", "three")):
-            assert list(read_rows(path, find_text_column(path, column))) == [[text]]
+            assert list(read_rows(table, find_text_column(table, column))) == [[text]]
 
 
-def test_looking_for_columns_takes_time_in_proportion_to_the_values(tmp_path):
+def test_finding_columns_takes_time_proportional_to_the_values(tmp_path):
     rows = [{"text": f"t {n}", "label": n % 2, "meta": {f"k{n}": 1}} for n in range(20_000)]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     begin = time.perf_counter()
@@ -258,15 +259,15 @@ def test_fields_of_nested_columns_from_every_row_on(tmp_path):
     ]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=3)
-    for path in (path, str(tmp_path / "a.parquet")):
-        assert read(path, 2, "data.text") == TEXTS[2:]
-        with pytest.raises(InputError, match="set text_column .* it has: id, data.text, data.deeper.n"):
-            find_text_column(path, None)
+    for table in (path, str(tmp_path / "a.parquet")):
+        assert read(table, 2, "data.text") == TEXTS[2:]
+        with pytest.raises(InputError, match="set text_column to the one to train on: id, data.text, data.deeper.n"):
+            find_text_column(table, None)
         with pytest.raises(InputError, match='no column "data.nope".* it has: id, data.text, data.deeper.n'):
-            list(read_rows(path, "data.nope"))
+            list(read_rows(table, "data.nope"))
 
 
-def test_columns_are_told_in_a_line_whatever_their_names(tmp_path):
+def test_columns_are_listed_in_one_line_whatever_their_names(tmp_path):
     (tmp_path / "a.csv").write_text(
         '"two\nlines",' + ",".join(f"column {number}" for number in range(99)) + "\n" + ",".join("x" * 100) + "\n"
     )

@@ -1,4 +1,4 @@
-"""Files whose content is not what their name says."""
+"""Files whose content differs from what their name says."""
 
 import bz2
 import errno
@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from microbert.data.file_formats import find_text_column, read_rows
-from microbert.data.file_kinds import is_pointer, is_readable
+from microbert.data.file_kinds import is_lfs_pointer, is_readable
 from microbert.errors import InputError
 
 LINES = b'{"text": "one text"}\n{"text": "another one"}\n'
@@ -64,7 +64,7 @@ def archive():
     ids=["zip", "pdf", "utf-16", "utf-16 without a mark", "pointer", "zip in gzip", "binary"],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a"])
-def test_what_is_no_text_is_named(name, content, told, tmp_path):
+def test_an_unsupported_format_is_named(name, content, told, tmp_path):
     with pytest.raises(InputError, match=told):
         read(write(tmp_path / name, content))
 
@@ -78,26 +78,26 @@ def test_a_file_that_is_not_compressed_as_its_name_says_is_refused(ending, tmp_p
 @pytest.mark.parametrize(
     "text", ["BZhang wrote this", "Rar! it said", "%PDF is a format", "PAR1 is a magic word", "PK is Pakistan"]
 )
-def test_text_that_begins_as_other_files_do_is_text(text, tmp_path):
+def test_text_that_begins_like_another_format_is_read(text, tmp_path):
     assert read(write(tmp_path / "a.txt", text.encode())) == [text]
 
 
 def test_lines_that_end_with_a_carriage_return_alone_are_refused(tmp_path):
     for name in ("a.csv", "a.tsv", "a.jsonl"):
-        with pytest.raises(InputError, match="its lines end with a carriage return"):
+        with pytest.raises(InputError, match="lines end with a lone carriage return"):
             read(write(tmp_path / name, b"text\rone\rtwo\r"))
-    with pytest.raises(InputError, match="its lines end with a carriage return"):
+    with pytest.raises(InputError, match="lines end with a lone carriage return"):
         list(read_rows(write(tmp_path / "a.txt", b"one\rtwo\r"), "text"))
     assert read(write(tmp_path / "a.txt", b"one\r\ntwo\rhalves\n")) == ["one", "two\rhalves"]
 
 
-def test_a_file_without_an_ending_is_lines_of_text_or_of_json(tmp_path):
+def test_a_file_without_an_extension_is_read_as_text_or_json_lines(tmp_path):
     assert read(write(tmp_path / "wiki_00", b"<doc>\nsome text\n</doc>\n")) == ["<doc>", "some text", "</doc>"]
     for content in (LINES, b'[{ "text": "one text"},\n{"text": "another one"}]'):
         assert read(write(tmp_path / "wiki_01", content)) == ["one text", "another one"]
 
 
-def test_too_many_open_files_are_no_fault_of_the_file(tmp_path, monkeypatch):
+def test_too_many_open_files_are_not_blamed_on_the_file(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", b"text\n")
     monkeypatch.setattr(
         "microbert.data.file_kinds.open", lambda *_: os.open("/", os.O_WRONLY | os.O_DIRECTORY), raising=False
@@ -113,14 +113,14 @@ def test_too_many_open_files_are_no_fault_of_the_file(tmp_path, monkeypatch):
         read(path)
 
 
-def test_text_is_told_by_its_first_bytes(tmp_path):
+def test_text_is_detected_by_its_first_bytes(tmp_path):
     euro = "€".encode()
     for content in (b"", b"text", b"x" * 4095 + euro, b"x" * 4094 + euro, b"x" * 9000, gzip.compress(b"text")):
         assert is_readable(write(tmp_path / "a", content))
     for content in (b"caf\xe9\n", b"x" * 100 + b"\xff" + b"x" * 5000, archive(), euro[:2]):
         assert not is_readable(write(tmp_path / "a", content))
     assert (
-        is_pointer(write(tmp_path / "a", POINTER))
-        and not is_pointer(write(tmp_path / "a", POINTER * 99))
-        and not is_pointer(write(tmp_path / "a", b""))
+        is_lfs_pointer(write(tmp_path / "a", POINTER))
+        and not is_lfs_pointer(write(tmp_path / "a", POINTER * 99))
+        and not is_lfs_pointer(write(tmp_path / "a", b""))
     )

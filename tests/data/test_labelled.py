@@ -1,4 +1,4 @@
-"""Texts with labels come from every place that is promised, and what is wrong with one is told."""
+"""Texts with labels from every supported source, and the errors of unusable ones."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def write(path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet"])
-def test_rows_without_a_text_or_a_label_are_left_out(name, tmp_path):
+def test_rows_without_a_text_or_a_label_are_skipped(name, tmp_path):
     found = read(write(tmp_path / name))
     assert str(found.source).endswith(
         '(text column "text", label column "label"): 5 rows, 3 used; skipped: 1 without a text, 1 without a label'
@@ -57,30 +57,32 @@ AS_CLASSES = ["-0", "01", "1", "10", "1e3", "3", "3.0", "3.10", "NA", "None", "f
 
 
 def write_labels(path, labels):
-    """A file of the path's kind in which those labels stand as texts."""
+    """Write texts with these labels to a file of the format in its name."""
     texts = [f"text {number}" for number in range(len(labels))]
     if path.suffix == ".jsonl":
         path.write_text(
-            "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in zip(texts, labels))
+            "".join(
+                json.dumps({"text": text, "label": label}) + "\n" for text, label in zip(texts, labels, strict=True)
+            )
         )
     elif path.suffix == ".parquet":
         pa.parquet.write_table(pa.table({"text": texts, "label": labels}), path)
     else:
         with open(path, "w", newline="") as file:
             csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(
-                [("text", "label"), *zip(texts, labels)]
+                [("text", "label"), *zip(texts, labels, strict=True)]
             )
     return path
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet"])
-def test_labels_are_what_is_written_in_every_format(name, tmp_path):
+def test_labels_are_returned_as_written_in_every_format(name, tmp_path):
     found = read(write_labels(tmp_path / name, WRITTEN))
     assert found.names == AS_CLASSES
     assert [found.names[number] for number in found.labels] == [label.strip() for label in WRITTEN]
 
 
-def test_numbers_stay_as_they_are_written_whatever_rows_lack_one(tmp_path):
+def test_numbers_stay_as_written_even_if_some_rows_lack_one(tmp_path):
     values = ["3", "null", "3.10", "10", "9", "NaN", "1e3", "-0", "Infinity", "true", "false"]
     (tmp_path / "a.jsonl").write_text(
         "".join(f'{{"text": "text {number}", "label": {value}}}\n' for number, value in enumerate(values))
@@ -105,7 +107,7 @@ def test_numbers_stay_as_they_are_written_whatever_rows_lack_one(tmp_path):
     assert read(tmp_path / "a.parquet").names == ["3", "9", "10"]  # in the order of numbers
 
 
-def test_a_file_that_replaces_another_with_the_same_time_is_read_anew(tmp_path):
+def test_a_file_that_replaces_another_with_the_same_time_is_read_again(tmp_path):
     first = read(write_labels(tmp_path / "a.csv", ["x", "y", "z"]))
     time = (tmp_path / "a.csv").stat().st_mtime_ns
     write_labels(tmp_path / "a.csv", ["y", "z", "x"])
@@ -113,7 +115,7 @@ def test_a_file_that_replaces_another_with_the_same_time_is_read_anew(tmp_path):
     assert first.labels.tolist() == [0, 1, 2] and read(tmp_path / "a.csv").labels.tolist() == [1, 2, 0]
 
 
-def test_the_names_of_classes_that_a_parquet_file_holds_are_its_labels(tmp_path):
+def test_the_class_names_in_a_parquet_file_are_its_labels(tmp_path):
     features = {"info": {"features": {"label": {"names": ["bad", "good"], "_type": "ClassLabel"}}}}
     table = pa.table({"text": list("abcd"), "label": [1, 0, -1, 1]}).replace_schema_metadata(
         {"huggingface": json.dumps(features)}
@@ -123,7 +125,7 @@ def test_the_names_of_classes_that_a_parquet_file_holds_are_its_labels(tmp_path)
     assert found.names == ["bad", "good"] and found.labels.tolist() == [1, 0, 1] and found.source.without_label == 1
 
 
-def test_a_text_is_a_label_as_it_is_where_classes_have_names_that_are_numbers(tmp_path):
+def test_a_text_label_is_unchanged_if_class_names_are_numbers(tmp_path):
     classes, ones = list("12345"), "1" * 4000
     for value, label in (
         ('"1"', "1"),
@@ -148,11 +150,11 @@ def test_labels_of_every_type_of_parquet(tmp_path):
     assert labels(pa.array([0.1, None], pa.float32())) == ["0.1", None]
     assert labels(pa.array([0.5, 3.0])) == ["0.5", "3.0"] and labels(pa.array([True, False])) == ["true", "false"]
     assert labels(pa.array(["01", "NA"]).dictionary_encode()) == ["01", "NA"]
-    with pytest.raises(InputError, match="cannot be read as timestamp"):
+    with pytest.raises(InputError, match=r'column "label" is not a valid timestamp'):
         labels(pa.array([2**60, 0], pa.timestamp("us")))
 
 
-def test_text_files_beside_a_table_are_left_out_and_named(tmp_path):
+def test_text_files_beside_a_table_are_skipped_and_named(tmp_path):
     write_labels(tmp_path / "train.csv", ["x", "y"])
     (tmp_path / "vocab.txt").write_text("[PAD]\n")
     (tmp_path / "_SUCCESS").write_text("")
@@ -161,7 +163,7 @@ def test_text_files_beside_a_table_are_left_out_and_named(tmp_path):
     assert found.names == ["x", "y"] and "vocab.txt" in told and "_SUCCESS" in told
 
 
-def test_rows_that_look_different_come_late(tmp_path):
+def test_late_rows_may_look_different(tmp_path):
     rows = [{"text": f"text {number}", "meta": None} for number in range(500)] + [
         {"text": f"late {label}", "label": label, "meta": {"a": [1]}} for label in (1, "one", 2)
     ]
@@ -170,7 +172,7 @@ def test_rows_that_look_different_come_late(tmp_path):
     assert found.names == ["1", "2", "one"] and found.source.without_label == 500
 
 
-def test_nested_columns_are_named_with_a_point(tmp_path):
+def test_nested_columns_are_named_with_dots(tmp_path):
     rows = [
         {"id": f"d{number}", "data": {"text": f"text {number}", "meta": {"stars": number % 2}}} for number in range(4)
     ]
@@ -181,12 +183,12 @@ def test_nested_columns_are_named_with_a_point(tmp_path):
         assert found.texts == ["text 0", "text 1", "text 2", "text 3"] and found.labels.tolist() == [0, 1, 0, 1]
 
 
-def test_files_without_rows_before_the_first_one_are_passed_over(tmp_path):
+def test_files_without_rows_before_the_first_one_are_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     write_labels(tmp_path / "b.jsonl", ["x", "y"])
     (tmp_path / "notes.md").write_text("no table")
     found = read(tmp_path)
-    assert found.names == ["x", "y"] and "1 of an unknown kind (" in found.source.description
+    assert found.names == ["x", "y"] and "1 of unsupported formats (" in found.source.description
 
 
 def test_the_bundled_reviews_are_half_positive():
@@ -196,7 +198,7 @@ def test_the_bundled_reviews_are_half_positive():
     assert 400 < found.labels[:1000].sum() < 600  # and not sorted
 
 
-def test_so_many_samples_are_drawn_by_the_seed(tmp_path):
+def test_max_samples_draws_a_sample_by_the_seed(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(
         "".join(json.dumps({"text": f"text {number}", "label": number % 2}) + "\n" for number in range(100))
@@ -213,23 +215,27 @@ def test_so_many_samples_are_drawn_by_the_seed(tmp_path):
     "content, options, told",
     [
         ('{"text": "a", "stars": 1}\n', {}, "--label-column"),
-        ('{"text": "a", "label": 1}\n' * 3, {}, "1 different labels"),
+        ('{"text": "a", "label": 1}\n' * 3, {}, "1 distinct label,"),
         ('{"a": "x", "b": "y", "label": 1}\n', {}, "set text_column"),
-        ('{"text": "a", "label": 1}\n', {"label_column": "nope"}, "it has: text, label"),
+        (
+            '{"text": "a", "label": 1}\n',
+            {"label_column": "nope"},
+            'no column "nope"; set label_column (--label-column) to the one with the labels: text, label',
+        ),
         ('{"text": 5, "label": 1}\n{"text": 6, "label": 2}\n', {"text_column": "text"}, "holds 5, not text"),
-        ("no json", {}, "line 1 is not JSON"),
-        ('{"text": "a", "label": ["x"]}\n', {}, 'label_column "label" holds ["x"]'),
+        ("no json", {}, "line 1 is not valid JSON"),
+        ('{"text": "a", "label": ["x"]}\n', {}, 'label column "label" holds ["x"]'),
     ],
 )
-def test_what_is_wrong_is_told_with_the_columns(content, options, told, tmp_path):
+def test_errors_name_the_columns(content, options, told, tmp_path):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(InputError) as caught:
         read(tmp_path / "a.jsonl", **options)
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, told", [("a.txt", "a text file has no labels"), ("missing.csv", "no file that exists")])
-def test_what_is_no_table_is_refused(name, told, tmp_path):
+@pytest.mark.parametrize("name, told", [("a.txt", "a text file has no labels"), ("missing.csv", "no such file")])
+def test_a_text_file_or_a_missing_file_is_refused(name, told, tmp_path):
     (tmp_path / "a.txt").write_text("text\n")
     with pytest.raises(InputError, match=told):
         read(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Local files of every kind, the bundled reviews, the split, and hostile files."""
+"""Local files of every format, the bundled reviews, the split, and unusable files."""
 
 import concurrent.futures
 import csv
@@ -15,7 +15,7 @@ import pytest
 from configs import configure
 from helpers import run_here, small_flags
 
-from microbert.config.constants import dataset_files
+from microbert.config.constants import local_data_files
 from microbert.data.corpus import Position, clean, split_hash
 from microbert.data.sources import lock_cache, open_corpus
 from microbert.errors import InputError
@@ -37,14 +37,8 @@ def write(path):
     return path
 
 
-def never_stop():
-    pass
-
-
 def open_dataset(dataset, tmp_path, **constants):
-    return open_corpus(
-        configure("--dataset", str(dataset), "--cache-dir", str(tmp_path / "cache"), **constants), never_stop
-    )
+    return open_corpus(configure("--dataset", str(dataset), "--cache-dir", str(tmp_path / "cache"), **constants))
 
 
 def read(dataset, tmp_path, **constants):
@@ -58,7 +52,7 @@ def test_a_glob_reads_its_files_in_order_of_name(tmp_path):
     assert read(tmp_path / "*.txt", tmp_path) == ["from a", "from b"]
 
 
-def test_several_paths_folders_and_globs_are_read_one_after_another(tmp_path):
+def test_several_paths_folders_and_globs_are_read_in_order(tmp_path):
     (tmp_path / "folder" / "deeper").mkdir(parents=True)
     for name in ("b.txt", "a.jsonl", "folder/c.txt", "folder/deeper/d.csv", "folder/notes.md"):
         (tmp_path / name).write_text(
@@ -77,7 +71,7 @@ def test_several_paths_folders_and_globs_are_read_one_after_another(tmp_path):
         open_dataset(f"{tmp_path}/b.txt,{tmp_path}/*.nothing", tmp_path)
 
 
-def test_a_shell_may_spell_the_glob_out(tmp_path):
+def test_a_shell_may_expand_the_glob(tmp_path):
     (tmp_path / "b.txt").write_text("from b\n")
     (tmp_path / "a.txt").write_text("from a\n")
     assert (
@@ -86,14 +80,14 @@ def test_a_shell_may_spell_the_glob_out(tmp_path):
     )
 
 
-def test_names_with_wildcards_and_commas_in_them_are_names(tmp_path):
+def test_names_may_contain_wildcards_and_commas(tmp_path):
     for name in ("a[1].txt", "b,c.txt"):
         (tmp_path / name).write_text("one\n")
         assert read(tmp_path / name, tmp_path) == ["one"]
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
-def test_reading_goes_on_from_any_position(suffix, tmp_path, monkeypatch):
+def test_reading_resumes_from_any_position(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr("microbert.data.file_formats.READ_ROWS", 2)
     for name in "ab":
         write((tmp_path / name).with_suffix(suffix))
@@ -105,7 +99,7 @@ def test_reading_goes_on_from_any_position(suffix, tmp_path, monkeypatch):
     assert whole[-1][1] == Position(part=1, row=3, rows=7)
 
 
-def test_the_head_takes_its_share_of_every_file(tmp_path):
+def test_the_head_contains_a_share_of_every_file(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"from {name}\n" * 2000)
     corpus = open_dataset(tmp_path / "*.txt", tmp_path)
@@ -114,14 +108,14 @@ def test_the_head_takes_its_share_of_every_file(tmp_path):
     assert {row for rows in first_only.head(900) for row in rows} == {"from a"}
 
 
-def test_long_rows_do_not_swell_the_head(tmp_path):
+def test_long_rows_do_not_enlarge_the_head(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(("x" * 999 + "\n") * 300)
     rows = [row for rows in open_dataset(tmp_path / "*.txt", tmp_path).head(50_000) for row in rows]
     assert 50_000 <= sum(map(len, rows)) <= 50_000 + 20 * 1000
 
 
-def test_files_without_rows_among_others_are_passed_over(tmp_path):
+def test_files_without_rows_among_others_are_skipped(tmp_path):
     for name, content in {
         "a.txt": b"",
         "b.jsonl.gz": gzip.compress(b""),
@@ -135,7 +129,7 @@ def test_files_without_rows_among_others_are_passed_over(tmp_path):
     assert "1 of them empty" in open_dataset(tmp_path, tmp_path).description
 
 
-def test_a_folder_leaves_out_hidden_files_and_what_this_suite_has_written(tmp_path):
+def test_hidden_files_and_files_of_this_suite_are_ignored_in_a_folder(tmp_path):
     for name in (
         "data/a.txt",
         "data/.hidden/b.txt",
@@ -154,18 +148,18 @@ def test_a_folder_leaves_out_hidden_files_and_what_this_suite_has_written(tmp_pa
         "--output-dir",
         str(tmp_path / "data" / "out"),
     )
-    assert dataset_files(config) == [str(tmp_path / "data" / "a.txt")]
+    assert local_data_files(config) == [str(tmp_path / "data" / "a.txt")]
 
 
-def test_empty_names_stand_for_nothing_and_a_tilde_for_the_home(tmp_path, monkeypatch):
+def test_empty_names_are_ignored_and_a_tilde_is_the_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     for name in ("a.txt", "b.txt", "home/c.txt"):
         (tmp_path / name).write_text("x\n")
-    assert dataset_files(configure("--dataset", "a.txt,")) == ["a.txt"]
-    assert dataset_files(configure("--dataset", "a.txt", "")) == ["a.txt"]
-    assert dataset_files(configure("--dataset", "~/*.txt")) == [str(tmp_path / "home" / "c.txt")]
+    assert local_data_files(configure("--dataset", "a.txt,")) == ["a.txt"]
+    assert local_data_files(configure("--dataset", "a.txt", "")) == ["a.txt"]
+    assert local_data_files(configure("--dataset", "~/*.txt")) == [str(tmp_path / "home" / "c.txt")]
     with pytest.raises(SystemExit):
         configure("--dataset", ",")
 
@@ -176,10 +170,10 @@ def test_hundreds_of_names_may_be_given(tmp_path):
     ]
     for path in paths:
         path.write_text("x\n")
-    assert len(dataset_files(configure("--dataset", *map(str, paths)))) == 200
+    assert len(local_data_files(configure("--dataset", *map(str, paths)))) == 200
 
 
-def test_a_folder_leaves_out_and_names_what_it_cannot_read(tmp_path, capsys):
+def test_unreadable_files_of_a_folder_are_skipped_and_named(tmp_path):
     for name, content in {
         "data/AA/wiki_00": b"from 00\n",
         "data/AB/wiki_00.gz": gzip.compress(b"from gz\n"),
@@ -190,21 +184,25 @@ def test_a_folder_leaves_out_and_names_what_it_cannot_read(tmp_path, capsys):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert read(tmp_path / "data", tmp_path) == ["from 00", "from gz", "from a"]
-    told = capsys.readouterr().out
-    assert "1 of an unknown kind" in told and "notes.md" in told and "1 without an ending" in told and "program" in told
+    told = open_dataset(tmp_path / "data", tmp_path).summary
+    assert "1 of unsupported formats" in told and "notes.md" in told
+    assert "1 without an extension" in told and "program" in told
     (tmp_path / "data" / "b.jsonl").write_text('{"text": "from b"}\n')
     assert read(tmp_path / "data", tmp_path) == ["from a", "from b"]
-    assert "3 without an ending" in capsys.readouterr().out
+    assert "3 without an extension" in open_dataset(tmp_path / "data", tmp_path).summary
 
 
 @pytest.mark.parametrize(
     "make, told",
     [
-        (lambda folder: None, "holds no file. Known kinds"),
-        (lambda folder: (folder / "a.md").write_text("x"), r"holds no file of a known kind: .*a\.md. Known kinds"),
+        (lambda folder: None, "contains no files. Supported are"),
+        (
+            lambda folder: (folder / "a.md").write_text("x"),
+            r"contains only files of unsupported formats: .*a\.md. Supported are",
+        ),
         (
             lambda folder: (folder / "a.txt").symlink_to("/nowhere/a.txt"),
-            r"a\.txt is a link to /nowhere/a\.txt, which does not exist",
+            r"a\.txt is a broken link: /nowhere/a\.txt does not exist",
         ),
         (lambda folder: (folder / "a").write_bytes(b"\xff" * 99), "line 1 is not UTF-8"),
         (lambda folder: os.mkfifo(folder / "a.txt"), "neither a file nor a folder"),
@@ -214,7 +212,7 @@ def test_a_folder_leaves_out_and_names_what_it_cannot_read(tmp_path, capsys):
         ),
     ],
 )
-def test_a_path_that_is_there_never_goes_to_the_hub(make, told, tmp_path, monkeypatch, capsys):
+def test_an_existing_path_never_goes_to_the_hub(make, told, tmp_path, monkeypatch, capsys):
     (tmp_path / "org" / "name").mkdir(parents=True)
     make(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
@@ -235,7 +233,7 @@ def test_links_to_folders_are_followed_each_folder_once(tmp_path):
     assert read(tmp_path / "data", tmp_path) == ["from a", "from b"]
 
 
-def test_names_that_are_not_utf_8_or_very_long_are_names(tmp_path):
+def test_names_may_be_very_long_or_not_utf_8(tmp_path):
     for name in (b"caf\xe9.txt", b"x" * 246 + b".txt"):
         (tmp_path / "data").mkdir(exist_ok=True)
         path = os.fsdecode(os.fsencode(tmp_path / "data") + b"/" + name)
@@ -249,7 +247,7 @@ def test_names_that_are_not_utf_8_or_very_long_are_names(tmp_path):
         os.unlink(path)
 
 
-def test_the_key_is_that_of_the_content_under_any_name(tmp_path):
+def test_the_key_depends_on_the_content_not_on_the_name(tmp_path):
     keys = {}
     for name in ("a.jsonl", "b.jsonl", "b.ndjson", "deeper/c.jsonl", "c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -258,16 +256,18 @@ def test_the_key_is_that_of_the_content_under_any_name(tmp_path):
     assert keys["a.jsonl"] == keys["b.jsonl"] == keys["b.ndjson"] == keys["deeper/c.jsonl"] != keys["c.txt"]
 
 
-def test_the_column_and_an_unusual_separator_are_in_the_description(tmp_path, capsys):
+def test_the_summary_states_the_column_and_an_unusual_separator(tmp_path):
     (tmp_path / "a.csv").write_text("n;review\n1;so so\n2;good one\n")
     assert read(tmp_path / "a.csv", tmp_path) == ["so so", "good one"]
-    assert '(text column "review", separated by semicolons), about' in capsys.readouterr().out
+    told = open_dataset(tmp_path / "a.csv", tmp_path).summary
+    assert '(text column "review", separated by semicolons), about' in told
     (tmp_path / "a.txt").write_text('{"text": "one text"}\n')
     assert read(tmp_path / "a.txt", tmp_path) == ['{"text": "one text"}']
-    assert re.search(r"warning: .*a.txt looks like JSON lines.*\n.*one document a line", capsys.readouterr().out)
+    told = open_dataset(tmp_path / "a.txt", tmp_path).summary
+    assert re.search(r"warning: .*a.txt looks like JSON lines.*\n.*one document per line", told)
 
 
-def test_a_glob_takes_files_and_folders(tmp_path):
+def test_a_glob_matches_files_and_folders(tmp_path):
     for name in ("ex/AA/wiki_00", "ex/README", "ex/b.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"from {name[-2:]}\n")
@@ -282,7 +282,7 @@ def test_names_with_commas_and_outer_spaces_among_others(tmp_path):
         (tmp_path / name).write_text(f"from {name[-5]}\n")
     assert read(tmp_path / "my, folder", tmp_path) == ["from a"]
     names = [f"{tmp_path}/{name}" for name in ("e.txt", "my, folder", "b, c.txt", " d.txt")]
-    assert dataset_files(configure("--dataset", *names)) == [names[0], f"{names[1]}/a.txt", *names[2:]]
+    assert local_data_files(configure("--dataset", *names)) == [names[0], f"{names[1]}/a.txt", *names[2:]]
 
 
 def test_a_loop_of_links_never_goes_to_the_hub(tmp_path, monkeypatch, capsys):
@@ -293,13 +293,13 @@ def test_a_loop_of_links_never_goes_to_the_hub(tmp_path, monkeypatch, capsys):
     assert "loop/x cannot be read" in capsys.readouterr().err
 
 
-def test_a_folder_that_datasets_has_saved_holds_no_file_of_a_known_kind(tmp_path, capsys):
+def test_a_folder_that_datasets_has_saved_is_refused(tmp_path, capsys):
     (tmp_path / "saved").mkdir()
     for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
         (tmp_path / "saved" / name).write_text("{}")
     with pytest.raises(SystemExit):
         open_dataset(tmp_path / "saved", tmp_path)
-    assert re.search(r"no file of a known kind: .*\.arrow", capsys.readouterr().err)
+    assert re.search(r"only files of unsupported formats: .*\.arrow", capsys.readouterr().err)
 
 
 def test_a_later_file_without_the_column_is_named(tmp_path):
@@ -309,11 +309,11 @@ def test_a_later_file_without_the_column_is_named(tmp_path):
         read(tmp_path / "*.csv", tmp_path)
 
 
-def test_max_samples_takes_the_first_rows(tmp_path):
+def test_max_samples_selects_the_first_rows(tmp_path):
     assert read(write(tmp_path / "data.txt"), tmp_path, max_samples=2) == TEXTS[:2]
 
 
-def test_byte_order_mark_line_ends_and_empty_rows_do_not_reach_the_documents(tmp_path):
+def test_byte_order_marks_line_endings_and_empty_rows_are_removed(tmp_path):
     (tmp_path / "data.txt").write_bytes("\ufeffone\r\n\r\n  \t\r\ntwo\r\n".encode())
     assert read(tmp_path / "data.txt", tmp_path) == ["one", "two"]
 
@@ -339,18 +339,18 @@ HOSTILE = {
     "latin.txt": (b"fine\nbroken \xff\xfe line\n", [], "line 2 is not UTF-8"),
     "columns.csv": (b"title,body\nx,y z\n", ["--text-column", "nope"], "title, body"),
     "which.csv": (b"title,body\nx,y z\n", [], "set text_column"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": oops}\n', [], "line 2 is not JSON"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": oops}\n', [], "line 2 is not valid JSON"),
     "list.jsonl": (b'{"text": "a"}\n[1, 2]\n', [], "line 2 is not a JSON object"),
     "numbers.jsonl": (b'{"text": 5}\n{"text": 6}\n', ["--text-column", "text"], "not text"),
     "same.txt": (b"one document\none document\n", [], "two different documents"),
-    "what.xyz": (b"text\n", [], "unknown kind of file"),
+    "what.xyz": (b"text\n", [], "unsupported file format"),
     "fake.parquet": (b"not parquet at all", [], "cannot be read as parquet"),
     "half.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], [], "cannot be read"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_file_that_cannot_be_used_is_one_plain_line_and_nothing_is_created(name, tmp_path, monkeypatch, capfd):
+def test_an_unusable_file_is_one_plain_error_and_nothing_is_created(name, tmp_path, monkeypatch, capfd):
     content, flags, words = HOSTILE[name]
     (tmp_path / name).write_bytes(content)
     small = small_flags(tmp_path, dataset=tmp_path / name, output_dir=tmp_path / "new" / "run")
@@ -375,7 +375,7 @@ def test_the_bundled_reviews_are_all_there(tmp_path):
     assert read("imdb", tmp_path, max_samples=100) == texts[:100]
 
 
-def test_the_split_is_a_function_of_seed_and_text_alone():
+def test_the_split_depends_only_on_seed_and_text():
     assert split_hash("a text", 1) == split_hash("a text", 1)
     assert split_hash("a text", 1) != split_hash("a text", 2)
     share = sum(split_hash(str(n), 3) < 2**64 // 10 for n in range(20_000)) / 20_000
@@ -390,7 +390,7 @@ def test_a_changed_file_gets_another_key(tmp_path):
     assert open_dataset(path, tmp_path).key != before
 
 
-def test_a_hash_is_kept_for_as_long_as_the_file_is_the_same(tmp_path, monkeypatch):
+def test_a_hash_is_reused_while_the_file_is_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "data.txt"
     path.write_text("a b\nc d\n")
     monkeypatch.setattr("microbert.data.local_files.SETTLED_SECONDS", -1)
@@ -411,11 +411,11 @@ def test_a_hash_is_kept_for_as_long_as_the_file_is_the_same(tmp_path, monkeypatc
 def test_a_damaged_bundle_is_refused(monkeypatch):
     monkeypatch.setattr("microbert.data.sources.IMDB_SHA256", "0" * 64)
     with pytest.raises(InputError, match="damaged"):
-        open_corpus(configure(), never_stop)
+        open_corpus(configure())
 
 
 @pytest.mark.parametrize("path", ["a_file", "a_file/below", "locked"])
-def test_a_cache_that_cannot_be_written_is_a_plain_line(path, tmp_path, monkeypatch, capfd):
+def test_a_cache_that_cannot_be_written_is_a_plain_error(path, tmp_path, monkeypatch, capfd):
     (tmp_path / "a_file").write_text("x")
     if path == "locked":  # as for a user who is not root
         monkeypatch.setattr(
@@ -424,12 +424,11 @@ def test_a_cache_that_cannot_be_written_is_a_plain_line(path, tmp_path, monkeypa
             lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
         )
     config = configure("--dataset", "imdb", "--cache-dir", str(tmp_path / path))
-    with pytest.raises(InputError, match="cache_dir"):
-        with lock_cache(open_corpus(config, never_stop), config, never_stop):
-            pass
+    with pytest.raises(InputError, match="cache_dir"), lock_cache(open_corpus(config), config):
+        pass
 
 
-def test_a_prepared_cache_that_cannot_be_written_is_used_as_it_is(tmp_path, monkeypatch, capfd):
+def test_a_prepared_read_only_cache_is_used(tmp_path, monkeypatch, capfd):
     flags = small_flags(tmp_path, epochs=1)
     assert run_here([*flags, "--prepare-only", "--output-dir", str(tmp_path / "first")], monkeypatch) == 0
     acquire = filelock.FileLock.acquire
@@ -444,13 +443,13 @@ def test_a_prepared_cache_that_cannot_be_written_is_used_as_it_is(tmp_path, monk
 
 
 def test_bad_input_leaves_what_another_run_has_prepared(tmp_path):
-    """The second waits for the first, finds its own settings impossible, and must not take the first one's work away."""
+    """The second run waits for the first, fails for its own settings, and must not delete what the first prepared."""
     config = configure("--dataset", "imdb", "--cache-dir", str(tmp_path))
-    corpus = open_corpus(config, never_stop)
+    corpus = open_corpus(config)
     folder = corpus.cache_folder(config)
 
     def second():
-        with pytest.raises(InputError, match="too little"), lock_cache(corpus, config, never_stop):
+        with pytest.raises(InputError, match="too little"), lock_cache(corpus, config):
             raise InputError("too little text")
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

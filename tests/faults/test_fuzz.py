@@ -1,6 +1,6 @@
-"""Whatever bytes and values come from elsewhere: each is read, or is a plain error; no other exception, no hang, nothing written beside what it is.
+"""Random bytes and values as input: each is read or is a plain error, without another exception, a hang or a new file.
 
-pytest tests/faults/test_fuzz.py --hypothesis-profile=thorough     10,000 inputs for each, instead of 100
+pytest tests/faults/test_fuzz.py --hypothesis-profile=thorough     10,000 inputs per test instead of 100
 """
 
 import bz2
@@ -49,11 +49,11 @@ ANYTHING = st.recursive(
 
 @st.composite
 def damaged(draw, data):
-    """The bytes after a few edits: some overwritten, cut out, put in, or said twice; or the end missing; or other bytes altogether."""
+    """Bytes after a few edits: overwritten, cut, inserted, repeated or truncated; or entirely random bytes."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=200))
     for kind in draw(
-        st.lists(st.sampled_from(["overwrite", "cut", "put", "repeat", "truncate"]), min_size=1, max_size=4)
+        st.lists(st.sampled_from(["overwrite", "cut", "insert", "repeat", "truncate"]), min_size=1, max_size=4)
     ):
         at, length = draw(st.integers(0, len(data))), draw(st.integers(1, 16))
         new = draw(
@@ -67,7 +67,7 @@ def damaged(draw, data):
                 data = data[:at] + new + data[at + len(new) :]
             case "cut":
                 data = data[:at] + data[at + length :]
-            case "put":
+            case "insert":
                 data = data[:at] + new + data[at:]
             case "repeat":
                 data = data[: at + length] + data[at:]
@@ -78,7 +78,7 @@ def damaged(draw, data):
 
 @st.composite
 def altered(draw, value):
-    """A JSON value in which something is another value, gone, or more."""
+    """A JSON value in which one part is changed, removed or added."""
     if not isinstance(value, (dict, list)) or not value or draw(st.integers(0, 3)) == 0:
         return draw(ANYTHING)
     places = list(value) if isinstance(value, dict) else list(range(len(value)))
@@ -97,12 +97,12 @@ def altered(draw, value):
 
 
 def damaged_json(data):
-    """Either its bytes are damaged, or what they say."""
+    """JSON with damaged bytes, or with altered values."""
     return st.one_of(damaged(data), altered(json.loads(data)).map(lambda value: json.dumps(value).encode()))
 
 
 def ends_well(call, *arguments):
-    """The result, or None where the input is refused as bad."""
+    """Return the result of the call, None if it refuses the input with a plain error."""
     try:
         return call(*arguments)
     except InputError as error:
@@ -113,7 +113,7 @@ def ends_well(call, *arguments):
 
 @pytest.fixture(scope="module")
 def place(finished_run, tmp_path_factory):
-    """A finished run, in whose folder nothing may change but what a test changes."""
+    """A copy of a finished run. Only the tests themselves may change its folder."""
     folder = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(finished_run, folder / "copy")
     return folder / "copy"
@@ -134,7 +134,7 @@ CONSTANTS = constants_of(V4)
         st.sampled_from(sorted(CONSTANTS.keys() & Config.__dataclass_fields__.keys())), ANYTHING, min_size=1, max_size=3
     )
 )
-def test_a_constants_block_of_any_values(values):
+def test_constants_of_any_values(values):
     config = ends_well(lambda: read_config(str(V4), CONSTANTS | values, []))
     assert config is None or isinstance(config, Config)
 
@@ -210,7 +210,7 @@ def tokens_folder(place):
 def test_prepared_tokens_of_any_bytes(name, tokens_folder, data):
     folder, tokenizer = tokens_folder
     whole = (folder / name).read_bytes()
-    start = whole[:200]  # where the header is
+    start = whole[:200]  # contains the header
     (folder / name).write_bytes(
         data.draw(damaged_json(whole)) if name.endswith(".json") else data.draw(damaged(start)) + whole[len(start) :]
     )
@@ -224,15 +224,13 @@ def test_prepared_tokens_of_any_bytes(name, tokens_folder, data):
 @given(data=st.data())
 @pytest.mark.slow
 def test_checkpoints_of_any_bytes(name, place, data):
-    """With a manifest that agrees with them, as whoever means harm would write it."""
+    """The manifest matches the damaged file, as an attacker would write it."""
     config = configure(*small_flags(place))
     newest = max((place / "run").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     whole, manifest = (newest / name).read_bytes(), (newest / "manifest.json").read_bytes()
     state = json.loads((newest / "state.json").read_bytes())["state"]
-    if name.endswith(".json"):
-        new = data.draw(damaged_json(whole))
-    else:
-        new = data.draw(damaged(whole[:2000])) + whole[2000:]
+    is_json = name.endswith(".json")
+    new = data.draw(damaged_json(whole)) if is_json else data.draw(damaged(whole[:2000])) + whole[2000:]
     (newest / name).write_bytes(new)
     if name != "manifest.json":
         seal(newest)

@@ -1,4 +1,4 @@
-"""Input from elsewhere, broken or meant to harm: each is a plain line with exit code 2, or a skip that is told; nothing in it is ever run."""
+"""Broken or malicious input: a plain error with exit code 2, or a skip with a warning; and nothing in it ever runs."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from microbert.train.checkpoint import verify
 
 FINE = b'{"text": "a good film"}\n{"text": "a bad film"}\n{"text": "the end"}\n'
 
-# row 27: a file's content, flags, the exit code, what is told
+# row 27: file, content, flags, exit code, expected message
 TEXTS = {
     "invalid UTF-8": ("corpus.txt", b"fine\nbroken \xff\xfe line\n", [], 2, "line 2 is not UTF-8"),
     "NUL": ("corpus.jsonl", FINE + b'{"text": "a\\u0000b film"}\n', [], 0, "documents: 4 read"),
@@ -40,7 +40,7 @@ TEXTS = {
     ),
     "some nulls": ("corpus.jsonl", FINE + b'{"text": null}\n', [], 0, "skipped: 1 empty"),
     "wrong column": ("corpus.csv", b"title,body\nx,y z\n", ["--text-column", "nope"], 2, "title, body"),
-    "broken JSON": ("corpus.jsonl", FINE + b'{"text": oops}\n', [], 2, "line 4 is not JSON"),
+    "broken JSON": ("corpus.jsonl", FINE + b'{"text": oops}\n', [], 2, "line 4 is not valid JSON"),
     "JSON nested deeply": (
         "corpus.jsonl",
         FINE + b'{"text": "a", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
@@ -63,7 +63,7 @@ TEXTS = {
 @pytest.mark.fault(row=27)
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.slow
-def test_text_is_read_or_told_in_a_line(name, tmp_path):
+def test_text_is_read_or_is_a_plain_error(name, tmp_path):
     file, content, flags, code, told = TEXTS[name]
     (tmp_path / file).write_bytes(content)
     done = run([*small_flags(tmp_path, dataset=tmp_path / file, prepare_only=True), *flags])
@@ -96,7 +96,7 @@ CONSTANTS = {
 @pytest.mark.fault(row=28)
 @pytest.mark.parametrize("version", [1, 4])
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_a_constant_that_cannot_be_is_answered_in_a_second_with_nothing_created(name, version, tmp_path):
+def test_an_invalid_constant_is_an_error_within_a_second_and_nothing_is_created(name, version, tmp_path):
     flags, told = CONSTANTS[name]
     if version == 4 and name == "width that the heads do not divide":
         flags = [*flags, "--n-heads", "2"]
@@ -111,26 +111,25 @@ def test_a_constant_that_cannot_be_is_answered_in_a_second_with_nothing_created(
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and told in done.stderr
-    assert (
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
-    )  # of a core: a busy machine may take longer
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert cpu_seconds < 1  # not elapsed time, which is longer on a busy machine
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def interrupted(finished_run, tmp_path):
-    """The finished run as a kill before its end would have left it, with two checkpoints: its folder, and that of its newest checkpoint."""
+    """The finished run as if killed before its end, with two checkpoints: its folder, and its newest checkpoint."""
     run_folder = interrupted_copy(finished_run, tmp_path) / "run"
     newest = max(run_folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     return run_folder, newest
 
 
-def go_on(run_folder, *flags):
+def resume(run_folder, *flags):
     return run([*small_flags(run_folder.parent), *flags])
 
 
 def seal(checkpoint):
-    """A manifest that agrees with the files, as whoever means harm would write it."""
+    """Write a manifest that matches the files, as an attacker would."""
     names = json.loads((checkpoint / "manifest.json").read_text())
     write_json(
         checkpoint / "manifest.json",
@@ -148,9 +147,9 @@ def seal(checkpoint):
         (["--max-samples", "200"], ["max_samples = 200 (was None)"]),
     ],
 )
-def test_a_checkpoint_of_other_constants_names_those_that_differ(flags, told, interrupted):
+def test_a_checkpoint_of_other_constants_is_an_error_that_names_them(flags, told, interrupted):
     before = listing(interrupted[0])
-    done = go_on(interrupted[0], *flags)
+    done = resume(interrupted[0], *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert all(text in done.stderr for text in told)
     after = listing(interrupted[0])
@@ -159,13 +158,13 @@ def test_a_checkpoint_of_other_constants_names_those_that_differ(flags, told, in
 
 
 @pytest.mark.fault(row=29)
-def test_a_checkpoint_of_another_dataset_names_it(interrupted):
+def test_a_checkpoint_of_another_dataset_is_an_error_that_names_it(interrupted):
     run_folder, _ = interrupted
     corpus = run_folder.parent / "corpus.jsonl"
     corpus.rename(run_folder.parent / "other.jsonl")
     corpus.write_bytes(FINE)
     before = listing(run_folder)
-    done = go_on(run_folder)
+    done = resume(run_folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     after = listing(run_folder)
     before.pop("status.json"), after.pop("status.json")
@@ -174,7 +173,7 @@ def test_a_checkpoint_of_another_dataset_names_it(interrupted):
 
 
 class Bomb:
-    """What runs when it is unpickled: it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, canary):
         self.canary = canary
@@ -190,12 +189,12 @@ class Bomb:
 @pytest.mark.parametrize("is_sealed", [False, True])
 @pytest.mark.slow
 def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(name, is_sealed, interrupted, tmp_path, reference):
-    """The checkpoint's own tokenizer and configuration are for transformers: a run goes on without reading them."""
+    """A resumed run does not read the checkpoint's tokenizer and configuration, which are for transformers."""
     run_folder, newest = interrupted
     (newest / name).write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
     if is_sealed:
         seal(newest)
-    done = go_on(run_folder)
+    done = resume(run_folder)
     assert not (tmp_path / "canary").exists() and "Traceback" not in done.stderr
     if is_sealed and name.endswith(".safetensors"):
         assert done.returncode == 2 and f"{newest} does not fit this run" in done.stderr
@@ -211,7 +210,7 @@ def test_a_safetensors_header_that_claims_to_be_huge_is_refused(header, interrup
     run_folder, newest = interrupted
     (newest / "model.safetensors").write_bytes(header.to_bytes(8, "little") + b"{}" * 100)
     seal(newest)
-    done = go_on(run_folder)
+    done = resume(run_folder)
     assert done.returncode == 2 and "does not fit this run" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -233,7 +232,7 @@ def test_a_pickle_in_the_cache_is_refused_and_not_run(pattern, finished_run, tmp
 @pytest.mark.fault(row=30)
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 @pytest.mark.slow
-def test_a_pickle_in_a_folder_that_somebody_shares_is_refused_and_not_run(name, finished_run, tmp_path):
+def test_a_pickle_in_a_shared_folder_is_refused_and_not_run(name, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
     for command in (
@@ -259,7 +258,7 @@ def test_a_pickle_in_a_folder_that_somebody_shares_is_refused_and_not_run(name, 
 @pytest.mark.fault(row=30)
 @pytest.mark.parametrize("module", ["plot", "finetune"])
 @pytest.mark.slow
-def test_weights_that_would_have_to_be_unpickled_are_not_looked_for(module, finished_run, tmp_path):
+def test_pickled_weights_are_ignored(module, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
     (tmp_path / "run" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
@@ -277,7 +276,7 @@ def test_weights_that_would_have_to_be_unpickled_are_not_looked_for(module, fini
 
 @pytest.fixture
 def victim(tmp_path):
-    """Somebody else's folder: what is in it must stay as it is."""
+    """Another user's folder, which must not change."""
     folder = tmp_path / "victim"
     (folder / "sub").mkdir(parents=True)
     (folder / "precious.txt").write_text("precious")
@@ -294,10 +293,10 @@ def test_a_link_in_a_checkpoint_is_refused(name, interrupted, victim, reference)
     run_folder, newest = interrupted
     target = victim / "precious.txt"
     inside = (newest / name).read_bytes()
-    target.write_bytes(inside)  # what it should be, but not where it should be
+    target.write_bytes(inside)  # the right content in the wrong place
     (newest / name).unlink()
     (newest / name).symlink_to(target)
-    done = go_on(run_folder)
+    done = resume(run_folder)
     assert done.returncode == 0, done.stderr
     assert f"{newest} is damaged ({name} is missing or a link)" in done.stderr
     assert result(run_folder) == reference
@@ -312,7 +311,7 @@ def test_a_manifest_that_names_other_files_is_refused(name, interrupted, victim,
     run_folder, newest = interrupted
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps(manifest | {name: {"size": 8, "sha256": "0" * 64}}))
-    done = go_on(run_folder)
+    done = resume(run_folder)
     assert done.returncode == 0, done.stderr
     assert "the manifest does not list the files of a checkpoint" in done.stderr
     assert result(run_folder) == reference
@@ -320,7 +319,7 @@ def test_a_manifest_that_names_other_files_is_refused(name, interrupted, victim,
 
 @pytest.mark.fault(row=31)
 @pytest.mark.slow
-def test_links_where_a_run_writes_are_replaced_and_not_followed(interrupted, victim, reference):
+def test_links_in_place_of_output_files_are_replaced_and_not_followed(interrupted, victim, reference):
     run_folder, newest = interrupted
     shutil.rmtree(newest)
     for name in (newest.name, "checkpoint-9999", ".checkpoint.tmp"):
@@ -329,7 +328,7 @@ def test_links_where_a_run_writes_are_replaced_and_not_followed(interrupted, vic
         (run_folder / name).unlink(missing_ok=True)
     for name in ("model.safetensors", "status.json", "training_curve.png"):
         (run_folder / name).symlink_to(victim / "precious.txt")
-    done = go_on(run_folder)
+    done = resume(run_folder)
     assert done.returncode == 0, done.stderr
     assert not newest.is_symlink()
     verify(newest)
@@ -339,32 +338,32 @@ def test_links_where_a_run_writes_are_replaced_and_not_followed(interrupted, vic
 
 @pytest.mark.fault(row=31)
 @pytest.mark.slow
-def test_starting_anew_follows_no_link(interrupted, victim, reference):
+def test_overwriting_a_run_follows_no_link(interrupted, victim, reference):
     run_folder, newest = interrupted
     (newest / "link").symlink_to(victim)
     (newest / "file").symlink_to(victim / "precious.txt")
     (run_folder / "checkpoint-9999").symlink_to(victim)
     (run_folder / "metrics.jsonl").unlink()
     (run_folder / "metrics.jsonl").symlink_to(victim / "precious.txt")
-    done = go_on(run_folder, "--overwrite")
+    done = resume(run_folder, "--overwrite")
     assert done.returncode == 0, done.stderr
     (run_folder / "checkpoint-9999").unlink()
     assert result(run_folder) == reference
 
 
 @pytest.mark.fault(row=31)
-def test_a_link_instead_of_the_lock_is_not_written_through(interrupted, victim):
+def test_a_link_in_place_of_the_lock_is_not_followed(interrupted, victim):
     run_folder, _ = interrupted
     (run_folder / ".lock").unlink(missing_ok=True)
     (run_folder / ".lock").symlink_to(victim / "precious.txt")
-    done = go_on(run_folder)
+    done = resume(run_folder)
     assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.fault(row=31)
 @pytest.mark.parametrize("pattern", ["files-*", "*/tokens-*"])
-def test_a_link_instead_of_a_folder_of_the_cache_is_refused(pattern, finished_run, victim, tmp_path):
-    """Also of one that holds what a cache does, which a run would clean up."""
+def test_a_link_in_place_of_a_cache_folder_is_refused(pattern, finished_run, victim, tmp_path):
+    """This includes a link to a folder with temporary files that a run would delete from its cache."""
     shutil.copytree(finished_run, tmp_path / "copy")
     [folder] = (tmp_path / "copy" / "cache").glob(pattern)
     shutil.rmtree(folder)
