@@ -26,7 +26,7 @@ from microbert.fill_mask import load_run
 from microbert.finetune import Settings, accuracy_of, epochs_of, held_out, new_classifier, tf_idf_accuracy, train
 from microbert.model.build import build_model, with_max_seq_len
 from microbert.model.classifier import encode_texts
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 
 N_CHOOSING = (
     2_500  # training reviews to choose settings by, so that those which the runs have held out have no part in it

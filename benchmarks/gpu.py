@@ -30,7 +30,7 @@ from microbert.data.masking import mask_batch, n_slots  # noqa: E402
 from microbert.model.build import build_model, shape_of  # noqa: E402
 from microbert.runtime.device import choose_device, compute_dtype, describe_compute, describe_device, peak_memory_gb  # noqa: E402
 from microbert.runtime.distributed import World  # noqa: E402
-from microbert.runtime.run import plain_errors  # noqa: E402
+from microbert.runtime.outcome import plain_errors  # noqa: E402
 from microbert.train.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
 from microbert.train.step import Learner  # noqa: E402
 
@@ -74,7 +74,7 @@ def operations_a_second(device: torch.device, dtype: torch.dtype) -> float:
 
 def measure(config: Config, steps: int) -> dict[str, float]:
     """Trains in this process."""
-    world = World({})
+    world = World.alone()
     device = choose_device(config.device, world)
     best = operations_a_second(device, compute_dtype(config, device))
     if device.type == "cuda":
@@ -118,16 +118,16 @@ def main() -> None:
         print(json.dumps(measure(settle(arguments.measure, flags), arguments.steps)))
         return
     config = settle(arguments.shapes[0], flags)
-    device = choose_device(config.device, World({}))
+    device = choose_device(config.device, World.alone())
     print(
-        f"{describe_device(device, World({}))}{describe_compute(config, device)}, torch {torch.__version__}, {arguments.steps} steps"
+        f"{describe_device(device, World.alone())}{describe_compute(config, device)}, torch {torch.__version__}, {arguments.steps} steps"
     )
     print(
         f"{'shape':<8} {'batch':>11} {'samples/s':>10} {'tokens/s':>10} {'utilisation':>12} {'peak GB':>8} {'planned':>8} {'warm-up s':>10}",
         flush=True,
     )
     for shape in arguments.shapes:
-        config, hardware = settle(shape, flags), hardware_of(device, World({}))
+        config, hardware = settle(shape, flags), hardware_of(device, World.alone())
         plan = plan_memory(config, config.vocab_size, hardware)
         planned = plan.total - (plan.parts[MARGIN] if device.type == "cuda" else 0)
         done = subprocess.run(

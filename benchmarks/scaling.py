@@ -75,7 +75,7 @@ def work(
     world.meet(lambda: None)
     world.form_group(torch.device("cpu"), 600, lambda: None)
     config = v3_config()
-    shared, apart = Trainee(config, world), Trainee(config, World({}))
+    shared, apart = Trainee(config, world), Trainee(config, World.alone())
     shared.train(WARM_UP), apart.train(WARM_UP)
     for _ in range(rounds):
         world.gather(0.0)  # they begin together, here and below

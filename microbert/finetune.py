@@ -48,11 +48,12 @@ from microbert.model.classifier import (
 from microbert.model.export import MODEL_FILES
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.counter_rng import random_bits
-from microbert.runtime.device import NARROWEST_IN_BF16, choose_device, fastest_dtype, multiplying_in, out_of_memory
+from microbert.runtime.device import NARROWEST_IN_BF16, autocast, choose_device, fastest_dtype, out_of_memory
 from microbert.runtime.distributed import World
 from microbert.runtime.files import read_json, system_trouble
 from microbert.runtime.metrics import progress_bar
-from microbert.runtime.run import HELD_OUT, plain_errors
+from microbert.runtime.outcome import plain_errors
+from microbert.runtime.run_folder import HELD_OUT
 
 WARMUP = 0.06  # share of the steps
 EPOCHS, FEWEST_STEPS = (
@@ -186,7 +187,7 @@ def train(model: TextClassifier, rows: np.ndarray, labels: np.ndarray, settings:
                 keys = torch.from_numpy(random_bits(settings.seed, step, np.arange(len(chosen))).astype(np.int64)).to(
                     device
                 )
-                with multiplying_in(dtype, device):
+                with autocast(dtype, device):
                     logits = model(batch_of(rows[chosen], device), keys)
                 loss = nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[chosen]).to(device))
                 optimizer.zero_grad()
@@ -259,7 +260,7 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     """Fine-tunes, saves, compares. Returns the accuracies by name. Raises InputError for what the user can mend, else Failed."""
     output = Path(settings.output_dir or f"{folder}-finetuned")
     check_output(output, settings.overwrite)
-    device, (encoder, tokenizer) = choose_device(settings.device, World({})), load_run(folder)
+    device, (encoder, tokenizer) = choose_device(settings.device, World.alone()), load_run(folder)
     encoder = with_max_seq_len(encoder, settings.max_seq_len)
     shape = encoder.config
     texts = read_labelled(

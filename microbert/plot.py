@@ -22,7 +22,7 @@ from microbert.fill_mask import encode, load_run
 from microbert.model.hugging_face import RUNS_NOTHING, errors_of_loading
 from microbert.runtime.files import write_atomic
 from microbert.runtime.metrics import read_metrics, title_of
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 
 TEXT = "i have never seen such a bad film ."
 MOST_TOKENS = 24  # of a sentence, so that its words can be read

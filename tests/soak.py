@@ -26,7 +26,7 @@ from helpers import ROOT, SCRIPT, end_tree, result, small_flags  # noqa: E402
 from launches import flags_of, ranks, torchrun_command  # noqa: E402
 from small_disk import SmallDisk, has_small_disks  # noqa: E402
 
-from microbert.runtime.run import checkpoint_folders  # noqa: E402
+from microbert.runtime.run_folder import checkpoint_folders  # noqa: E402
 from microbert.train.checkpoint import DAMAGE, verify  # noqa: E402
 
 N_PROCESSES = {"v1": 1, "v3": 2}

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from microbert.config.dataset_names import COMPRESSIONS, KNOWN_KINDS, file_kind, has_ending
 from microbert.errors import InputError
-from microbert.runtime.run import shortage_behind
+from microbert.runtime.files import find_shortage
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what opening or reading a file raises
 HEAD_BYTES = 4096
@@ -70,7 +70,7 @@ def errors_of_reading(path: str) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        if shortage := shortage_behind(error):
+        if shortage := find_shortage(error):
             raise shortage
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(f"{path}: cannot be read: {reason}") from error

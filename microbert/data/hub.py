@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 from microbert.config.constants import Config
 from microbert.config.dataset_names import hub_id
+from microbert.config.environment import hub_folder
 from microbert.data.corpus import Corpus, Estimate, Part
 from microbert.data.hub_reader import TABLE_PARTS, HubReader, first_line, is_network_trouble, refusal, stoppable, wait
 from microbert.data.local_files import EXPANSION, PARQUET_EXPANSION
 from microbert.errors import Failed, InputError, Stopped
 from microbert.runtime.files import fingerprint, read_json, write_json
-from microbert.runtime.run import hub_folder
 
 SMALL_CHOICE, LARGE_CHOICE = "Salesforce/wikitext:wikitext-103-raw-v1", "allenai/c4:en"  # what "hf" stands for
 SMALL_CHOICE_SAMPLES = 1_000_000  # and up to how many samples the first will do

@@ -20,8 +20,7 @@ from microbert.data.corpus import READ_ROWS, Part
 from microbert.data.file_formats import find_text_column, read_rows
 from microbert.data.tables import parquet_text_column, read_parquet, table_rows, table_text_column
 from microbert.errors import Failed, InputError, Stopped
-from microbert.runtime.files import read_json, write_json
-from microbert.runtime.run import shortage_behind
+from microbert.runtime.files import find_shortage, read_json, write_json
 
 TRIES = 8  # in a row without a single row read, each of which waits twice as long as the one before it
 LONGEST_WAIT = 60.0
@@ -185,7 +184,7 @@ class HubReader:
         """Waits after trouble with the network, longer each time, and raises Failed when that was long enough. Raises any other error."""
         if isinstance(error, (InputError, Failed, Stopped, MemoryError)):
             raise error
-        if shortage := shortage_behind(error):
+        if shortage := find_shortage(error):
             raise shortage
         if refused := refusal(error, self.where):
             raise refused from None

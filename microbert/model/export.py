@@ -23,7 +23,8 @@ from microbert.model.examples import Example, find_examples
 from microbert.model.hugging_face import hugging_face_config, to_hugging_face
 from microbert.model.layers import MaskedLanguageModel, ModelConfig
 from microbert.runtime.files import write_atomic, write_json, write_text
-from microbert.runtime.run import CONSTANTS, HELD_OUT, Run
+from microbert.runtime.run import Run
+from microbert.runtime.run_folder import CONSTANTS, HELD_OUT
 
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RELOAD_TOLERANCE = 1e-4  # of the logits, in fp32

@@ -29,7 +29,7 @@ STEPS = 4
 
 def new_learner(world=None, **constants):
     config = configure(batch_size=8, **RECIPE, **constants)
-    return Learner(noisy_model(arch=config.arch), config, world or World({}))
+    return Learner(noisy_model(arch=config.arch), config, world or World.alone())
 
 
 def take_steps(learner, numbers=range(STEPS)):
