@@ -50,10 +50,10 @@ def explain_shortages(config: Config) -> Iterator[None]:
 
 def _describe_shortage(shortage: OSError, config: Config) -> str:
     if shortage.errno not in DISK_FULL:
-        return f"{system_trouble(shortage)}. Saved work is kept: run the same command to resume"
+        return f"{system_trouble(shortage)}. Progress is saved: run the same command to resume"
     places = [shortage.filename] if shortage.filename else [config.output_dir, config.cache_dir, hub_folder(config)]
     problem = "a file is larger than ulimit -f allows" if shortage.errno == errno.EFBIG else "the disk is full"
     return (
-        f"{problem} ({' or '.join(str(place) for place in places if place)}). Saved work is kept: free space, then run "
+        f"{problem} ({' or '.join(str(place) for place in places if place)}). Progress is saved: free space, then run "
         "the same command to resume"
     )

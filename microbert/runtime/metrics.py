@@ -62,7 +62,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     *whole, last = path.read_bytes().split(b"\n")
     parsed = [_parse_line(text) for text in whole]
     if n_damaged := sum(line is None and bool(text.strip()) for text, line in zip(whole, parsed, strict=True)):
-        print(f"warning: {path}: skipping damaged lines ({n_damaged} of {len(whole)})", file=sys.stderr)
+        print(f"warning: {path}: {n_damaged} of {len(whole)} lines damaged and skipped", file=sys.stderr)
     return [line for line in (*parsed, _parse_line(last)) if line is not None]
 
 

@@ -71,7 +71,7 @@ class Run:
             if not stopping.wait_for_all_to_stop():
                 raise Failed(
                     f"after {self.stop_signal}, another process was killed or did not stop in time. Prepared data is "
-                    "kept: run the same command to resume"
+                    "saved: run the same command to resume"
                 )
             raise Stopped(stopped_by(self.stop_signal))
 

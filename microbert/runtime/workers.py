@@ -49,7 +49,7 @@ def open_pool(
                 raise
     except BrokenProcessPool as error:
         raise Failed(
-            "a process that prepares text was killed, perhaps because memory ran out. Prepared data is kept: run the "
+            "a process that prepares text was killed, perhaps because memory ran out. Prepared data is saved: run the "
             "same command to resume"
         ) from error
 

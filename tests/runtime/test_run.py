@@ -1,4 +1,4 @@
-"""How a run ends: nothing fails after its model is written, bad input removes no work, no run is mistaken for another."""
+"""How a run ends: nothing fails after the export, bad input removes no work, no run is mistaken for another."""
 
 import contextlib
 import errno
