@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 POLL_SECONDS = 0.05
@@ -28,23 +29,19 @@ def in_background(call: Callable[[], T], check_stop: Callable[[], None] = never_
     repeatedly. An exception from it ends the wait, but not the thread, which ends with the process.
     after: seconds before the first call of `check_stop`.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    future: Future[T] = Future()
 
     def work() -> None:
         try:
-            results.append(call())
+            future.set_result(call())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    begun = time.monotonic()
-    thread = threading.Thread(target=work, daemon=True)
+    thread, begun = threading.Thread(target=work, daemon=True), time.monotonic()
     thread.start()
     thread.join(POLL_SECONDS)
     while thread.is_alive():
         if time.monotonic() >= begun + after:
             check_stop()
         thread.join(POLL_SECONDS)
-    if errors:
-        raise errors[0]
-    return results[0]
+    return future.result()
