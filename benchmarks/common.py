@@ -43,7 +43,7 @@ def new_model(config: Config, tokens: Tokens) -> MaskedLanguageModel:
 
 def new_learner(config: Config, tokens: Tokens) -> Learner:
     """Return the training step of a new model, in this process alone."""
-    return Learner(new_model(config, tokens), config, World({}))
+    return Learner(new_model(config, tokens), config, World.alone())
 
 
 def take_step(learner: Learner, tokens: Tokens, number: int, learning_rate: float, epochs: int) -> None:

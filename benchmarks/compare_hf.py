@@ -35,7 +35,7 @@ from microbert.data.batches import training_batch
 from microbert.data.shards import Tokens
 from microbert.data.tokenizer import PAD_ID, save_tokenizer
 from microbert.runtime.device import compute_dtype
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 
 SHAPES = {  # n_layers, n_heads, n_embed, vocab_size; timed steps of this project and of the Trainer
     "v1": ((2, 2, 4, 10_000), 60, 5),

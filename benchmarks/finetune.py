@@ -28,7 +28,7 @@ from microbert.fill_mask import load_run
 from microbert.finetune import held_out, tf_idf_accuracy
 from microbert.model.build import build_model, with_max_seq_len
 from microbert.model.classifier import encode_texts
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 from microbert.train.finetuning import Settings, accuracy, epochs_for, new_classifier, train_classifier
 
 N_CHOOSING = 2_500  # training reviews for --choosing, so that the held-out reviews do not influence settings

@@ -27,7 +27,7 @@ from microbert.data.masking import n_slots
 from microbert.model.build import build_model, shape_of
 from microbert.runtime.device import choose_device, compute_dtype, describe_compute, describe_device, peak_memory_gb
 from microbert.runtime.distributed import World
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 from microbert.train.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory
 from microbert.train.step import Learner
 
@@ -70,7 +70,7 @@ def matmul_operations_per_second(device: torch.device, dtype: torch.dtype) -> fl
 
 def measure(config: Config, steps: int) -> dict[str, float]:
     """Train in this process and return what was measured, by name."""
-    world = World({})
+    world = World.alone()
     device = choose_device(config.device, world)
     best = matmul_operations_per_second(device, compute_dtype(config, device))
     if device.type == "cuda":
@@ -118,9 +118,9 @@ def main() -> None:
         print(json.dumps(measure(shape_config(arguments.measure, flags), arguments.steps)))
         return
     config = shape_config(arguments.shapes[0], flags)
-    device = choose_device(config.device, World({}))
+    device = choose_device(config.device, World.alone())
     print(
-        f"{describe_device(device, World({}))}{describe_compute(config, device)}, torch {torch.__version__}, "
+        f"{describe_device(device, World.alone())}{describe_compute(config, device)}, torch {torch.__version__}, "
         f"{arguments.steps} steps"
     )
     print(
@@ -130,7 +130,7 @@ def main() -> None:
     )
     for shape in arguments.shapes:
         config = shape_config(shape, flags)
-        plan = plan_memory(config, config.vocab_size, hardware_of(device, World({})))
+        plan = plan_memory(config, config.vocab_size, hardware_of(device, World.alone()))
         planned = plan.total - (plan.parts[MARGIN] if device.type == "cuda" else 0)
         found = measure_in_child(shape, arguments.steps, flags)
         print(

@@ -22,7 +22,7 @@ from microbert.config.learning_rate import peak_learning_rate
 from microbert.data.batches import steps_in_run
 from microbert.data.shards import Tokens
 from microbert.errors import Diverged
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 from microbert.train.optim import learning_rate_share
 
 FLAGS = {"v1": (), "v2": (), "v3": (), "v4": SMALL_V4}

@@ -28,7 +28,7 @@ from microbert.kernels.gelu import gelu
 from microbert.model import build as models
 from microbert.model import modern
 from microbert.model.layers import MaskedLanguageModel, ModelConfig, Rotary, at_positions
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 from microbert.train.optim import learning_rate_share
 from microbert.train.step import Learner
 

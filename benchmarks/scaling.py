@@ -52,10 +52,10 @@ def work(
     torch.set_num_threads(threads)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     world = World({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)})
-    world.meet(lambda: None)
-    world.form_group(torch.device("cpu"), 600, lambda: None)
+    world.meet()
+    world.form_group(torch.device("cpu"), 600)
     config = script_config("v3")
-    shared, separate = Trainee(config, world), Trainee(config, World({}))
+    shared, separate = Trainee(config, world), Trainee(config, World.alone())
     shared.train(WARM_UP), separate.train(WARM_UP)
     for _ in range(rounds):
         world.gather(0.0)  # a barrier, here and below

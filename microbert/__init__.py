@@ -7,7 +7,7 @@ from microbert.errors import InputError
 
 __version__ = "0.1.0"
 
-# as `python -m microbert.NAME` has it while the package loads: NAME imports packages that may be missing
+# argv while `python -m microbert.NAME` loads the package: NAME imports packages that may be missing
 if sys.argv[:1] == ["-m"]:
     try:
         require_packages()

@@ -28,7 +28,7 @@ from microbert.data.sources import IMDB_DOCUMENTS, open_corpus
 from microbert.errors import InputError
 from microbert.runtime.device import GIB, memory_bytes, n_cores
 from microbert.runtime.distributed import World
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 from microbert.train.dry_run import print_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,9 +192,9 @@ def this_machine(folder: Path) -> Machine:
     """Return the machine that this process runs on. folder: where the run would be saved."""
     gpu_memory, n_gpus = None, 0
     if torch.cuda.is_available():
-        gpu_memory, n_gpus = memory_bytes(torch.device("cuda", 0), World({})), torch.cuda.device_count()
+        gpu_memory, n_gpus = memory_bytes(torch.device("cuda", 0), World.alone()), torch.cuda.device_count()
     elif torch.backends.mps.is_available():
-        gpu_memory, n_gpus = memory_bytes(torch.device("mps"), World({})), 1
+        gpu_memory, n_gpus = memory_bytes(torch.device("mps"), World.alone()), 1
     return Machine(n_cores(), gpu_memory, n_gpus, shutil.disk_usage(folder).free, _is_hub_reachable())
 
 

@@ -1,8 +1,8 @@
-"""The exceptions that end a run with a message for people."""
+"""Exceptions that end a run with a message for the user."""
 
 
 class InputError(Exception):
-    """Something the user can fix. The message is one or two plain lines; the exit code is 2."""
+    """An error that the user can fix. The message is one or two plain lines; the exit code is 2."""
 
 
 class Stopped(Exception):
@@ -10,9 +10,9 @@ class Stopped(Exception):
 
 
 class Failed(Exception):
-    """The run cannot continue, for a reason outside its input. The message gives the reason and what to try.
+    """The run cannot continue, for a reason other than its input. The message gives the reason and what to try.
 
-    rank: of the process where the error occurred, if that is not the one that raises it.
+    rank: of the process where the error occurred, if another one raises it.
     """
 
     def __init__(self, message: str, rank: int | None = None) -> None:

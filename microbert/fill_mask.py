@@ -13,7 +13,7 @@ from microbert.model.examples import N_GUESSES, likeliest, probabilities_at
 from microbert.model.hugging_face import model_from_hugging_face, one_line, read_hugging_face_config
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.files import read_json, system_trouble
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 
 
 def fill_mask(

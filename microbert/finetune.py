@@ -44,7 +44,8 @@ from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.device import choose_device, out_of_memory
 from microbert.runtime.distributed import World
 from microbert.runtime.files import read_json, system_trouble
-from microbert.runtime.run import HELD_OUT, plain_errors
+from microbert.runtime.outcome import plain_errors
+from microbert.runtime.run_folder import HELD_OUT
 from microbert.train.finetuning import (
     TRAINABLE,
     Settings,
@@ -67,7 +68,7 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     """
     output = Path(settings.output_dir or f"{folder}-finetuned")
     check_output(output, settings.overwrite)
-    device, (encoder, tokenizer) = choose_device(settings.device, World({})), load_run(folder)
+    device, (encoder, tokenizer) = choose_device(settings.device, World.alone()), load_run(folder)
     encoder = with_max_seq_len(encoder, settings.max_seq_len)
     shape = encoder.config
     texts = read_labelled(

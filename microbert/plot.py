@@ -25,7 +25,7 @@ from microbert.model.examples import token_names
 from microbert.model.hugging_face import RUNS_NOTHING, errors_of_loading
 from microbert.runtime.files import write_atomic
 from microbert.runtime.metrics import read_metrics, title_of
-from microbert.runtime.run import plain_errors
+from microbert.runtime.outcome import plain_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,9 +1,9 @@
-"""torchrun that ends as its script ends: `python -m microbert.torchrun --standalone --nproc-per-node=8
+"""torchrun, with the exit code of its script: `python -m microbert.torchrun --standalone --nproc-per-node=8
 mlm_pretrain_v3.py --epochs 3`
 
-It takes torchrun's own arguments, and torchrun does the work. What is added: the constants are checked once, before any
-process starts; the exit code is that of the run, as its status.json tells it (torchrun's is 1 whatever happened); a
-failure is reported in one line; and on one machine nothing listens on the network.
+It has torchrun's arguments, and torchrun does the work. In addition, it checks the constants once, before any process
+starts; exits with the code of the run, as status.json gives it (torchrun exits with 1 for any failure); reports a
+failure in one line; and on one machine listens on the loopback interface only.
 """
 
 import argparse
@@ -41,22 +41,15 @@ from microbert.config.constants import Config
 from microbert.config.flags import read_script
 from microbert.config.terminal import safe_output
 from microbert.errors import InputError
-from microbert.runtime.distributed import in_background, loopback_store
 from microbert.runtime.files import read_json, write_json
-from microbert.runtime.run import (
-    BAD_INPUT,
-    DONE,
-    FAILED,
-    LOCK,
-    STATUS,
-    STOPPED,
-    check_folder,
-    handled_signals,
-    take_lock,
-)
+from microbert.runtime.outcome import BAD_INPUT, DONE, FAILED, STOPPED
+from microbert.runtime.run_folder import LOCK, STATUS, check_folder, take_lock
+from microbert.runtime.signals import handled_signals
+from microbert.runtime.store import loopback_store
+from microbert.runtime.waiting import in_background
 
-ONE_MACHINE, SEVERAL_MACHINES = "microbert-one", "microbert-several"  # names for torchrun's --rdzv-backend
-STATIC_PORT = 29500  # torchrun's own default
+ONE_MACHINE, SEVERAL_MACHINES = "microbert-one", "microbert-several"  # values for torchrun's --rdzv-backend
+STATIC_PORT = 29500  # torchrun's default
 
 
 def main() -> None:
@@ -66,73 +59,84 @@ def main() -> None:
 
 def _launch() -> None:
     arguments = get_args_parser().parse_args()
-    logging.disable(logging.ERROR)  # torchrun's own account of what its processes tell themselves
+    logging.disable(logging.ERROR)  # torchrun logs errors that the run itself reports
     try:
         config = _read_script(Path(arguments.training_script), arguments.training_script_args)
-        n_processes = determine_local_world_size(arguments.nproc_per_node)
-        if config.device == "cuda" and torch.cuda.device_count() < n_processes:
-            raise InputError(
-                f"{n_processes} GPUs are asked for, and PyTorch sees {torch.cuda.device_count()} on this machine. Ask for fewer (NUM_GPUS of a "
-                "launcher), or train on the CPU (DEVICE=cpu)"
-            )
-        is_one_machine = parse_min_max_nnodes(arguments.nnodes)[1] == 1
-        if arguments.standalone and not is_one_machine:
-            raise InputError(
-                f"--standalone is for one machine, and --nnodes = {arguments.nnodes}: leave one of them out"
-            )
-        meeting_place = arguments.rdzv_endpoint.rpartition(":")[0]
-        if meeting_place and not is_one_machine:
-            _check_host(meeting_place)
-            print(f"meeting the other machines at {arguments.rdzv_endpoint} ...", flush=True)
+        is_one_machine = _check_machines(arguments, config)
         if not config.dry_run:
             _clear_status(Path(config.output_dir), is_one_machine)
-    except (InputError, RuntimeError, ValueError) as error:  # the latter two of torchrun's own arguments
+    except (InputError, RuntimeError, ValueError) as error:  # the latter two from torchrun's own arguments
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     _choose_rendezvous(arguments, is_one_machine)
     signals = _handle_signals()
     arguments.signals_to_handle = ",".join(signals)
-    exit_code, how_it_ended = _run(arguments)
-    for name in signals:  # one more finds nothing left to stop
+    exit_code, reason = _run(arguments)
+    for name in signals:  # everything has ended: a further signal must not change the exit code
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    raise SystemExit(
-        exit_code if config.dry_run else _told_end(Path(config.output_dir), arguments.rdzv_id, exit_code, how_it_ended)
-    )
+    if not config.dry_run:
+        exit_code = _report_end(Path(config.output_dir), arguments.rdzv_id, exit_code, reason)
+    raise SystemExit(exit_code)
+
+
+def _read_script(script: Path, flags: list[str]) -> Config:
+    if not script.is_file():
+        raise InputError(f"the script {script} does not exist")
+    return read_script(script, flags)
+
+
+def _check_machines(arguments: argparse.Namespace, config: Config) -> bool:
+    """Check the number of GPUs and the address of the other machines. Return whether there is only one machine."""
+    n_processes = determine_local_world_size(arguments.nproc_per_node)
+    if config.device == "cuda" and (n_gpus := torch.cuda.device_count()) < n_processes:
+        raise InputError(
+            f"the number of GPUs requested is {n_processes}, but PyTorch finds {n_gpus} on this machine. Request fewer "
+            "(NUM_GPUS of a launcher), or train on the CPU (DEVICE=cpu)"
+        )
+    is_one_machine = parse_min_max_nnodes(arguments.nnodes)[1] == 1
+    if arguments.standalone and not is_one_machine:
+        raise InputError(f"--standalone is for one machine, but --nnodes = {arguments.nnodes}: remove one of them")
+    host = arguments.rdzv_endpoint.rpartition(":")[0]
+    if host and not is_one_machine:
+        try:
+            socket.getaddrinfo(host.strip("[]"), None)  # an IPv6 address is in brackets
+        except OSError:
+            raise InputError(f"the host name {host!r} is unknown here (HEAD_NODE of a launcher)") from None
+        print(f"connecting to the other machines at {arguments.rdzv_endpoint} ...", flush=True)
+    return is_one_machine
 
 
 def _run(arguments: argparse.Namespace) -> tuple[int, str]:
-    """Runs torchrun. Returns the exit code that its end suggests, and a line on what its processes could not tell themselves."""
+    """Run torchrun. Return the exit code that its end implies, and the reason if no process may have reported it."""
     try:
         run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        how_it_ended = (
-            f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else ""
+        reason = (
+            f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else ""
         )
-        return failure.exitcode if failure.exitcode in (BAD_INPUT, STOPPED) else FAILED, how_it_ended
+        return failure.exitcode if failure.exitcode in (BAD_INPUT, STOPPED) else FAILED, reason
     except SignalException as error:
         return STOPPED, f"stopped by {error.sigval.name}"
     except (RendezvousError, OSError, RuntimeError, ValueError) as error:
-        several = (
-            " Of several machines one may have left, or not have been reached"
-            if arguments.rdzv_backend == SEVERAL_MACHINES
-            else ""
-        )
-        return FAILED, f"torchrun cannot go on ({type(error).__name__}: {error}).{several}"
+        hint = ""
+        if arguments.rdzv_backend == SEVERAL_MACHINES:
+            hint = ". Another machine may have left, or could not be reached"
+        return FAILED, f"torchrun failed ({type(error).__name__}: {error}){hint}"
     return DONE, ""
 
 
 class _OneMachine(RendezvousHandler):
-    """The meeting of the one torchrun of a launch with itself.
+    """The rendezvous of the only torchrun of a launch.
 
-    torchrun's own listens on all interfaces, on one machine too, and unpickles what comes in. This one listens on the
-    loopback interface alone, and nothing is unpickled.
+    torchrun's own listens on all network interfaces, on one machine too, and unpickles what it receives. This one
+    listens on the loopback interface only, and unpickles nothing.
     """
 
     use_agent_store = True
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        self._run_id, self._store, self._n_attempts = parameters.run_id, loopback_store(wait_for_workers=False), 0
+        self._run_id, self._store, self._n_attempts = parameters.run_id, loopback_store(), 0
 
     def get_backend(self) -> str:
         return ONE_MACHINE
@@ -149,7 +153,7 @@ class _OneMachine(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """Nobody else comes."""
+        """Do nothing: no other torchrun joins."""
 
     def num_nodes_waiting(self) -> int:
         return 0
@@ -159,35 +163,34 @@ class _OneMachine(RendezvousHandler):
 
 
 def _choose_rendezvous(arguments: argparse.Namespace, is_one_machine: bool) -> None:
-    """Make torchrun meet as above on one machine, and elsewhere in a way that signals interrupt: it waits for the
-    other machines in C++."""
+    """Let torchrun use _OneMachine on one machine, and on several its own rendezvous, made interruptible by signals.
+
+    Its own waits for the other machines in C++, so that it runs in the background.
+    """
     backend, node_rank = arguments.rdzv_backend, arguments.node_rank
 
     def several_machines(parameters: RendezvousParameters) -> RendezvousHandler:
         parameters.backend = backend
         parameters.config.setdefault("rank", node_rank)  # as torchrun does for the backend "static"
-        handler = in_background(lambda: rendezvous_handler_registry.create_handler(parameters), lambda: None)
-        handler.next_rendezvous = functools.partial(in_background, handler.next_rendezvous, lambda: None)
+        handler = in_background(lambda: rendezvous_handler_registry.create_handler(parameters))
+        wait = functools.partial(in_background, handler.next_rendezvous)
+        handler.next_rendezvous = wait  # type: ignore[method-assign]  # on this handler only
         return handler
 
     if is_one_machine:
         rendezvous_handler_registry.register(ONE_MACHINE, _OneMachine)
-        arguments.standalone, arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = (
-            False,
-            ONE_MACHINE,
-            "localhost",
-            str(uuid.uuid4()),
-        )
+        arguments.standalone, arguments.rdzv_backend = False, ONE_MACHINE
+        arguments.rdzv_endpoint, arguments.rdzv_id = "localhost", str(uuid.uuid4())
     else:
         rendezvous_handler_registry.register(SEVERAL_MACHINES, several_machines)
         if arguments.master_port is None:
             arguments.master_port = STATIC_PORT
-        arguments.rdzv_endpoint = get_rdzv_endpoint(arguments)  # of "static" the master's
+        arguments.rdzv_endpoint = get_rdzv_endpoint(arguments)  # the master's address for the backend "static"
         arguments.rdzv_backend = SEVERAL_MACHINES
 
 
 def _handle_signals() -> list[str]:
-    """Makes an exception of each signal that is to stop a run, as torchrun does once its processes have started. Returns their names."""
+    """Raise SignalException for each stop signal, as torchrun does once its processes run. Return their names."""
 
     def stop(number: int, _: object) -> None:
         raise SignalException(f"signal {number}", signal.Signals(number))
@@ -198,21 +201,11 @@ def _handle_signals() -> list[str]:
     return names
 
 
-def _read_script(script: Path, flags: list[str]) -> Config:
-    if not script.is_file():
-        raise InputError(f"there is no script {script}")
-    return read_script(script, flags)
-
-
-def _check_host(name: str) -> None:
-    try:
-        socket.getaddrinfo(name.strip("[]"), None)  # an IPv6 address stands in brackets
-    except OSError:
-        raise InputError(f"no machine is known here as {name!r} (HEAD_NODE of a launcher)") from None
-
-
 def _clear_status(folder: Path, is_one_machine: bool) -> None:
-    """Removes the status.json of an earlier launch. Raises InputError where a run holds the folder, unless that may be this one on another machine."""
+    """Remove the status.json of an earlier launch.
+
+    Raises InputError if another run uses the folder. With several machines, that may be this run on another machine.
+    """
     check_folder(folder)
     if not folder.exists():
         return
@@ -227,26 +220,29 @@ def _clear_status(folder: Path, is_one_machine: bool) -> None:
         lock.release()
 
 
-def _told_end(folder: Path, launch: str, exit_code: int, how_it_ended: str) -> int:
-    """The exit code that status.json tells of this launch, else the one given. Tells what nobody was left to tell, and completes status.json."""
+def _report_end(folder: Path, launch: str, exit_code: int, reason: str) -> int:
+    """Return the exit code that status.json gives for this launch, or else `exit_code`.
+
+    Print a reason that no process of the run could print, and complete status.json.
+    """
     status = {}
     with contextlib.suppress(OSError, ValueError):
         stored = read_json(folder / STATUS)
         status = stored if stored.get("launch") == launch else {}
-    if exit_code == DONE:  # of several machines' folders, one alone says so
+    if exit_code == DONE:  # of the machines' folders, only rank 0's says so
         return DONE
     if isinstance(status.get("exit_code"), int):
         exit_code = status["exit_code"]
         if status.get("host") != socket.gethostname():
-            how_it_ended = f"on {status['host']}: process {status['rank']}: {status['reason']}"
+            reason = f"on {status['host']}: process {status['rank']}: {status['reason']}"
     elif status:  # the process that writes it was killed
-        exit_code, how_it_ended = FAILED, how_it_ended or "a process ended without a word"
+        exit_code, reason = FAILED, reason or "a process ended without an error message"
         with contextlib.suppress(OSError):
-            write_json(folder / STATUS, status | {"state": "failed", "exit_code": FAILED, "reason": how_it_ended})
-    elif exit_code == STOPPED and how_it_ended:
-        how_it_ended += " before the run began"
-    if exit_code == FAILED and how_it_ended or exit_code == STOPPED and not status:
-        print(f"error: {how_it_ended}" if exit_code == FAILED else how_it_ended, file=sys.stderr)
+            write_json(folder / STATUS, status | {"state": "failed", "exit_code": FAILED, "reason": reason})
+    elif exit_code == STOPPED and reason:
+        reason += " before the run began"
+    if (exit_code == FAILED and reason) or (exit_code == STOPPED and not status):
+        print(f"error: {reason}" if exit_code == FAILED else reason, file=sys.stderr)
     return exit_code
 
 

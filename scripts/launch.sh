@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# What the launchers share, to be sourced: they work in the repository's root, wherever they are called from; what is printed also goes to a
-# file in logs/; the exit code is the run's own (0 done, 1 failed, 2 bad input, 75 stopped with everything saved). DRY_RUN=1 prints the command.
+# Functions of the launchers, to be sourced. A launcher runs in the repository's root, wherever it is called from, and
+# copies its output to a file in logs/. The exit code is the run's: 0 done, 1 failed, 2 bad input, 75 stopped with
+# everything saved. DRY_RUN=1 prints the command without running it.
 
 ROOT="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)"
 if [[ -z "${PYTHON:-}" ]]; then
@@ -9,10 +10,10 @@ if [[ -z "${PYTHON:-}" ]]; then
     PYTHON="$ROOT/.venv/bin/python"
   fi
 fi
-# torch's own account of sockets that do not answer yet, with C++ stack traces: a failure is told by the run
+# hide PyTorch's warnings about sockets that do not answer yet: the run itself reports a failure
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 
-# launch NAME COMMAND...: ends this shell with the command's exit code.
+# launch NAME COMMAND...: run the command, and exit with its exit code.
 launch() {
   local name="$1" log
   shift
@@ -25,6 +26,6 @@ launch() {
   mkdir -p logs
   log="logs/$name-$(date +%Y%m%d-%H%M%S)-$$.log"
   echo "log: $ROOT/$log"
-  # the signals that stop a run must not end the log before the run has saved
+  # tee must ignore the signals that stop a run, so that the log is complete
   exec "$@" > >(trap '' HUP INT TERM && exec tee "$log") 2>&1
 }

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# v4's large preset on one GPU of 24 GB. Flags behind it are the script's own: scripts/train_24gb.sh --output-dir runs/mine
+# v4's large preset on one GPU of 24 GB. Flags are passed to the script: scripts/train_24gb.sh --output-dir runs/mine
 set -euo pipefail
 
-PRESET="${PRESET:-large}"                       # "auto" takes model and batch by the GPU's memory
-BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-96}"  # sequences a step; counts only with PRESET="large"
-MAX_SAMPLES="${MAX_SAMPLES:-10M}"               # documents to read
+PRESET="${PRESET:-large}"                       # "auto" chooses model and batch by the GPU's memory
+BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-96}"  # sequences per step; only with PRESET="large"
+MAX_SAMPLES="${MAX_SAMPLES:-10M}"               # documents
 EPOCHS="${EPOCHS:-5}"
 LEARNING_RATE="${LEARNING_RATE:-3e-5}"
 DATASET="${DATASET:-hf}"                        # "hf", "imdb", a Hub id, or files
-DEVICE="${DEVICE:-cuda}"                        # "cpu" where there is no GPU
+DEVICE="${DEVICE:-cuda}"                        # "cpu" without a GPU
 
 # shellcheck source=scripts/launch.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.sh"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# v4 on the GPUs of one machine, each held under 24 GB. Flags behind it are the script's own.
+# v4 on the GPUs of one machine, each using less than 24 GB. Flags are passed to the script.
 set -euo pipefail
 
-NUM_GPUS="${NUM_GPUS:-8}"                       # processes, one for each GPU
-PRESET="${PRESET:-large}"                       # "auto" takes model and batch by the GPU's memory
-BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-96}"  # sequences a step; counts only with PRESET="large"
-MAX_SAMPLES="${MAX_SAMPLES:-10M}"               # documents to read
+NUM_GPUS="${NUM_GPUS:-8}"                       # processes, one per GPU
+PRESET="${PRESET:-large}"                       # "auto" chooses model and batch by the GPU's memory
+BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-96}"  # sequences per step; only with PRESET="large"
+MAX_SAMPLES="${MAX_SAMPLES:-10M}"               # documents
 EPOCHS="${EPOCHS:-5}"
 LEARNING_RATE="${LEARNING_RATE:-3e-5}"
 DATASET="${DATASET:-hf}"                        # "hf", "imdb", a Hub id, or files
-DEVICE="${DEVICE:-cuda}"                        # "cpu" trains on the CPU, with gloo
+DEVICE="${DEVICE:-cuda}"                        # "cpu" for the CPU, with gloo
 
 # shellcheck source=scripts/launch.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.sh"

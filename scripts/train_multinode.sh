@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# v3 on several machines: to be run on each of them, with the same values but for NODE_RANK. Flags behind it are the script's own.
+# v3 on several machines. Run it on each machine with the same values except NODE_RANK. Flags are passed to the script.
 #
 #   NNODES=2 NODE_RANK=0 HEAD_NODE=host0 scripts/train_multinode.sh      on host0
-#   NNODES=2 NODE_RANK=1 HEAD_NODE=host0 scripts/train_multinode.sh      on the other
+#   NNODES=2 NODE_RANK=1 HEAD_NODE=host0 scripts/train_multinode.sh      on the other machine
 set -euo pipefail
 
 NNODES="${NNODES:-2}"                           # machines
-NODE_RANK="${NODE_RANK:-0}"                     # of this one; 0 is HEAD_NODE
-HEAD_NODE="${HEAD_NODE:-localhost}"             # where the machines meet: a name or address that all of them reach
-PORT="${PORT:-29400}"                           # there; two runs at once need two
-MAX_RESTARTS="${MAX_RESTARTS:-3}"               # how often all processes start again after one has failed
-NUM_GPUS="${NUM_GPUS:-8}"                       # of each machine
-BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-32}"  # sequences a step
-MAX_SAMPLES="${MAX_SAMPLES:-5M}"                # documents to read
+NODE_RANK="${NODE_RANK:-0}"                     # of this machine; 0 on HEAD_NODE
+HEAD_NODE="${HEAD_NODE:-localhost}"             # name or address of the first machine, reachable from all
+PORT="${PORT:-29400}"                           # on HEAD_NODE; different for simultaneous runs
+MAX_RESTARTS="${MAX_RESTARTS:-3}"               # restarts of all processes after one has failed
+NUM_GPUS="${NUM_GPUS:-8}"                       # per machine
+BATCH_SIZE_PER_GPU="${BATCH_SIZE_PER_GPU:-32}"  # sequences per step
+MAX_SAMPLES="${MAX_SAMPLES:-5M}"                # documents
 EPOCHS="${EPOCHS:-5}"
 LEARNING_RATE="${LEARNING_RATE:-3e-5}"
 DATASET="${DATASET:-hf}"                        # "hf", "imdb", a Hub id, or files
-DEVICE="${DEVICE:-cuda}"                        # "cpu" trains on the CPU, with gloo
+DEVICE="${DEVICE:-cuda}"                        # "cpu" for the CPU, with gloo
 
 # shellcheck source=scripts/launch.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.sh"

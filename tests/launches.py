@@ -1,4 +1,4 @@
-"""Launches of several processes, as torchrun makes them, on a small corpus: how to start, watch, find and end them."""
+"""Start, watch, find and end launches of several processes by torchrun, on a small corpus."""
 
 import json
 import socket
@@ -10,7 +10,7 @@ import psutil
 from helpers import ROOT, TIME_LIMIT, end_tree, patched_script, small_flags, wait_for_checkpoint
 
 SCRIPT = ROOT / "mlm_pretrain_v3.py"
-# torchrun, or a module around it, that waits so many seconds, and not 30, between the signal to end and the kill
+# torchrun, or a module around it, which kills its processes that many seconds after the signal to end, instead of 30
 WITH_PATIENCE = """import os, runpy, sys
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import PContext
@@ -20,11 +20,11 @@ for end in (LocalElasticAgent._shutdown, PContext.close):
     end.__defaults__ = (end.__defaults__[0], seconds)
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
-FOREVER = 10 * TIME_LIMIT  # as patience: what has to be killed is a hang
+FOREVER = 10 * TIME_LIMIT  # as `patience`: only a process that hangs is killed
 
 
 def flags_of(folder: Path, n_processes: int, **constants: object) -> list[str]:
-    """A run of eight sequences a step, on any number of processes."""
+    """Return the flags of a run with eight sequences per step, on any number of processes."""
     shape = {
         "n_layers": 2,
         "n_heads": 2,
@@ -55,7 +55,7 @@ def start(flags: list[str], n_processes: int = 2, *options: str, **keywords: obj
 
 
 def finish(process: subprocess.Popen, limit: float = TIME_LIMIT) -> tuple[int, str, str]:
-    """Exit code, output and errors. A launch that does not end in time is ended, with its processes, and fails the test."""
+    """Return exit code, stdout and stderr. Kill a launch that does not end in time, and fail the test."""
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -70,14 +70,14 @@ def launch(flags: list[str], n_processes: int = 2, *options: str, **keywords: ob
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has taken a moment ago."""
+    """Return a port of this machine that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def ranks(process: subprocess.Popen) -> dict[int, psutil.Process]:
-    """The launch's processes by rank, as far as they have started."""
+    """Return the processes of a launch that have started, by rank."""
     found = {}
     for child in psutil.Process(process.pid).children():
         try:
@@ -90,7 +90,7 @@ def ranks(process: subprocess.Popen) -> dict[int, psutil.Process]:
 
 
 def wait_for_training(process: subprocess.Popen, folder: Path) -> dict[int, psutil.Process]:
-    """Waits for the first checkpoint; returns the processes by rank."""
+    """Wait for the first checkpoint. Return the processes by rank."""
     wait_for_checkpoint(process, folder)
     return ranks(process)
 
@@ -103,11 +103,11 @@ def all_gone(processes: list[psutil.Process], within: float) -> bool:
 
 
 def status(folder: Path) -> dict:
-    """What status.json holds, nothing where there is none."""
+    """Return the contents of status.json, or an empty dict if there is none."""
     path = folder / "status.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def faulty_script(path: Path, patch: str, script: Path = SCRIPT) -> Path:
-    """A script that runs v3 after some lines of Python, in which `rank` is the process's."""
+    """Write a script that runs some lines of Python, in which `rank` is defined, and then v3."""
     return patched_script(path, f'rank = int(os.environ["RANK"])\n{patch}', script)

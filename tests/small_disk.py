@@ -1,4 +1,4 @@
-"""A small disk (a tmpfs) that is seen by the processes of one namespace alone, and goes with them: full, or read-only, as a person's may be."""
+"""A small disk (a tmpfs) that can be full or read-only, and exists only in the namespace of its processes."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ BALLAST = "ballast"
 
 
 def has_small_disks() -> bool:
-    """Whether this user may have some: it takes Linux with namespaces, and root or namespaces for users."""
+    """Return whether this user can mount small disks: on Linux, as root or with user namespaces."""
     if not all(map(shutil.which, ("unshare", "nsenter", "mount"))):
         return False
     with tempfile.TemporaryDirectory() as folder:
@@ -28,15 +28,16 @@ def has_small_disks() -> bool:
 
 
 class SmallDisk:
-    """Mounted while the context lasts, at `mount_point` for processes that are started through `command`.
+    """A disk that is mounted within the context, at `mount_point` for processes that are started by `command`.
 
-    `path` is the same folder for everybody else, as long as the disk is there.
+    `path` is the same folder for all other processes.
     """
 
     def __init__(self, megabytes: float) -> None:
         self.mount_point = Path(tempfile.mkdtemp(prefix="small-disk-"))
         options = f"size={int(megabytes * 2**20)}"
-        hold = f"mount -t tmpfs -o {options} none {self.mount_point} && echo mounted && exec cat"  # until its input is closed
+        # cat keeps the namespace alive until its input is closed
+        hold = f"mount -t tmpfs -o {options} none {self.mount_point} && echo mounted && exec cat"
         self._holder = subprocess.Popen(
             [*UNSHARE, "sh", "-c", hold],
             stdin=subprocess.PIPE,
@@ -59,7 +60,7 @@ class SmallDisk:
         self.mount_point.rmdir()
 
     def command(self, command: list[str]) -> list[str]:
-        """The command as it has to be started to see the disk."""
+        """Return the command that starts `command` where it sees the disk."""
         return [
             "nsenter",
             f"--target={self._holder.pid}",
@@ -80,7 +81,7 @@ class SmallDisk:
 
 
 def fill(file: Path) -> None:
-    """Takes what is free on the file's disk."""
+    """Fill the disk of the file."""
     with open(file, "ab", buffering=0) as ballast, contextlib.suppress(OSError):
         while ballast.write(bytes(2**16)):
             pass

@@ -1,10 +1,11 @@
-"""Kills, stops, damages and fills the disk of real runs for as long as it is told, and compares each with the run that was left alone, bit by bit.
+"""Disturb real runs by kills, signals, damage and full disks, and compare each with an uninterrupted run.
 
     python tests/soak.py                                     v1, then v3 with two processes, 30 minutes each
     python tests/soak.py --minutes 5 --seed 3 --scripts v1
 
-A round is a run from an empty folder to its end, through faults at seeded random times. What a seed draws is the same each time; where in a run
-it falls is up to the machine. Ends with 0 where every round came to the same bits, and with 1 and what happened where one did not.
+A round is a run from an empty folder to its end, with faults at random times. The seed determines the faults, but the
+speed of the machine determines when in a run they occur. Exits with 0 if every round ends with bitwise identical
+results; otherwise prints what happened and exits with 1.
 """
 
 import argparse
@@ -26,14 +27,14 @@ from helpers import ROOT, SCRIPT, end_tree, result, small_flags  # noqa: E402
 from launches import flags_of, ranks, torchrun_command  # noqa: E402
 from small_disk import SmallDisk, has_small_disks  # noqa: E402
 
-from microbert.runtime.run import checkpoint_folders  # noqa: E402
+from microbert.runtime.run_folder import checkpoint_folders  # noqa: E402
 from microbert.train.checkpoint import DAMAGE, verify  # noqa: E402
 
 N_PROCESSES = {"v1": 1, "v3": 2}
-MEGABYTES = 8  # of the disk: five times what a run takes
-LONGEST = 300  # seconds for one launch: a hang fails
-KILLED = {0, 1, -signal.SIGKILL}  # 1 where torchrun is quicker to notice that its processes are gone than to be killed
-# a stop that comes before the signal is handled ends the process as it would any
+MEGABYTES = 8  # of the disk: five times the size of a run
+LONGEST = 300  # seconds for one launch: more is a hang, and fails
+KILLED = {0, 1, -signal.SIGKILL}  # 1 if torchrun notices that its processes are gone before it is killed
+# the allowed exit codes; -SIGTERM if the signal comes before the process handles it
 ENDS = {
     "nothing": {0},
     "kill": KILLED,
@@ -45,16 +46,14 @@ ENDS = {
 
 
 class Soak:
-    """Rounds of one script in `folder`, with the run on a small disk where there may be one."""
+    """Rounds of one script in `folder`. The run is on the small disk, if there is one."""
 
     def __init__(self, script: str, seed: int, folder: Path, disk: SmallDisk | None) -> None:
-        self.n_processes, self.rng, self.folder, self.disk = (
-            N_PROCESSES[script],
-            random.Random(f"{seed} {script}"),
-            folder,
-            disk,
-        )
-        self.run, self.seen = (disk.path if disk else folder) / "run", (disk.mount_point if disk else folder) / "run"
+        self.n_processes, self.rng = N_PROCESSES[script], random.Random(f"{seed} {script}")
+        self.folder, self.disk = folder, disk
+        self.run = (disk.path if disk else folder) / "run"
+        self.output_dir = (disk.mount_point if disk else folder) / "run"  # the same folder, as the run sees it
+        self.log = folder / "log"
         self.faults = [
             fault
             for fault in ENDS
@@ -63,56 +62,52 @@ class Soak:
             and (self.n_processes > 1 or fault != "kill a process")
         ]
         self.counts: collections.Counter[str] = collections.Counter()
-        self.longest = 0.0  # seconds that a launch without a fault has taken
+        self.longest = 0.0  # duration of a launch without a fault, in seconds
 
-    def command(self, output_dir: Path) -> list[str]:
-        constants = {"output_dir": output_dir, "epochs": 20, "save_every": 15, "eval_every": 100, "keep_checkpoints": 3}
+    def command(self) -> list[str]:
+        constants = {
+            "output_dir": self.output_dir,
+            "epochs": 20,
+            "save_every": 15,
+            "eval_every": 100,
+            "keep_checkpoints": 3,
+        }
         if self.n_processes == 1:
             return [sys.executable, str(SCRIPT), *small_flags(self.folder, **constants)]
         return torchrun_command(flags_of(self.folder, self.n_processes, **constants), self.n_processes)
 
-    def start(self, output_dir: Path) -> subprocess.Popen:
-        command = self.command(output_dir)
-        self.log = open(self.folder / "log", "w+")
-        return subprocess.Popen(
-            self.disk.command(command) if self.disk else command,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
+    def start(self) -> subprocess.Popen:
+        command = self.disk.command(self.command()) if self.disk else self.command()
+        with open(self.log, "w") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
     def end(self, process: subprocess.Popen, fault: str) -> int:
-        """Waits, and checks that the launch has ended as the fault lets it."""
+        """Wait for the end, and check that the fault allows the exit code."""
         try:
             code = process.wait(LONGEST)
         except subprocess.TimeoutExpired:
             end_tree(process)
-            raise SystemExit(f"no end after {LONGEST} s, with {fault}:\n{self.told()}") from None
-        if code not in ENDS[fault] or "Traceback" in self.told():
-            raise SystemExit(f"{fault}: ended with {code}:\n{self.told()}")
+            raise SystemExit(f"no end after {LONGEST} s, with {fault}:\n{self.log.read_text()}") from None
+        if code not in ENDS[fault] or "Traceback" in self.log.read_text():
+            raise SystemExit(f"{fault}: ended with {code}:\n{self.log.read_text()}")
         return code
-
-    def told(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
 
     def reference(self) -> dict[str, object]:
         begin = time.monotonic()
-        self.end(self.start(self.seen), "nothing")
+        self.end(self.start(), "nothing")
         self.longest = time.monotonic() - begin
         whole = result(self.run)
         shutil.rmtree(self.run)
         return whole
 
     def round(self) -> dict[str, object]:
-        """One run through faults to its end."""
+        """Run to the end through random faults."""
         shutil.rmtree(self.run, ignore_errors=True)
         if self.rng.random() < 0.2:
             shutil.rmtree(self.folder / "cache")
         while True:
             fault = self.rng.choice(self.faults)
-            process = self.start(self.seen)
+            process = self.start()
             try:
                 self.wait(process)
                 if not self.inflict(fault, process):
@@ -129,15 +124,13 @@ class Soak:
                 return result(self.run)
 
     def wait(self, process: subprocess.Popen) -> None:
-        """Until a number of checkpoints more than there are now, or none more, and a random moment."""
+        """Wait for a random number of new checkpoints, which may be 0, then for a random time."""
         wanted = self.newest() + 15 * self.rng.randint(0, 15)
         deadline = time.monotonic() + self.longest
         while process.poll() is None and self.newest() < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(self.rng.uniform(0, 0.3 * self.longest))
-        except subprocess.TimeoutExpired:
-            pass
 
     def newest(self) -> int:
         return (
@@ -145,7 +138,7 @@ class Soak:
         )
 
     def inflict(self, fault: str, process: subprocess.Popen) -> bool:
-        """Returns whether there was something to do it to."""
+        """Cause the fault. Return False if the process to disturb has ended."""
         if process.poll() is not None:
             return False
         if fault == "stop":
@@ -163,7 +156,7 @@ class Soak:
         return True
 
     def damage(self) -> None:
-        """A file of the newest checkpoint, where the run goes on and there is a whole one before it: cut, overwritten with zeros, or with one bit changed."""
+        """Cut a file of the newest checkpoint, fill it with zeros or flip one bit, if an older one can be resumed."""
         whole = (
             [path for path in checkpoint_folders(self.run) if not self.is_damaged(path)] if self.run.exists() else []
         )
@@ -191,7 +184,7 @@ class Soak:
 
 
 def soak(script: str, seed: int, minutes: float, folder: Path, disk: SmallDisk | None) -> None:
-    """Prints what was done. Raises SystemExit with 1 where a round came to other bits."""
+    """Print the number of rounds and faults. Raises SystemExit with 1 if a round ends with different results."""
     one = Soak(script, seed, folder, disk)
     end = time.monotonic() + 60 * minutes
     reference, rounds = one.reference(), 0
@@ -201,11 +194,12 @@ def soak(script: str, seed: int, minutes: float, folder: Path, disk: SmallDisk |
         if found != reference:
             different = [name for name in reference if found[name] != reference[name]]
             raise SystemExit(
-                f"{script}, seed {seed}: round {rounds} came to other {', '.join(different)}; its last launch:\n{one.told()}"
+                f"{script}, seed {seed}: round {rounds} ended with different {', '.join(different)}. Its last launch "
+                f"printed:\n{one.log.read_text()}"
             )
     faults = ", ".join(f"{name} {count}" for name, count in sorted(one.counts.items()))
     print(
-        f"{script}, seed {seed}, {minutes:g} minutes: {rounds} rounds bitwise equal to the run left alone; {faults}",
+        f"{script}, seed {seed}, {minutes:g} min: {rounds} of {rounds} rounds ended bitwise identical; {faults}",
         flush=True,
     )
 
@@ -217,7 +211,7 @@ def main() -> None:
     parser.add_argument("--scripts", nargs="+", choices=N_PROCESSES, default=list(N_PROCESSES))
     arguments = parser.parse_args()
     if not has_small_disks():
-        print("no small disk can be had here, so none is filled: it takes Linux, and root or namespaces for users")
+        print("full disks are not tested here: they require Linux, and root or user namespaces")
     for script in arguments.scripts:
         with tempfile.TemporaryDirectory(prefix="soak-") as folder:
             if has_small_disks():

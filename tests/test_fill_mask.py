@@ -249,7 +249,7 @@ def write_metrics(folder, lines, end="\n"):
 def test_a_damaged_line_of_metrics_is_skipped_and_counted(line, tmp_path, capsys):
     folder = write_metrics(tmp_path, [json.dumps(FINE), line, json.dumps(FINE)])
     assert read_metrics(folder / "metrics.jsonl") == [FINE, FINE]
-    assert "metrics.jsonl: 1 of 3 lines are damaged and left out" in capsys.readouterr().err
+    assert "metrics.jsonl: 1 of 3 lines damaged and skipped" in capsys.readouterr().err
     assert draw_curves([folder]).axes
 
 

@@ -36,7 +36,7 @@ def masked_rows(n=8, max_seq_len=64, seed=0):
 
 def new_learner(device=CUDA, vocab_size=VOCAB_SIZE, **constants):
     config = configure(**{"n_layers": 2, "n_heads": 4, "n_embed": 64, "max_seq_len": 64, "batch_size": 8, **constants})
-    return Learner(build_model(shape_of(config, vocab_size), 0).to(device), config, World({}))
+    return Learner(build_model(shape_of(config, vocab_size), 0).to(device), config, World.alone())
 
 
 def test_a_step_is_that_of_the_cpu():
@@ -116,14 +116,14 @@ def test_memory_stays_within_the_plan(constants):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     learner, masked = (
-        Learner(build_model(shape_of(config, 25_000), 0).to(CUDA), config, World({})),
+        Learner(build_model(shape_of(config, 25_000), 0).to(CUDA), config, World.alone()),
         masked_rows(96, 256),
     )
     for number in range(4):
         learner.step(masked, number, 1e-3).read()
     with torch.no_grad():
         masked_scores(*learner.hidden(masked))
-    plan = plan_memory(config, 25_000, hardware_of(CUDA, World({})))
+    plan = plan_memory(config, 25_000, hardware_of(CUDA, World.alone()))
     tensors = plan.total - plan.parts[MARGIN]
     assert 0.5 * tensors < torch.cuda.max_memory_allocated() - before < tensors + WORKSPACES
 

@@ -1,4 +1,4 @@
-"""The launchers: what they start, with what, from where, and how they end."""
+"""The launchers: the command they start, its values, its folder and its exit code."""
 
 import json
 import os
@@ -25,7 +25,7 @@ HOSTILE = ["a b", ";touch X", "$(touch X)", "`touch X`", "-x", "--", "'", '"', "
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The repository as a clone has it, so far as a launcher sees it, in a folder with a hostile name."""
+    """Copy what a launcher uses of the repository to a folder with a hostile name."""
     folder = tmp_path / "a b;$(touch X)"
     folder.mkdir()
     for name in ("scripts", "microbert"):
@@ -44,7 +44,7 @@ def stub(path, text):
 
 
 def call(script, *flags, cwd=None, **variables):
-    """A launcher in an environment in which none of its variables is set, but those that are given."""
+    """Run a launcher with only these of its variables set."""
     environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
     return subprocess.run(
         [str(script), *flags],
@@ -58,9 +58,9 @@ def call(script, *flags, cwd=None, **variables):
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.fault(row=32)
-def test_values_reach_the_script_as_they_are(name, checkout, tmp_path):
-    tells = stub(tmp_path / "tells", "import json, os, sys\nprint(json.dumps([os.getcwd(), sys.argv[1:]]))")
-    done = call(checkout / "scripts" / name, *HOSTILE, PYTHON=str(tells), DATASET="a b;$(touch X)", EPOCHS="-1")
+def test_values_reach_the_script_unchanged(name, checkout, tmp_path):
+    reports = stub(tmp_path / "reports", "import json, os, sys\nprint(json.dumps([os.getcwd(), sys.argv[1:]]))")
+    done = call(checkout / "scripts" / name, *HOSTILE, PYTHON=str(reports), DATASET="a b;$(touch X)", EPOCHS="-1")
     assert done.returncode == 0, done.stderr
     cwd, arguments = json.loads(done.stdout.splitlines()[-1])
     assert cwd == str(checkout)
@@ -70,7 +70,7 @@ def test_values_reach_the_script_as_they_are(name, checkout, tmp_path):
 
 
 @pytest.mark.fault(row=32)
-def test_a_leading_dash_is_a_value_of_its_flag(checkout):
+def test_a_value_may_begin_with_a_dash(checkout):
     done = call(checkout / "scripts" / "train_1gpu.sh", DEVICE="cpu", EPOCHS="-1")
     assert done.returncode == 2 and "epochs = -1 must be at least 1" in done.stdout
 
@@ -94,7 +94,7 @@ def test_a_dry_run_prints_the_command_and_does_nothing(name, checkout):
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])
 @pytest.mark.fault(row=32)
-def test_the_exit_code_is_the_childs_in_spite_of_the_log(code, checkout, tmp_path):
+def test_the_exit_code_is_the_runs_and_its_output_is_logged(code, checkout, tmp_path):
     ends = stub(tmp_path / "ends", f"import sys\nprint('to the log')\nsys.stderr.write('this too')\nsys.exit({code})")
     done = call(checkout / "scripts" / "train_1gpu.sh", PYTHON=str(ends))
     assert done.returncode == code
@@ -110,7 +110,7 @@ def test_the_exit_code_is_the_childs_in_spite_of_the_log(code, checkout, tmp_pat
         ("train_h200_8gpu_v4.sh", "."),
     ],
 )
-def test_they_work_through_the_links_and_from_their_own_folder(path, cwd, checkout):
+def test_they_work_through_links_and_from_their_own_folder(path, cwd, checkout):
     done = call((checkout / cwd / path) if cwd == "." else path, cwd=checkout / cwd, DRY_RUN="1")
     assert done.returncode == 0 and "mlm_pretrain_v" in done.stdout
 
@@ -123,31 +123,31 @@ def test_the_links_in_the_root_lead_to_the_launchers():
 
 
 @pytest.mark.parametrize("name", ["train_h200_8gpu_v4.sh", "scripts/train_24gb.sh"])
-def test_the_large_preset_has_its_batch_and_auto_leaves_it_to_the_tier(name, checkout):
+def test_the_large_preset_sets_the_batch_and_auto_leaves_it_to_the_tier(name, checkout):
     large, auto = (call(checkout / name, DRY_RUN="1", **variables).stdout for variables in ({}, {"PRESET": "auto"}))
     assert "--preset=large" in large and "--batch-size=96" in large and "--max-samples=10M" in large
     assert "--preset=auto" in auto and "--batch-size" not in auto
 
 
 @pytest.mark.parametrize(
-    "variables, flags, told",
+    "variables, flags, message",
     [
-        ({"CUDA_VISIBLE_DEVICES": ""}, [], "8 GPUs are asked for, and PyTorch sees 0"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, [], "GPUs requested is 8, but PyTorch finds 0"),
         ({"DEVICE": "cpu"}, ["--n-layer", "2"], "did you mean --n-layers?"),
         ({"DEVICE": "cpu", "DATASET": "nothing.txt"}, [], "no file that exists"),
         ({"DEVICE": "cpu"}, ["--output-dir", "scripts"], "holds other files"),
     ],
 )
 @pytest.mark.slow
-def test_what_is_wrong_from_the_start_is_told_once_before_any_process_starts(variables, flags, told, checkout):
+def test_bad_input_is_reported_once_before_any_process_starts(variables, flags, message, checkout):
     done = call(checkout / "train_h200_8gpu_standard.sh", *flags, **variables)
     assert done.returncode == 2
-    assert done.stdout.count("error:") == 1 and told in done.stdout and "Traceback" not in done.stdout
+    assert done.stdout.count("error:") == 1 and message in done.stdout and "Traceback" not in done.stdout
     assert not (checkout / "runs").exists()
 
 
 @pytest.mark.fault(row=32)
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_nothing():
     done = subprocess.run(
         ["shellcheck", "-x", *map(str, sorted(SCRIPTS.iterdir()))],
         capture_output=True,
@@ -159,8 +159,8 @@ def test_shellcheck_has_nothing_to_say():
 
 
 @pytest.mark.slow
-def test_a_run_through_the_launcher_stops_goes_on_and_says_that_it_is_finished(checkout, tmp_path):
-    """Exit codes 75, 0 and 0; a signal to the launcher reaches the run."""
+def test_a_run_by_the_launcher_stops_resumes_and_reports_that_it_is_finished(checkout, tmp_path):
+    """Exit codes 75, 0 and 0. A signal to the launcher reaches the run."""
     write_corpus(tmp_path / "corpus.jsonl")
     flags = flags_of(tmp_path, 2)
     environment = {**os.environ, "DEVICE": "cpu", "NUM_GPUS": "2", "PYTHON": sys.executable}
@@ -170,22 +170,23 @@ def test_a_run_through_the_launcher_stops_goes_on_and_says_that_it_is_finished(c
     )
     try:
         wait_for_checkpoint(process, tmp_path / "run")
-        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, the log's process included
+        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: also to the process that writes the log
         code, out, _ = finish(process)
     finally:
         end_tree(process)
     assert code == 75, out
     assert out.count("stopped by SIGTERM") == 1 and "Traceback" not in out
-    for told in ("going on after step", "is finished"):
+    for message in ("going on after step", "is finished"):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIME_LIMIT)
-        assert done.returncode == 0 and told in done.stdout, done.stdout
+        assert done.returncode == 0 and message in done.stdout, done.stdout
     assert status(tmp_path / "run")["exit_code"] == 0
     logs = sorted((checkout / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
     assert len(logs) == 3 and "stopped by SIGTERM" in logs[0].read_text()
 
 
 SRUN = """import os, subprocess, sys
-tasks = [subprocess.Popen(sys.argv[2:], env={**os.environ, "SLURM_NODEID": str(node)}) for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))]
+nodes = range(int(os.environ["SLURM_JOB_NUM_NODES"]))
+tasks = [subprocess.Popen(sys.argv[2:], env={**os.environ, "SLURM_NODEID": str(node)}) for node in nodes]
 sys.exit(max(task.wait() for task in tasks))"""
 SCONTROL = """import os, sys
 if sys.argv[1] == "requeue":
@@ -197,19 +198,19 @@ else:
 @pytest.mark.parametrize(
     "code, state", [(0, "RUNNING"), (1, "RUNNING"), (2, "RUNNING"), (75, "RUNNING"), (75, "COMPLETING")]
 )
-def test_a_slurm_job_starts_each_node_and_is_queued_again_after_75_alone(code, state, checkout, tmp_path):
-    """With stand-ins for srun, scontrol and squeue, and for Python. A job that was cancelled is COMPLETING when it has saved."""
+def test_a_slurm_job_starts_each_node_and_is_requeued_only_after_75(code, state, checkout, tmp_path):
+    """srun, scontrol, squeue and Python are replaced. A cancelled job is COMPLETING after it has saved."""
     programs = tmp_path / "programs"
     programs.mkdir()
     stub(programs / "srun", SRUN), stub(programs / "scontrol", SCONTROL), stub(programs / "squeue", f"print({state!r})")
-    tells = stub(tmp_path / "tells", f"import sys\nprint(' '.join(sys.argv[1:]))\nsys.exit({code})")
+    reports = stub(tmp_path / "reports", f"import sys\nprint(' '.join(sys.argv[1:]))\nsys.exit({code})")
     variables = {
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_ID": "123456",
         "SLURM_JOB_NODELIST": "node[0-1]",
         "SLURM_SUBMIT_DIR": str(checkout),
         "SLURM_GPUS_ON_NODE": "4",
-        "PYTHON": str(tells),
+        "PYTHON": str(reports),
         "PATH": f"{programs}:{os.environ['PATH']}",
     }
     spooled = shutil.copy(checkout / "scripts" / "train_slurm.sbatch", tmp_path / "slurm_script")  # Slurm runs a copy

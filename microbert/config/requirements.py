@@ -1,11 +1,11 @@
-"""Which of the packages in requirements.txt are missing. Imports none of them."""
+"""Check that the packages of requirements.txt are installed, without importing them."""
 
 import importlib.util
 import sys
 
 from microbert.errors import InputError
 
-# the modules of requirements.txt, but that of the bundled reviews, which not every run reads
+# the modules of requirements.txt, except the bundled reviews, which not every run needs
 REQUIRED = (
     "torch",
     "transformers",
@@ -21,7 +21,7 @@ REQUIRED = (
 
 
 def require_packages() -> None:
-    """Raises InputError, with the command that installs them, where packages are missing."""
+    """Raise InputError, with the command that installs them, if packages are missing."""
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         names = f"the package {missing[0]} is" if len(missing) == 1 else f"the packages {', '.join(missing)} are"

@@ -1,7 +1,7 @@
-"""Keep running after stdout or stderr is closed, and whatever characters they can encode.
+"""Keep running after stdout or stderr is closed, and when their encoding lacks a character.
 
-Ctrl-C ends `| tee log` together with the run, which still has a checkpoint to save; `| head` closes the pipe when it
-has seen enough; a closed terminal accepts no more output. A terminal or log in cp1252 has no Thai letters.
+Ctrl-C ends `| tee log` before the run has saved its checkpoint, `| head` closes the pipe after ten lines, and a closed
+terminal accepts no output. A terminal or log in cp1252 has no Thai letters.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-NO_READER = {errno.EPIPE, errno.EIO}  # of a pipe, of a terminal; as Linux and macOS have it
+NO_READER = {errno.EPIPE, errno.EIO}  # from a pipe and from a terminal, on Linux and macOS
 
 
 class _SafeStream:
-    """A text stream that escapes what its encoding lacks, and discards its output once its reader is gone.
+    """A text stream that escapes characters its encoding lacks, and discards its output once the reader is gone.
 
     Writing to its `buffer` raises as usual.
     """
@@ -32,7 +32,7 @@ class _SafeStream:
             try:
                 self._stream.write(text)
             except UnicodeEncodeError:  # before anything is written
-                encoding = getattr(self._stream, "encoding", None) or "ascii"  # the error names a family: "charmap"
+                encoding = getattr(self._stream, "encoding", None) or "ascii"  # the error itself only says "charmap"
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
@@ -49,7 +49,7 @@ class _SafeStream:
         try:
             yield
         except OSError as error:
-            is_file = stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode)  # where EIO means a damaged disk
+            is_file = stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode)  # then EIO means a damaged disk
             if error.errno not in NO_READER or is_file:
                 raise
             _discard(self._stream)
@@ -57,22 +57,24 @@ class _SafeStream:
 
 @contextlib.contextmanager
 def safe_output() -> Iterator[None]:
-    """Make printing raise nothing where a reader has gone or the encoding lacks a character.
+    """Let prints succeed when the reader is gone or the encoding lacks a character.
 
-    Other errors, such as a full disk, are raised. The streams may be of any kind, and are the same again afterwards.
+    Other errors, such as a full disk, are raised. The streams may be of any type, and are restored afterwards.
     """
-    streams = [stream and _SafeStream(stream) for stream in (sys.stdout, sys.stderr)]  # None where there is none
+    streams = [
+        stream and _SafeStream(stream) for stream in (sys.stdout, sys.stderr)
+    ]  # None if it was closed before the start
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
             yield
         finally:
             for stream in filter(None, streams):
-                with contextlib.suppress(OSError):  # Python reports it at exit; here it would hide how the work ended
+                with contextlib.suppress(OSError):  # Python reports it at exit; here it would hide another error
                     stream.flush()
 
 
 def flush_or_discard() -> None:
-    """Flush stdout and stderr, and discard what cannot be written: Python exits with 120 where its last flush fails."""
+    """Flush stdout and stderr, and discard what cannot be written: Python exits with 120 if its last flush fails."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
@@ -81,7 +83,7 @@ def flush_or_discard() -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Point the stream's descriptor at the null device, which also accepts what is still in its buffer."""
+    """Redirect the stream's descriptor to the null device, so that its buffer can be flushed."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from microbert.config.dataset_names import COMPRESSIONS, KNOWN_KINDS, file_kind, has_extension
 from microbert.errors import InputError
-from microbert.runtime.run import shortage_behind
+from microbert.runtime.files import find_shortage
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # the errors of reading a damaged file
 HEAD_BYTES = 4096
@@ -74,7 +74,7 @@ def reading_errors(path: str) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        if shortage := shortage_behind(error):
+        if shortage := find_shortage(error):
             raise shortage from None
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(f"{path}: cannot be read: {reason}") from error

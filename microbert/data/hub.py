@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from microbert.config.constants import Config
 from microbert.config.dataset_names import hub_id
+from microbert.config.environment import hub_folder
 from microbert.data.corpus import Corpus, Estimate, Part
 from microbert.data.hub_dataset import HubDataset, TextColumn
 from microbert.data.hub_download import TABLE_PARTS, downloaded_parts
@@ -20,9 +21,8 @@ from microbert.data.hub_errors import first_line, is_network_error, refusal, wai
 from microbert.data.hub_stream import HubStream
 from microbert.data.local_files import EXPANSION, PARQUET_EXPANSION
 from microbert.errors import Failed, InputError, Stopped
-from microbert.runtime.distributed import in_background
 from microbert.runtime.files import fingerprint, read_json, write_json
-from microbert.runtime.run import hub_folder
+from microbert.runtime.waiting import in_background
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetInfo

@@ -54,11 +54,11 @@ def explain(error: Exception, where: str, is_of_dataset: bool) -> Exception:
     This is NetworkError if a retry may help, InputError if the Hub refuses access, the OSError of a shortage of disk,
     memory or open files; and for any other error an InputError if `is_of_dataset`, else the error itself.
     """
-    from microbert.runtime.run import shortage_behind  # only here: it imports torch, which a child process can spare
+    from microbert.runtime.run import find_shortage  # only here: it imports torch, which a child process can spare
 
     if isinstance(error, InputError | Failed | Stopped | MemoryError | NetworkError):
         return error
-    if shortage := shortage_behind(error):
+    if shortage := find_shortage(error):
         return shortage
     if refused := refusal(error, where):
         return refused

@@ -17,7 +17,7 @@ from microbert.data.hub_dataset import HubDataset, TextColumn
 from microbert.data.hub_errors import retry, wait_or_raise
 from microbert.data.tables import parquet_text_column, read_parquet
 from microbert.errors import InputError
-from microbert.runtime.distributed import in_background
+from microbert.runtime.waiting import in_background
 
 SMALL_FILE = 8_000_000  # bytes: transferred whole, in one request
 

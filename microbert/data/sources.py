@@ -16,8 +16,7 @@ from microbert.data.corpus import READ_ROWS, Corpus, Estimate, Part
 from microbert.data.hub import open_hub
 from microbert.data.local_files import open_files
 from microbert.errors import InputError
-from microbert.runtime.files import fingerprint, refuse_link, sha256
-from microbert.runtime.run import shortage_behind
+from microbert.runtime.files import find_shortage, fingerprint, refuse_link, sha256
 
 IMDB_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 IMDB_DOCUMENTS, IMDB_MEGABYTES = 25_000, 32.6
@@ -60,7 +59,7 @@ def lock_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None] = 
         folder.mkdir(exist_ok=True)
         yield
     except InputError as error:
-        if new_folder and not shortage_behind(error):
+        if new_folder and not find_shortage(error):
             shutil.rmtree(folder)
         if new_cache:
             (cache_dir / f".{corpus.key}.lock").unlink(missing_ok=True)

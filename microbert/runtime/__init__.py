@@ -1,1 +1,1 @@
-"""What a run stands on: its folder, processes, devices and files."""
+"""Everything a run needs around training: its folder, processes, devices, files, signals and metrics."""

@@ -1,8 +1,8 @@
-"""Random numbers as arithmetic: a pure function of (seed, counters), the same in any order, on any rank, after any restart.
+"""Random numbers as a pure function of (seed, counters): the same in any order, on any rank, after any restart.
 
-Each counter is mixed in with the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-generators"). All arrays are uint64, where numpy's multiplication wraps as the algorithm wants; tensors are int64, whose multiplication
-wraps alike, and whose sign is taken off where bits move to the right.
+Each counter is mixed in by the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+generators"). Arrays are uint64, whose multiplication wraps in numpy as the algorithm requires. Tensors are int64, whose
+multiplication wraps as well; right shifts clear the bits that the sign fills in.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 GOLDEN_BITS = 0x9E3779B97F4A7C15
 GOLDEN = np.uint64(GOLDEN_BITS)
-RANDOM_BITS = 53  # of what `uniform_bits` gives
+RANDOM_BITS = 53  # per number of `uniform_bits`
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -20,7 +20,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def random_bits(*counters: int | np.ndarray) -> np.ndarray:
-    """64 random bits for each element of the counters, which are broadcast against each other. Shape: at least one axis."""
+    """Return 64 random bits for each element of the counters. Shape: that of the broadcast counters, at least 1D."""
     bits = np.zeros(1, np.uint64)
     for counter in counters:
         bits = _mix((bits ^ np.asarray(counter).astype(np.uint64)) + GOLDEN)
@@ -28,15 +28,15 @@ def random_bits(*counters: int | np.ndarray) -> np.ndarray:
 
 
 def uniform(bits: np.ndarray) -> np.ndarray:
-    """Random bits as float64 in [0, 1)."""
+    """Convert random bits to float64 in [0, 1)."""
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def permute(index: np.ndarray, n: int, *counters: int | np.ndarray) -> np.ndarray:
-    """The place of each index under a permutation of range(n) that (counters) choose, without ever holding the permutation.
+    """Return the place of each index in the permutation of range(n) given by the counters, in constant memory.
 
-    A four-round Feistel network over the next power of four, walked until the value falls below n (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains"). index: at least one axis, each in [0, n); counters are broadcast against it.
+    A four-round Feistel network over the next power of four, repeated until the value is below n (Black and Rogaway
+    2002, "Ciphers with arbitrary finite domains"). index: at least 1D, each in [0, n); broadcast with the counters.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64(2**half - 1), np.uint64(half)
@@ -53,17 +53,17 @@ def permute(index: np.ndarray, n: int, *counters: int | np.ndarray) -> np.ndarra
 
 
 def uniform_bits(counters: Tensor) -> Tensor:
-    """For each element an integer in [0, 2**RANDOM_BITS), as SplitMix64 gives it for that counter. int64, on any device."""
+    """Return SplitMix64's output for each counter as an integer in [0, 2**RANDOM_BITS). int64, on any device."""
     x = counters * _signed(GOLDEN_BITS)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _moved(x, shift)) * _signed(factor)
-    return _moved(x ^ _moved(x, 31), 64 - RANDOM_BITS)
+        x = (x ^ _shift_right(x, shift)) * _signed(factor)
+    return _shift_right(x ^ _shift_right(x, 31), 64 - RANDOM_BITS)
 
 
 def _signed(bits: int) -> int:
     return bits - 2**64 if bits >= 2**63 else bits
 
 
-def _moved(x: Tensor, n: int) -> Tensor:
-    """To the right by n bits, with zeros from the left."""
+def _shift_right(x: Tensor, n: int) -> Tensor:
+    """Shift right by n bits, filling with zeros."""
     return (x >> n) & (2 ** (64 - n) - 1)

@@ -1,7 +1,7 @@
-"""Work for a GPU that is recorded once and played back: a CUDA graph.
+"""Capture and replay GPU work as a CUDA graph.
 
-A step of a small model is hundreds of kernels of microseconds each, and Python with the driver needs longer to start one than the GPU to compute it. A
-graph starts all of them at once.
+A step of a small model is hundreds of kernels of microseconds each, and launching one from Python takes longer than the
+kernel itself. A graph launches all of them at once.
 """
 
 import sys
@@ -12,81 +12,88 @@ from torch import Tensor
 
 from microbert.runtime.device import free_memory
 
-WARM_UP = 2  # calls before recording: libraries and compilers set themselves up in the first
+WARM_UP = 2  # calls before the capture: libraries and compilers initialise in the first
+
+Tensors = Tensor | tuple[Tensor, ...]
 
 
 class Captured:
-    """A function of tensors and constants that is called as it is until arguments of one kind have come WARM_UP times in a row, and played back for that kind from then on.
+    """A function of tensors and constants that is captured after WARM_UP successive calls with equal signatures.
 
-    It may leave results in tensors beside those that it returns. All of them, and whatever else it reads, must stay where they are in memory; what it
-    returns is overwritten by the next call. Nothing in it may wait for the device. A recording holds all the memory that the function takes, so arguments
-    of another kind end it: what they take could not come on top. Where the function cannot be recorded, it is off from then on, and called as it is.
+    The signature is the constants and the shapes and dtypes of the tensors. Later calls with it replay the graph.
+    The function may also write to other tensors. All tensors that it reads or writes must keep their addresses, and
+    its results are overwritten by the next call. It must not wait for the device. A graph owns all memory that the
+    function uses, so that another signature discards it. If the capture fails, capturing is turned off.
     """
 
-    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], device: torch.device, is_on: bool) -> None:
-        """is_on: False never records."""
+    def __init__(self, function: Callable[..., Tensors], device: torch.device, is_on: bool) -> None:
+        """is_on: False never captures."""
         self._function, self._device, self.is_on = function, device, is_on
-        self._play: Callable[[], Tensor | tuple[Tensor, ...]] | None = None
-        self._kind: tuple[Hashable, ...] = ()  # of the last call
-        self._n_calls = 0  # of that kind, in a row
-        self._places: tuple[Tensor | None, ...] = ()  # where the recording reads its arguments
+        self._replay: Callable[[], Tensors] | None = None
+        self._signature: tuple[Hashable, ...] = ()  # of the last call
+        self._n_calls = 0  # with that signature, in succession
+        self._inputs: tuple[Tensor | None, ...] = ()  # the tensors that the graph reads
 
     @property
     def has_recording(self) -> bool:
-        return self._play is not None
+        return self._replay is not None
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], *constants: Hashable) -> Tensor | tuple[Tensor, ...]:
+    def __call__(self, tensors: tuple[Tensor | None, ...], *constants: Hashable) -> Tensors:
         if not self.is_on:
             return self._function(*tensors, *constants)
-        kind = (*constants, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors))
-        if kind != self._kind:
+        signature = (*constants, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors))
+        if signature != self._signature:
             self.forget()
-        self._kind, self._n_calls = kind, self._n_calls + 1
-        if self._play is None and self._n_calls > WARM_UP:
-            self._record(tensors, constants)
-        if self._play is None:
+        self._signature, self._n_calls = signature, self._n_calls + 1
+        if self._replay is None and self._n_calls > WARM_UP:
+            self._capture(tensors, constants)
+        if self._replay is None:
             return self._function(*tensors, *constants)
-        for place, tensor in zip(self._places, tensors):
-            if place is not None:
-                place.copy_(tensor)
-        return self._play()
+        for static, tensor in zip(self._inputs, tensors, strict=True):
+            if static is not None and tensor is not None:
+                static.copy_(tensor)
+        return self._replay()
 
-    def _record(self, tensors: tuple[Tensor | None, ...], constants: tuple[Hashable, ...]) -> None:
-        self._places = tuple(None if tensor is None else tensor.clone() for tensor in tensors)
+    def _capture(self, tensors: tuple[Tensor | None, ...], constants: tuple[Hashable, ...]) -> None:
+        self._inputs = tuple(None if tensor is None else tensor.clone() for tensor in tensors)
         try:
-            self._play = record(lambda: self._function(*self._places, *constants))
+            self._replay = record(lambda: self._function(*self._inputs, *constants))
         except RuntimeError as error:
             self.turn_off()
             print(
-                f"\nhint: a step could not be recorded as a CUDA graph ({' '.join(str(error).split())[:200]}). The run goes on without, more slowly; if that fails too, "
-                "cuda_graphs = False never tries",
+                f"\nhint: a step could not be captured as a CUDA graph ({' '.join(str(error).split())[:200]}). The run "
+                "continues without CUDA graphs, more slowly. If that fails too, set cuda_graphs = False",
                 file=sys.stderr,
             )
 
     def forget(self) -> None:
-        """Gives back what a recording holds."""
-        if self._play is not None:
+        """Discard the graph and free its memory."""
+        if self._replay is not None:
             if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # it may be playing
-            self._play = None
+                torch.cuda.synchronize(self._device)  # a replay may be running
+            self._replay = None
             free_memory(self._device)
-        self._places, self._n_calls = (), 0
+        self._inputs, self._n_calls = (), 0
 
     def turn_off(self) -> None:
-        """Never records again."""
+        """Discard the graph and never capture again."""
         self.forget()
         self.is_on = False
 
 
-def record(function: Callable[[], Tensor | tuple[Tensor, ...]]) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-    """Calls the function without computing anything. What is returned computes it, and returns the same tensors every time. Raises RuntimeError where CUDA cannot."""
+def record(function: Callable[[], Tensors]) -> Callable[[], Tensors]:
+    """Capture the function without computing it. Return a function that computes it into the same tensors each time.
+
+    Raises RuntimeError where CUDA cannot capture it.
+    """
     graph = torch.cuda.CUDAGraph()
-    # other threads, such as nccl's, may ask the device meanwhile; and where recording fails, torch leaves its stream the current one
+    # thread_local: other threads, such as nccl's, may query the device meanwhile. The outer context restores the
+    # current stream, which PyTorch does not when a capture fails.
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
 
-    def play() -> Tensor | tuple[Tensor, ...]:
+    def replay() -> Tensors:
         graph.replay()
         return result
 
-    return play
+    return replay

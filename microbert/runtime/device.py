@@ -1,6 +1,6 @@
-"""The device that a process computes on: which it is, what it holds, and how it computes there.
+"""The device of a process: which one, how much memory it has, and how to compute on it.
 
-All choices that depend on the kind of device stand here: dtype, compilation, recording, the way of data to it, the limit of its memory.
+All choices that depend on the kind of device are here: dtype, compilation, CUDA graphs, transfers, memory limit.
 """
 
 import contextlib
@@ -18,94 +18,90 @@ from microbert.errors import InputError
 from microbert.runtime.distributed import World
 
 GIB = 2**30
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "_STATUS_ALLOC_FAILED",
-)  # of the CPU, Windows, MPS, CUDA's libraries
-NARROWEST_IN_BF16 = 64  # n_embed, on CPUs; measured is 128, where a step takes two thirds of the time
-UNITS_FOR_BF16 = (
-    "amx_bf16",
-    "avx512_bf16",
-)  # of CPUs, as torch.cpu.get_capabilities calls them; AMD's have the latter from Zen 4 on
+# in the messages of the CPU, Windows, MPS and CUDA's libraries
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
+NARROWEST_IN_BF16 = 64  # n_embed, on CPUs; a step at 128 took two thirds of the time of fp32
+# as torch.cpu.get_capabilities names them; AMD's CPUs have the latter from Zen 4 on
+UNITS_FOR_BF16 = ("amx_bf16", "avx512_bf16")
 COMPILERS = ("cc", "gcc", "clang")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
 PROCESS_STATUS = Path("/proc/self/status")
 
 
 def n_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str, world: World) -> torch.device:
-    """name: the constant `device`. "auto" takes CUDA, else Apple's MPS, else the CPU. Raises InputError where it is missing.
+    """Return the device for this process, and set it up.
 
-    Several processes on one machine take a GPU each, or share its cores.
+    name: the constant `device`; "auto" chooses CUDA, else MPS, else the CPU. Several processes on one machine use one
+    GPU each, or share its cores. Raises InputError if the device is not available.
     """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available() and world.size == 1
-            else "cpu"
-        )
+        has_mps = torch.backends.mps.is_available() and world.size == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     device = torch.device(name)
     if world.size > 1 and (device.type == "mps" or device.index is not None):
         raise InputError(
-            f'device = "{name}" is one device, and torchrun has started {world.size} processes: use "cuda", "cpu" or "auto"'
+            f'device = "{name}" is a single device, but torchrun started {world.size} processes: use "cuda", "cpu" or '
+            '"auto"'
         )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError('device = "cuda", but PyTorch sees no CUDA GPU here; use device = "auto" or "cpu"')
     if device.type == "cuda":
-        if world.size > 1 and world.local_size > torch.cuda.device_count():
-            raise InputError(
-                f"{world.local_size} processes on a machine where PyTorch sees {torch.cuda.device_count()} GPUs: start one for each GPU"
-            )
-        device = torch.device(
-            "cuda", world.local_rank if world.size > 1 else device.index or 0
-        )  # torch's settings of a device want its number
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f'device = "{name}", but there are {torch.cuda.device_count()} GPUs, counted from 0')
-        torch.cuda.set_device(device)
+        return _choose_gpu(device, world)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError('device = "mps", but PyTorch sees no Apple GPU here; use device = "auto" or "cpu"')
-    if (
-        device.type == "cpu" and world.local_size > 1 and world.one_thread_asked
-    ):  # torchrun asks for one thread where nobody says how many
+        raise InputError('device = "mps", but PyTorch finds no Apple GPU here: use device = "auto" or "cpu"')
+    # torchrun sets one thread if the user sets none
+    if device.type == "cpu" and world.local_size > 1 and world.has_one_thread:
         torch.set_num_threads(max(1, n_cores() // world.local_size))
     return device
 
 
+def _choose_gpu(device: torch.device, world: World) -> torch.device:
+    if not torch.cuda.is_available():
+        raise InputError('device = "cuda", but PyTorch finds no CUDA GPU here: use device = "auto" or "cpu"')
+    n_gpus = torch.cuda.device_count()
+    if world.size > 1 and world.local_size > n_gpus:
+        raise InputError(
+            f"{world.local_size} processes on a machine where PyTorch finds {_count(n_gpus, 'GPU')}: start one per GPU"
+        )
+    # an explicit number, because PyTorch's settings of a device require it
+    chosen = torch.device("cuda", world.local_rank if world.size > 1 else device.index or 0)
+    if chosen.index >= n_gpus:
+        raise InputError(f'device = "{device}", but PyTorch finds {_count(n_gpus, "GPU")} here, numbered from 0')
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def describe_device(device: torch.device, world: World) -> str:
+    """Return the device for people: "cpu (2 threads)", or "8 processes, NVIDIA H100 each"."""
     if device.type == "cuda":
-        one = (
-            f"{device} ({torch.cuda.get_device_name(device)})"
-            if world.size == 1
-            else f"{torch.cuda.get_device_name(device)} each"
-        )
+        gpu = torch.cuda.get_device_name(device)
+        described = f"{device} ({gpu})" if world.size == 1 else f"{gpu} each"
+    elif device.type == "cpu":
+        described = f"cpu ({_count(torch.get_num_threads(), 'thread')})"
     else:
-        one = (
-            f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
-            if device.type == "cpu"
-            else str(device)
-        )
-    return one if world.size == 1 else f"{world.size} processes, {one}"
+        described = str(device)
+    return described if world.size == 1 else f"{world.size} processes, {described}"
 
 
 def describe_compute(config: Config, device: torch.device) -> str:
-    """ ", in bf16, compiled, as CUDA graphs", so far as it is; "" for fp32 as it stands."""
-    return (
-        ", in bf16" * (compute_dtype(config, device) == torch.bfloat16)
-        + ", compiled" * is_compiled(config, device)
-        + ", as CUDA graphs" * is_captured(config, device)
-    )
+    """Return those of ", in bf16, compiled, with CUDA graphs" that apply; "" for plain fp32."""
+    choices = {
+        ", in bf16": compute_dtype(config, device) == torch.bfloat16,
+        ", compiled": is_compiled(config, device),
+        ", with CUDA graphs": is_captured(config, device),
+    }
+    return "".join(text for text, applies in choices.items() if applies)
 
 
 def memory_bytes(device: torch.device, world: World) -> int | None:
-    """What the process may use at most: all of its GPU, or its share of the machine's memory. None where the system does not tell."""
+    """Return the memory available to this process: its GPU's, or its share of the machine's. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -118,19 +114,19 @@ def memory_bytes(device: torch.device, world: World) -> int | None:
 
 
 def limit_memory(device: torch.device, n_bytes: float) -> None:
-    """On CUDA, no tensor can take the process's allocator above this: it raises OutOfMemoryError instead. Elsewhere there is no such limit."""
+    """On CUDA, let PyTorch's allocator raise OutOfMemoryError above this limit. Other devices have no limit."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, n_bytes / memory_bytes(device, World({}))), device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, n_bytes / total), device)
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory that this process has held so far, in GB: on CUDA of the GPU, as PyTorch's allocator took it; else of the machine."""
+    """Return the peak memory of this process in GB: on CUDA what PyTorch's allocator reserved, else its RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e9
-    with contextlib.suppress(
-        OSError, TypeError
-    ):  # Linux; getrusage would count what the process that started this one held
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", PROCESS_STATUS.read_text())[1]) / 1e9
+    with contextlib.suppress(OSError):  # Linux, where getrusage may return the peak of the parent process
+        if peak := re.search(r"VmHWM:\s*(\d+)", PROCESS_STATUS.read_text()):
+            return 1024 * int(peak[1]) / 1e9
     try:
         import resource
     except ImportError:  # Windows
@@ -139,49 +135,49 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def out_of_memory(error: BaseException) -> str:
-    """One line when the error is what torch raises when a device has no memory left, "" when it is another."""
+    """Return one line if the error is PyTorch's for a device without free memory, else ""."""
     text = str(error).strip()
-    is_one = isinstance(error, RuntimeError) and (
+    is_shortage = isinstance(error, RuntimeError) and (
         isinstance(error, torch.OutOfMemoryError) or any(words in text for words in OUT_OF_MEMORY)
     )
-    return " ".join(text.split())[:200] if is_one else ""
+    return " ".join(text.split())[:200] if is_shortage else ""
 
 
 def free_memory(device: torch.device) -> None:
-    """Gives back what no tensor holds any more."""
+    """Return unused cached memory to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is what the device is fast in, whatever the shape: on NVIDIA's GPUs from Ampere on."""
+    """Return whether bf16 is fast on the device for any shape: NVIDIA GPUs from Ampere on."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fastest_dtype(n_embed: int, device: torch.device) -> torch.dtype:
-    """In which a model so wide is multiplied soonest: bf16 also on a CPU with units for it, if matrices are not narrow."""
+    """Return the fastest matmul dtype for this width: bf16 also on CPUs with units for it, if n_embed is not small."""
     is_bf16 = has_bf16(device) or (device.type == "cpu" and n_embed >= NARROWEST_IN_BF16 and cpu_multiplies_bf16())
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has units for it. A torch that does not tell is taken for one on a CPU without."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    """Return whether the CPU has matmul units for bf16. False if this version of PyTorch does not report them."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(unit, False) for unit in UNITS_FOR_BF16)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """In which matrices are multiplied; the weights stay in fp32."""
+    """Return the dtype of matrix products. Weights stay in fp32."""
     return fastest_dtype(config.n_embed, device) if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def multiplying_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it matrices are multiplied in that dtype, and so is what follows them until something in fp32 is added. Weights stay in fp32."""
+def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager:
+    """Compute matrix products in this dtype, as torch.autocast does. Weights stay in fp32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def is_compiled(config: Config, device: torch.device) -> bool:
-    """Whether torch.compile translates the model. Unasked on CUDA alone, and where what it needs is there: Triton and a C compiler."""
+    """Return whether to use torch.compile. By default: on CUDA, where Triton and a C compiler are installed."""
     if config.torch_compile is not None:
         return config.torch_compile
     return (
@@ -193,42 +189,42 @@ def is_compiled(config: Config, device: torch.device) -> bool:
 
 
 def is_captured(config: Config, device: torch.device) -> bool:
-    """Whether steps are recorded as CUDA graphs and played back."""
+    """Return whether to capture and replay steps as CUDA graphs."""
     return config.cuda_graphs and device.type == "cuda"
 
 
 def find_compiler() -> str | None:
-    """The path of a C compiler, None where there is none."""
+    """Return the path of a C compiler, or None."""
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
 def is_real_on_cpu(x: torch.Tensor) -> bool:
-    """Whether the CPU is to compute with its numbers now, and not torch to look at its shape."""
+    """Return whether x has data in CPU memory: it is not a fake tensor, and torch.compile is not tracing."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()
     )
 
 
 def is_for_kernels(*tensors: torch.Tensor) -> bool:
-    """Whether kernels of our own may compute with these: on a CPU and in fp32."""
+    """Return whether the C kernels of this package can process the tensors: on a CPU, in fp32."""
     return all(is_real_on_cpu(x) and x.dtype == torch.float32 for x in tensors) and not torch.is_autocast_enabled("cpu")
 
 
 def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array as a tensor on the device. To CUDA it goes from pinned memory, behind the work that is queued there and without waiting for it."""
+    """Copy an array to the device. On CUDA the copy is from pinned memory, after queued work, without waiting."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-class Fetched:
-    """Numbers on their way from the device: `read` waits for them alone, and not for the work that was queued later."""
+class HostCopy:
+    """An asynchronous copy of a device tensor. `read` waits for the copy only, not for work queued after it."""
 
-    def __init__(self, numbers: torch.Tensor) -> None:
-        is_cuda = numbers.device.type == "cuda"
-        self._numbers = numbers.to("cpu", non_blocking=is_cuda)
-        self._arrival = torch.cuda.current_stream(numbers.device).record_event() if is_cuda else None
+    def __init__(self, tensor: torch.Tensor) -> None:
+        is_cuda = tensor.device.type == "cuda"
+        self._copy = tensor.to("cpu", non_blocking=is_cuda)
+        self._event = torch.cuda.current_stream(tensor.device).record_event() if is_cuda else None
 
     def read(self) -> np.ndarray:
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return self._numbers.numpy()
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.numpy()

@@ -1,4 +1,4 @@
-"""What people see of a run: the progress bar, metrics.jsonl, the training curve."""
+"""What people see of a run's progress: metrics.jsonl, TensorBoard, the progress bar, the training curve."""
 
 import json
 import logging
@@ -10,38 +10,37 @@ from pathlib import Path
 from tqdm import tqdm
 
 from microbert.runtime.files import write_atomic, write_text
-from microbert.runtime.run import TENSORBOARD
+from microbert.runtime.run_folder import METRICS, TENSORBOARD, TRAINING_CURVE
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line. Opening it for a run that goes on drops the lines after its checkpoint.
+    """metrics.jsonl: one JSON object per line. Opening it at a checkpoint removes the lines of later steps.
 
-    writes: False in a process that leaves it to another. for_tensorboard: the same goes to TensorBoard's files in the folder.
+    step: of the checkpoint. writes: False in the processes that leave it to rank 0. for_tensorboard: write the same
+    values to TensorBoard's files in the folder.
     """
 
     def __init__(self, folder: Path, step: int, writes: bool = True, for_tensorboard: bool = False) -> None:
-        self.path, self.writes = folder / "metrics.jsonl", writes
+        self.path, self.writes = folder / METRICS, writes
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= step] if writes else []
         if writes:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._tensorboard = None
         if writes and for_tensorboard:
-            from torch.utils.tensorboard import (
-                SummaryWriter,  # only here, because it takes a while to load, and a package of its own
-            )
+            from torch.utils.tensorboard import SummaryWriter  # here: an optional package, and slow to import
 
-            self._tensorboard = SummaryWriter(
-                folder / TENSORBOARD, purge_step=step + 1
-            )  # hides what was written after the checkpoint
+            # purge_step hides values written after the checkpoint
+            self._tensorboard = SummaryWriter(folder / TENSORBOARD, purge_step=step + 1)
 
     def write(self, line: dict[str, float]) -> None:
+        """Append a line. It is on disk when this returns, so that no line before a checkpoint is lost."""
         if not self.writes:
             return
         self.lines.append(line)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # so that no line is lost that a checkpoint's step stands behind
+            os.fsync(file.fileno())
         if self._tensorboard is not None:
             for name, value in line.items():
                 if "/" in name:
@@ -49,39 +48,38 @@ class Metrics:
             self._tensorboard.flush()
 
     def has_evaluation(self, step: int) -> bool:
+        """Return whether an evaluation at this step is recorded."""
         return any(line["step"] == step and "eval/loss" in line for line in self.lines)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a metrics.jsonl, an empty list where there is no file.
+    """Return the lines of a metrics.jsonl, or an empty list if there is no file.
 
-    What is no line of metrics is left out. A warning says how many those are, except a last one that a kill cut short.
+    Damaged lines are skipped. A warning counts them, except a last line that a kill cut short.
     """
     if not path.is_file():
         return []
-    texts = path.read_bytes().split(b"\n")
-    read = [_metrics_line(text) for text in texts]
-    lines = [line for line in read if line is not None]
-    if n_damaged := sum(line is None and bool(text.strip()) for text, line in zip(texts[:-1], read)):
-        print(f"warning: {path}: {n_damaged} of {len(texts) - 1} lines are damaged and left out", file=sys.stderr)
-    return lines
+    *whole, last = path.read_bytes().split(b"\n")
+    parsed = [_parse_line(text) for text in whole]
+    if n_damaged := sum(line is None and bool(text.strip()) for text, line in zip(whole, parsed, strict=True)):
+        print(f"warning: {path}: {n_damaged} of {len(whole)} lines damaged and skipped", file=sys.stderr)
+    return [line for line in (*parsed, _parse_line(last)) if line is not None]
 
 
-def _metrics_line(text: bytes) -> dict[str, float] | None:
-    """Return a line with a step and finite numbers, None where it is something else."""
+def _parse_line(text: bytes) -> dict[str, float] | None:
+    """Return a line with a step and finite numbers, or None if it is damaged."""
     try:
         line = json.loads(text)
-        is_one = type(line["step"]) is int and line["step"] >= 0 and all(map(math.isfinite, line.values()))
+        is_valid = type(line["step"]) is int and line["step"] >= 0 and all(map(math.isfinite, line.values()))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return line if is_one else None
+    return line if is_valid else None
 
 
 def progress_bar(
     total: int | None, done: int, description: str, unit: str, leave: bool = True, shown: bool = True
 ) -> tqdm:
-    """Shows progress, ETA and what `set_postfix_str` is given; in a log file, where each update stays, twice a minute."""
-    interval = 0.5 if sys.stderr.isatty() else 30
+    """Return a progress bar with an ETA. In a log file, where every update is a new line, it updates twice a minute."""
     return tqdm(
         total=total,
         initial=done,
@@ -89,7 +87,7 @@ def progress_bar(
         unit=unit,
         unit_scale=(total or 0) >= 1_000_000,
         dynamic_ncols=True,
-        mininterval=interval,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
         smoothing=0.05,
         leave=leave,
         disable=not shown,
@@ -97,18 +95,18 @@ def progress_bar(
 
 
 def title_of(folder: Path) -> str:
-    """The folder's name as matplotlib can draw it: no formula between dollar signs, no bytes that are not UTF-8."""
+    """Return the folder's name for matplotlib: dollar signs escaped, bytes that are not UTF-8 replaced."""
     return folder.name.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
 
 
 def draw_training_curve(
     folder: Path, lines: list[dict[str, float]], masked: dict[str, float], uniform_loss: float, unigram_loss: float
 ) -> None:
-    """training_curve.png: training and held-out loss against steps, with the two guesses to read them against.
+    """Draw training_curve.png: training and held-out loss by step, with the losses of two guesses for comparison.
 
-    masked: the shares of masked tokens, by "train" and "eval". What stands under more of them is harder to guess.
+    masked: the masked share of the tokens in "train" and "eval". More masking makes the same text harder to predict.
     """
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its first import announces a font cache
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its first import reports a font cache
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -127,10 +125,10 @@ def draw_training_curve(
             uniform_loss, color="gray", linestyle=":", label=f"uniform guess, ln(vocabulary) = {uniform_loss:.2f}"
         )
         axes.axhline(unigram_loss, color="gray", linestyle="--", label=f"guess by word frequency = {unigram_loss:.2f}")
-        axes.set(xlabel="step", ylabel="MLM loss (nats a masked token)")
+        axes.set(xlabel="step", ylabel="MLM loss (nats per masked token)")
         axes.grid(alpha=0.3)
     low, high = min([*losses, unigram_loss]), max([*losses, unigram_loss])
-    close.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), title="the same, closer")
+    close.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), title="the same, enlarged")
     whole.set(title=f"{title_of(folder)}: masked language modelling")
     whole.legend()
-    write_atomic(folder / "training_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomic(folder / TRAINING_CURVE, lambda file: figure.savefig(file, format="png", dpi=120))

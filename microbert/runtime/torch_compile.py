@@ -1,4 +1,4 @@
-"""torch.compile, with its files where no other user can replace them."""
+"""torch.compile, with a cache that no other user can write to."""
 
 import functools
 import tempfile
@@ -9,18 +9,18 @@ from microbert.config.environment import COMPILER_CACHES, compiler_caches, set_c
 from microbert.runtime.files import private_folder
 
 
-def compiled(function: Callable, **options: object) -> Callable:
-    """torch.compile, which from now on saves its kernels where no other user can replace them.
+def compiled(function: Callable, dynamic: bool | None = None) -> Callable:
+    """Return `torch.compile(function, dynamic=dynamic)`, and save its kernels where no other user can write.
 
-    Use this, not torch.compile itself. By default PyTorch saves them in /tmp/torchinductor_<user>, and unpickles and
-    loads whatever it finds there: who makes that folder first runs code as the user. Precompiled headers are turned
-    off, because they stay in that folder whatever TORCHINDUCTOR_CACHE_DIR says.
+    Use this instead of torch.compile. By default PyTorch saves kernels in /tmp/torchinductor_<user>, and unpickles and
+    loads whatever it finds there: whoever creates that folder first runs code as the user. Precompiled headers are
+    turned off, because they stay in that folder whatever TORCHINDUCTOR_CACHE_DIR is.
     """
     _use_private_caches()
-    import torch._inductor.config  # only here, because it takes a while to load
+    import torch._inductor.config  # here, because the import is slow
 
     torch._inductor.config.cpp_cache_precompile_headers = False
-    return torch.compile(function, **options)
+    return torch.compile(function, dynamic=dynamic)
 
 
 @functools.cache
@@ -29,8 +29,10 @@ def _use_private_caches() -> None:
 
 
 def _private_cache(name: str) -> Path:
-    """The folder for a variable of COMPILER_CACHES: the one that the user named, if it is private; else one in the
-    user's cache; else a temporary one."""
+    """Return the folder for a variable of COMPILER_CACHES.
+
+    That is the folder that the user set, if it is private; else one in the user's cache; else a temporary one.
+    """
     given = compiler_caches().get(name)
     if given is not None and not _is_torchs_own(Path(given)):
         try:
@@ -39,18 +41,17 @@ def _private_cache(name: str) -> Path:
             print(f"warning: {name} = {given} is not used for compiled kernels: {error}")
     try:
         return private_folder(user_cache().absolute() / "microbert" / name.split("_")[0].lower())
-    except (OSError, RuntimeError) as error:  # the latter where the user has no home
-        print(f"warning: no compiled kernels are saved for later runs: {error}")
+    except (OSError, RuntimeError) as error:  # RuntimeError if the user has no home
+        print(f"warning: compiled kernels are not saved for later runs: {error}")
         return Path(_temporary_cache().name) / name
 
 
 def _is_torchs_own(folder: Path) -> bool:
-    """Whether PyTorch itself, and not the user, chose the folder: it sets TORCHINDUCTOR_CACHE_DIR when its compiler
-    is imported."""
+    """Return whether PyTorch chose the folder: importing its compiler sets TORCHINDUCTOR_CACHE_DIR."""
     return folder.name.startswith("torchinductor_") and folder.parent == Path(tempfile.gettempdir()).absolute()
 
 
 @functools.cache
 def _temporary_cache() -> tempfile.TemporaryDirectory:
-    """Lasts as long as this process."""
+    """Return a folder that is removed when this process ends."""
     return tempfile.TemporaryDirectory(prefix="microbert-", ignore_cleanup_errors=True)

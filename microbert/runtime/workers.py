@@ -1,7 +1,8 @@
-"""Processes that share work on all cores, and that never outlive the one that started them."""
+"""A pool of processes that uses all cores, and ends with the process that started it."""
 
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,12 +14,12 @@ from concurrent.futures.process import BrokenProcessPool
 from microbert.errors import Failed
 from microbert.runtime.device import n_cores
 
-MOST_PROCESSES = 6  # one process reads for all of them, and more would wait for it
-WORTH_MEGABYTES = 60.0  # of text: with less, starting processes takes as long as the work
+MOST_PROCESSES = 6  # a single process reads the text, and would not keep more of them busy
+WORTH_MEGABYTES = 60.0  # of text: below this, starting processes takes as long as the work
 
 
 def n_workers() -> int:
-    """How many processes `open_pool` starts where there is much to do."""
+    """Return the number of processes that `open_pool` starts for a large text."""
     return min(n_cores(), MOST_PROCESSES)
 
 
@@ -26,32 +27,35 @@ def n_workers() -> int:
 def open_pool(
     megabytes: float, initializer: Callable[..., None], *arguments: object
 ) -> Iterator[concurrent.futures.Executor]:
-    """A pool for work on so much text: processes, or one thread where there is little to do. Each begins with `initializer(*arguments)`.
+    """Open a pool for a text of this size: processes, or one thread for a small text.
 
-    Processes, because most of the work on text holds Python's lock. Raises Failed when one of them is killed.
+    Each worker first calls `initializer(*arguments)`. Processes, because most of the work holds Python's global
+    interpreter lock. Raises Failed if one of them is killed.
     """
+    begin = functools.partial(initializer, *arguments)
+    pool: concurrent.futures.Executor
     if megabytes < WORTH_MEGABYTES or n_workers() == 1:
-        pool = concurrent.futures.ThreadPoolExecutor(1, initializer=initializer, initargs=arguments)
-    else:  # spawned, because a fork would copy the locks of other threads as they are
-        pool = concurrent.futures.ProcessPoolExecutor(
-            n_workers(), multiprocessing.get_context("spawn"), _begin, (initializer, *arguments)
-        )
+        pool = concurrent.futures.ThreadPoolExecutor(1, initializer=begin)
+    else:  # spawned, because a fork would copy locks that other threads hold
+        context = multiprocessing.get_context("spawn")
+        begin = functools.partial(_begin_process, initializer, *arguments)
+        pool = concurrent.futures.ProcessPoolExecutor(n_workers(), context, begin)
     try:
         with pool:
             try:
                 yield pool
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # what has not begun need not be waited for
+                pool.shutdown(cancel_futures=True)  # do not wait for tasks that have not started
                 raise
     except BrokenProcessPool as error:
         raise Failed(
-            "a process that prepares text was killed, perhaps because memory ran out. What is prepared stays: the same command goes on "
-            "from here"
+            "a process that prepares text was killed, perhaps because memory ran out. Prepared data is saved: run the "
+            "same command to resume"
         ) from error
 
 
-def _begin(initializer: Callable[..., None], *arguments: object) -> None:
-    """Leaves signals to the process that started this one, and ends with it, whatever ends that."""
+def _begin_process(initializer: Callable[..., None], *arguments: object) -> None:
+    """Ignore signals, which the parent process handles, and end when the parent ends for any reason."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -59,5 +63,6 @@ def _begin(initializer: Callable[..., None], *arguments: object) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    if parent := multiprocessing.parent_process():
+        multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)

@@ -24,7 +24,8 @@ from microbert.model.export import CONSTANTS_FORMAT, MODEL_FILES, save_model
 from microbert.model.hugging_face import from_hugging_face
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.files import read_json, remove, sha256, sync_folder, system_trouble, write_atomic, write_json
-from microbert.runtime.run import CONSTANTS, Run, checkpoint_folders, holds_model
+from microbert.runtime.run import Run
+from microbert.runtime.run_folder import CONSTANTS, checkpoint_folders, holds_model
 from microbert.train.memory import Hardware, hardware_of
 from microbert.train.optim import Optimizer
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from microbert.config.constants import Config, fill_in, resolve_batch_size
+from microbert.config.environment import hub_folder
 from microbert.config.learning_rate import explain_learning_rate, peak_learning_rate
 from microbert.data.batches import random_batch, steps_in_run
 from microbert.data.corpus import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
@@ -28,7 +29,8 @@ from microbert.runtime.device import GIB, choose_device, describe_device, is_cap
 from microbert.runtime.distributed import World
 from microbert.runtime.files import read_json, system_trouble
 from microbert.runtime.metrics import read_metrics
-from microbert.runtime.run import check_folder, holds_model, hub_folder, plain_errors
+from microbert.runtime.outcome import plain_errors
+from microbert.runtime.run_folder import check_folder, holds_model
 from microbert.train.checkpoint import compare_with_finished, look_for_checkpoint, read_state
 from microbert.train.memory import GB, Hardware, Plan, hardware_of, print_memory_plan, print_tier, resolve_memory_plan
 from microbert.train.step import Learner
@@ -59,7 +61,7 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
     check_folder(folder)
     is_at_hand = config.gpu_memory_gb is None
     if is_at_hand:
-        device = choose_device(config.device, World({}) if config.num_gpus is not None else world)
+        device = choose_device(config.device, World.alone() if config.num_gpus is not None else world)
         hardware, described = hardware_of(device, world), describe_device(device, world)
     else:
         # taken for one from Ampere on; its tier goes by the size that it is sold under, its budget by that in GB, which is a little less
@@ -224,7 +226,7 @@ def _expected_sequences(estimate: Estimate, config: Config) -> int:
 
 def _seconds_a_step(model_config: ModelConfig, config: Config, device: torch.device) -> float:
     """Of a training step on random tokens, without those that compile and record."""
-    learner = Learner(build_model(model_config, config.seed).to(device), config, World({}))
+    learner = Learner(build_model(model_config, config.seed).to(device), config, World.alone())
     n_left_out, seconds = WARM_UP + 1 if is_captured(config, device) else 1, []
     while len(seconds) < n_left_out + TIMED_STEPS and sum(seconds[n_left_out:]) < TIMED_SECONDS:
         start = time.perf_counter()

@@ -13,7 +13,8 @@ from microbert.model.examples import Example, find_examples
 from microbert.model.export import CONSTANTS_FORMAT, check_reload, save_model
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.files import write_json
-from microbert.runtime.run import CONSTANTS, HELD_OUT, Run
+from microbert.runtime.run import Run
+from microbert.runtime.run_folder import CONSTANTS, HELD_OUT
 from microbert.train.checkpoint import State
 from microbert.train.model_card import model_card_facts, write_model_card
 

@@ -17,7 +17,7 @@ from microbert.errors import Diverged
 from microbert.model.classifier import WIDTH, TextClassifier, batch_of
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.counter_rng import random_bits
-from microbert.runtime.device import NARROWEST_IN_BF16, fastest_dtype, multiplying_in
+from microbert.runtime.device import NARROWEST_IN_BF16, autocast, fastest_dtype
 from microbert.runtime.metrics import progress_bar
 from microbert.train.optim import ADAMW, NO_DECAY, learning_rate_share, parameter_groups
 
@@ -109,7 +109,7 @@ def train_classifier(
     with progress_bar(total_steps, 0, description, " steps", leave=False) as bar:
         for step, chosen in enumerate(_batches(len(rows), n_epochs, settings)):
             keys = random_bits(settings.seed, step, np.arange(len(chosen))).astype(np.int64)
-            with multiplying_in(dtype, device):
+            with autocast(dtype, device):
                 logits = model(batch_of(rows[chosen], device), torch.from_numpy(keys).to(device))
             loss = nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[chosen]).to(device))
             optimizer.zero_grad()

@@ -11,7 +11,8 @@ import torch
 from microbert.data.shards import Tokens
 from microbert.errors import InputError
 from microbert.model.layers import MaskedLanguageModel
-from microbert.runtime.run import Run, checkpoint_folders
+from microbert.runtime.run import Run
+from microbert.runtime.run_folder import checkpoint_folders
 from microbert.train.checkpoint import State, load_checkpoint, remove_others
 from microbert.train.optim import Optimizer
 

@@ -28,12 +28,12 @@ from microbert.model.loss import masked_loss
 from microbert.runtime.counter_rng import random_bits
 from microbert.runtime.cuda_graph import Captured
 from microbert.runtime.device import (
-    Fetched,
+    HostCopy,
+    autocast,
     compute_dtype,
     free_memory,
     is_captured,
     is_compiled,
-    multiplying_in,
     out_of_memory,
     send,
 )
@@ -55,7 +55,7 @@ class Step:
     ) -> None:
         """losses: [W], each process's share of the mean loss of all masked tokens, in nats. grad_norm: [], before clipping."""
         self.number, self.stopping, self.time_used = number, stopping, time_used
-        self._numbers = Fetched(torch.cat([losses, grad_norm[None]]))
+        self._numbers = HostCopy(torch.cat([losses, grad_norm[None]]))
 
     def read(self) -> tuple[float, float]:
         """The mean loss in nats a masked token, and the gradient's norm before clipping.
@@ -149,7 +149,7 @@ class Learner:
         dropout_keys: torch.Tensor | None,
         labels: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        with multiplying_in(self._dtype, self.device):
+        with autocast(self._dtype, self.device):
             hidden = forward(input_ids, attention_mask, positions, dropout_keys)
         return hidden.float(), self.model.output_weight, self.model.output_bias, labels.reshape(-1)
 

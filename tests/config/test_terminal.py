@@ -1,4 +1,4 @@
-"""Printing ends no work: not for want of a reader, nor of a character in the encoding. No other error is hidden."""
+"""Prints do not fail without a reader, or when the encoding lacks a character. No other error is hidden."""
 
 import io
 import json
@@ -39,7 +39,7 @@ open(sys.argv[1], "w").write("done")
 
 
 def writable(kind):
-    """A descriptor that may be written to, of a pipe or a terminal, and what to call for its reader to go."""
+    """Return a writable descriptor of a pipe or a terminal, and a function that closes its reader."""
     read, write = os.pipe() if kind == "pipe" else os.openpty()
     return write, lambda: os.close(read)
 
@@ -47,7 +47,7 @@ def writable(kind):
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no terminals of that kind")
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_process_goes_on_when_its_reader_is_gone(stream, kind, tmp_path):
+def test_a_process_continues_when_its_reader_is_gone(stream, kind, tmp_path):
     descriptor, leave = writable(kind)
     other = "stderr" if stream == "stdout" else "stdout"
     process = subprocess.Popen(
@@ -59,9 +59,9 @@ def test_a_process_goes_on_when_its_reader_is_gone(stream, kind, tmp_path):
     )
     os.close(descriptor)
     leave()
-    told = "".join(filter(None, process.communicate("go\n", timeout=TIME_LIMIT)))
+    output = "".join(filter(None, process.communicate("go\n", timeout=TIME_LIMIT)))
     assert process.returncode == 0 and (tmp_path / "end").read_text() == "done"
-    assert told.count("\n") == 20_000  # the stream that is read has all of its lines, and no word on the other
+    assert output.count("\n") == 20_000  # the other stream is complete, without a message about this one
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
@@ -78,7 +78,7 @@ def test_another_error_is_raised(tmp_path):
     assert done.returncode and "No space left" in done.stderr and not (tmp_path / "end").exists()
 
 
-def test_the_streams_are_as_before_behind_it():
+def test_the_streams_are_restored():
     before = sys.stdout, sys.stderr
     with safe_output():
         assert sys.stdout is not before[0]
@@ -90,7 +90,7 @@ def test_the_streams_are_as_before_behind_it():
 @pytest.mark.parametrize(
     "flags", [["-m", "microbert.advise"], ["mlm_pretrain_v1.py", "--dry-run"]], ids=lambda flags: flags[-1]
 )
-def test_a_reader_that_has_seen_enough_leaves_no_traceback(flags, unbuffered):
+def test_a_closed_pipe_leaves_no_traceback(flags, unbuffered):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
@@ -105,13 +105,13 @@ def test_a_reader_that_has_seen_enough_leaves_no_traceback(flags, unbuffered):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_streams_of_any_kind_are_taken(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)  # as where it was closed before the start
+def test_streams_of_any_type_are_accepted(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as if it was closed before the start
     monkeypatch.setattr(sys, "stderr", text := io.StringIO())
     with safe_output():
         print("lost")
-        sys.stderr.writelines(["told", " in full"])
-    assert text.getvalue() == "told in full"
+        sys.stderr.writelines(["all", " lines"])
+    assert text.getvalue() == "all lines"
 
 
 THAI, HARD = "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u2588 \udce9 \U0001f600"
@@ -120,7 +120,7 @@ THAI, HARD = "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u2588 \udce9 \U0001f600"
 @pytest.mark.parametrize(
     "encoding", ["ascii", "latin-1", "cp1252", "cp437", "cp874", "shift_jis", "koi8-r", "utf-16", "utf-8"]
 )
-def test_what_the_encoding_lacks_is_escaped(encoding, monkeypatch):
+def test_characters_that_the_encoding_lacks_are_escaped(encoding, monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding))
     with safe_output():
@@ -130,11 +130,11 @@ def test_what_the_encoding_lacks_is_escaped(encoding, monkeypatch):
     assert out.startswith("before ") and out.endswith("\n") and "\\udce9" in out and "\\udce9" in errors
     assert (THAI in out) == (encoding in ("cp874", "utf-16", "utf-8"))
     with pytest.raises(UnicodeEncodeError):
-        print(HARD)  # the stream itself is as it was
+        print(HARD)  # the stream itself is unchanged
 
 
 class Bare:
-    """A stream of some library's own, which encodes to ASCII and says so nowhere."""
+    """A stream of some library, which encodes to ASCII and has no `encoding`."""
 
     def __init__(self):
         self.written = ""
@@ -154,13 +154,13 @@ def test_a_stream_without_an_encoding_gets_ascii(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
-def test_what_cannot_be_written_can_be_discarded(monkeypatch):
+def test_output_that_cannot_be_written_can_be_discarded(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with safe_output():
             print("lost")
             flush_or_discard()
-        full.flush()  # raises nothing any more
+        full.flush()  # does not raise
 
 
 IN_ASCII = [
@@ -180,8 +180,8 @@ def test_help_and_errors_are_printed_in_any_encoding(command, code, variables):
     assert (b"accents" in done.stdout) == (code == 0)
 
 
-def test_a_module_prints_in_any_encoding(finished_run):
-    """fill_mask, for all of those that people start."""
+def test_a_command_prints_in_any_encoding(finished_run):
+    """fill_mask stands for all commands here."""
     command = [sys.executable, "-m", "microbert.fill_mask", str(finished_run / "run"), f"the {THAI} was [MASK]"]
     variables = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
@@ -190,7 +190,7 @@ def test_a_module_prints_in_any_encoding(finished_run):
 
 @pytest.mark.fault(row=33)
 @pytest.mark.slow
-def test_a_run_on_thai_text_ends_well_whatever_the_log_can_encode(tmp_path):
+def test_a_run_on_thai_text_succeeds_whatever_the_log_can_encode(tmp_path):
     corpus = tmp_path / f"{THAI}.txt"
     lines = (f"{THAI}{chr(0xE01 + number % 40)} {THAI} {number}\n" for number in range(100))
     corpus.write_text("".join(lines), encoding="utf-8")
@@ -202,9 +202,9 @@ def test_a_run_on_thai_text_ends_well_whatever_the_log_can_encode(tmp_path):
 
 STALLED = """import signal, sys, types
 from microbert.config.terminal import safe_output
-from microbert.runtime.run import Run, _note_stop
+from microbert.runtime.run import Run
 run = Run(None, None, types.SimpleNamespace(is_first=True))
-signal.signal(signal.SIGINT, lambda *_: _note_stop(run, "SIGINT"))
+signal.signal(signal.SIGINT, lambda *_: run.note_stop("SIGINT"))
 with safe_output():
     while True:
         print("x" * 1000, file=sys.stderr)
@@ -251,7 +251,7 @@ def test_a_ctrl_c_that_ends_tee_too_saves_and_exits_75(finished_run, reference, 
 
 @pytest.mark.fault(row=4)
 @pytest.mark.slow
-def test_a_run_that_nobody_reads_any_more_comes_to_its_end(finished_run, reference, tmp_path):
+def test_a_run_whose_output_is_closed_finishes(finished_run, reference, tmp_path):
     corpus_from(finished_run, tmp_path)
     process = start(small_flags(tmp_path))
     process.stdout.close()

@@ -27,8 +27,8 @@ from microbert.data.hub import LARGE_CHOICE, PROBE_SECONDS, SMALL_CHOICE, choose
 from microbert.data.hub_dataset import HubDataset, TextColumn
 from microbert.data.hub_errors import is_network_error
 from microbert.errors import InputError, Stopped
-from microbert.runtime.distributed import in_background
 from microbert.runtime.files import fingerprint
+from microbert.runtime.waiting import in_background
 
 # the libraries wait without limit
 NO_TIME_OUTS = {"HF_HUB_ETAG_TIMEOUT": "100000", "HF_HUB_DOWNLOAD_TIMEOUT": "100000"}

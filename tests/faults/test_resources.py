@@ -1,4 +1,4 @@
-"""A disk that is full or read-only, memory that runs out, numbers that break down: told in a line, and what was saved goes on."""
+"""A full or read-only disk, no free memory, NaN: reported in one line, and saved work is resumed."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ from microbert.train.checkpoint import verify
 
 @pytest.mark.parametrize("learning_rate", ["1e20", "1e38"])
 @pytest.mark.fault(row=24)
-def test_numbers_that_break_down_stop_the_run_before_the_step_is_applied(learning_rate, tmp_path, monkeypatch, capfd):
+def test_nan_stops_the_run_before_the_step_is_applied(learning_rate, tmp_path, monkeypatch, capfd):
     flags = [*small_flags(tmp_path, save_every=1), "--lr", learning_rate, "--lr-scaling", "none", "--warmup-ratio", "0"]
     assert run_here(flags, monkeypatch) == 1
     errors = capfd.readouterr().err
@@ -47,15 +47,21 @@ def test_numbers_that_break_down_stop_the_run_before_the_step_is_applied(learnin
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 1
 
 
-@pytest.mark.parametrize("largest_file", [2_000, LARGEST_FILE])  # bytes: the first is less than the tokenizer takes
+@pytest.mark.parametrize("largest_file", [2_000, LARGEST_FILE])  # bytes: the first is smaller than the tokenizer
 @pytest.mark.fault(row=22)
 @pytest.mark.slow
-def test_a_file_that_cannot_grow_is_told_and_the_same_command_goes_on(largest_file, finished_run, reference, tmp_path):
+def test_a_file_that_cannot_grow_is_reported_and_the_same_command_resumes(
+    largest_file, finished_run, reference, tmp_path
+):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path)
     full = run(flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
     assert full.returncode == 1
-    assert "ulimit -f" in full.stderr and "the same command goes on" in full.stderr and "Traceback" not in full.stderr
+    assert (
+        "ulimit -f" in full.stderr
+        and "run the same command to resume" in full.stderr
+        and "Traceback" not in full.stderr
+    )
     assert str(tmp_path / "run") in full.stderr and str(tmp_path / "cache") in full.stderr
     assert bool(list((tmp_path / "run").glob("checkpoint-*"))) == (largest_file > 2_000)
     assert run(flags).returncode == 0
@@ -65,7 +71,7 @@ def test_a_file_that_cannot_grow_is_told_and_the_same_command_goes_on(largest_fi
 @pytest.fixture
 def small_disk():
     if not has_small_disks():
-        pytest.skip("needs Linux, and root or namespaces for users, to have a small disk")
+        pytest.skip("a small disk requires Linux, and root or user namespaces")
     with SmallDisk(megabytes=2) as disk:
         yield disk
 
@@ -90,7 +96,7 @@ training.save_checkpoint = save"""
 
 @pytest.mark.fault(row=22)
 @pytest.mark.slow
-def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space_the_same_command_goes_on(
+def test_a_full_disk_is_reported_and_with_free_space_the_run_resumes_at_the_checkpoint(
     small_disk, finished_run, reference, tmp_path
 ):
     corpus_from(finished_run, tmp_path)
@@ -101,7 +107,7 @@ def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space
         patched_script(tmp_path / "fills.py", FILLED_AT_THE_SECOND_SAVE.format(tests=str(ROOT / "tests"))),
     )
     assert full.returncode == 1 and "Traceback" not in full.stderr
-    assert "error: the disk is full" in full.stderr and "the same command goes on" in full.stderr
+    assert "error: the disk is full" in full.stderr and "run the same command to resume" in full.stderr
     assert [path.name for path in small_disk.path.glob("run/checkpoint-*")] == ["checkpoint-10"]
     verify(small_disk.path / "run" / "checkpoint-10")
     small_disk.free()
@@ -112,7 +118,7 @@ def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space
 
 
 @pytest.mark.fault(row=23)
-def test_a_read_only_folder_is_told_before_anything_is_prepared(small_disk, tmp_path):
+def test_a_read_only_folder_is_reported_before_preparation(small_disk, tmp_path):
     small_disk.make_read_only()
     flags = small_flags(tmp_path, output_dir=small_disk.mount_point / "run")
     done = run_on(small_disk, flags)
@@ -125,7 +131,7 @@ def test_a_read_only_folder_is_told_before_anything_is_prepared(small_disk, tmp_
 
 
 @pytest.mark.fault(row=23)
-def test_a_run_in_a_folder_that_has_become_read_only_is_refused_and_stays_as_it_is(small_disk, finished_run, tmp_path):
+def test_a_run_in_a_folder_that_became_read_only_is_refused_and_unchanged(small_disk, finished_run, tmp_path):
     corpus_from(finished_run, tmp_path)
     shutil.copytree(finished_run / "run", small_disk.path / "run")
     (small_disk.path / "run" / "README.md").unlink()
@@ -149,14 +155,14 @@ def hidden(full):
         raise InputError("the dataset cannot be read") from None
 
 
-def as_it_is(full):
+def directly(full):
     raise full
 
 
 @pytest.mark.parametrize("number, filename", [(errno.ENOSPC, None), (errno.EDQUOT, None), (errno.ENOSPC, "/mnt/x.bin")])
-@pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
+@pytest.mark.parametrize("raise_it", [directly, caused, hidden])
 @pytest.mark.fault(row=22)
-def test_a_full_disk_is_told_with_the_places_to_look_at(
+def test_a_full_disk_is_reported_with_the_folders_to_check(
     raise_it, number, filename, finished_run, tmp_path, monkeypatch, capfd
 ):
     import microbert.data.prepare
@@ -176,7 +182,7 @@ def test_a_full_disk_is_told_with_the_places_to_look_at(
 
 
 @pytest.mark.fault(row=22)
-def test_for_a_dataset_of_the_hub_its_downloads_are_a_place_too(tmp_path, capfd):
+def test_for_a_dataset_of_the_hub_its_downloads_are_such_a_folder(tmp_path, capfd):
     from huggingface_hub.constants import HF_HOME
 
     config = configure(dataset="org/name", output_dir=str(tmp_path / "run"))
@@ -187,7 +193,7 @@ def test_for_a_dataset_of_the_hub_its_downloads_are_a_place_too(tmp_path, capfd)
 
 
 @pytest.mark.fault(row=34)
-@pytest.mark.parametrize("raise_it", [as_it_is, caused, hidden])
+@pytest.mark.parametrize("raise_it", [directly, caused, hidden])
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_a_shortage_is_reported_and_nothing_is_removed(number, raise_it, tmp_path, monkeypatch, capfd):
     import microbert.data.prepare
@@ -200,7 +206,7 @@ def test_a_shortage_is_reported_and_nothing_is_removed(number, raise_it, tmp_pat
         assert run_here(small_flags(tmp_path), monkeypatch) == 1
     errors = capfd.readouterr().err
     [path] = (tmp_path / "cache").rglob("train.bin")
-    assert f"error: {os.strerror(number)}: {path} (" in errors and "the same command resumes" in errors
+    assert f"error: {os.strerror(number)}: {path} (" in errors and "run the same command to resume" in errors
     assert "Traceback" not in errors and "damaged" not in errors
     assert run_here([*small_flags(tmp_path), "--prepare-only"], monkeypatch) == 0
     assert "prepared in" not in capfd.readouterr().out
@@ -208,12 +214,12 @@ def test_a_shortage_is_reported_and_nothing_is_removed(number, raise_it, tmp_pat
 
 @pytest.mark.fault(row=34)
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
-def test_a_file_that_cannot_be_read_is_reported_in_a_line(number, finished_run, tmp_path, monkeypatch, capfd):
+def test_a_file_that_cannot_be_read_is_reported_in_one_line(number, finished_run, tmp_path, monkeypatch, capfd):
     import microbert.data.prepare
 
     corpus_from(finished_run, tmp_path)
     error = OSError(number, os.strerror(number), "x.bin")
-    monkeypatch.setattr(microbert.data.prepare, "prepare_tokens", lambda *_: as_it_is(error))
+    monkeypatch.setattr(microbert.data.prepare, "prepare_tokens", lambda *_: directly(error))
     assert run_here(small_flags(tmp_path), monkeypatch) == 1
     errors = capfd.readouterr().err
     assert errors.endswith(f"error: {os.strerror(number)}: x.bin\n") and "Traceback" not in errors
@@ -221,7 +227,7 @@ def test_a_file_that_cannot_be_read_is_reported_in_a_line(number, finished_run, 
 
 @pytest.mark.parametrize("constant", ["output_dir", "cache_dir"])
 @pytest.mark.fault(row=28)
-def test_a_folder_name_that_is_too_long_is_reported_in_a_line(constant, finished_run, tmp_path, monkeypatch, capfd):
+def test_a_folder_name_that_is_too_long_is_reported_in_one_line(constant, finished_run, tmp_path, monkeypatch, capfd):
     corpus_from(finished_run, tmp_path)
     assert run_here(small_flags(tmp_path, **{constant: tmp_path / ("x" * 300)}), monkeypatch) == 2
     errors = capfd.readouterr().err
@@ -229,19 +235,19 @@ def test_a_folder_name_that_is_too_long_is_reported_in_a_line(constant, finished
     assert errors.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_another_error_stays_a_bug_with_its_traceback(finished_run, tmp_path, monkeypatch, capfd):
+def test_any_other_error_prints_its_traceback(finished_run, tmp_path, monkeypatch, capfd):
     import microbert.data.prepare
 
     corpus_from(finished_run, tmp_path)
     error = FileNotFoundError(errno.ENOENT, "gone")
-    monkeypatch.setattr(microbert.data.prepare, "prepare_tokens", lambda *_: as_it_is(error))
+    monkeypatch.setattr(microbert.data.prepare, "prepare_tokens", lambda *_: directly(error))
     assert run_here(small_flags(tmp_path), monkeypatch) == 1
     errors = capfd.readouterr().err
     assert "Traceback" in errors and "disk is full" not in errors
 
 
 @pytest.mark.fault(row=26)
-def test_memory_that_runs_out_beside_steps_and_evaluation_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+def test_memory_that_runs_out_while_saving_is_reported_in_one_line(tmp_path, monkeypatch, capfd):
     def save_checkpoint(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
 

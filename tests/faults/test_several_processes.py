@@ -1,4 +1,4 @@
-"""Several processes train as one would, and end as one: what one of them meets, all of them do, and nothing is lost or left running."""
+"""Several processes train as one process does, and end together: nothing is lost or left running."""
 
 import concurrent.futures
 import json
@@ -39,7 +39,7 @@ from microbert.train.step import Learner
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder with a small corpus and an uninterrupted run of two processes on it."""
+    """Return a folder with a small corpus and an uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp("two")
     code, out, err = launch(flags_of(folder, 2, keep_checkpoints=100), 2)
     assert code == 0, err
@@ -48,22 +48,22 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(two, tmp_path_factory):
-    """The same of one process, by the same command without torchrun."""
+    """Return the same for one process, started by the same command without torchrun."""
     folder = tmp_path_factory.mktemp("one")
-    beside(two, folder)
+    copy_prepared(two, folder)
     done = run(flags_of(folder, 1), SCRIPT)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def beside(finished, folder):
-    """The finished run's corpus and prepared tokens for another run."""
+def copy_prepared(finished, folder):
+    """Copy the corpus and the prepared tokens of a finished run for another run."""
     shutil.copy(finished / "corpus.jsonl", folder)
     shutil.copytree(finished / "cache", folder / "cache")
 
 
 def assert_weights_close(folder, other, atol=2e-4):
-    """Of runs that add in another order. Adam's first steps turn rounding into differences far above that of one sum in fp32."""
+    """Compare runs that sum in a different order. Adam's first steps amplify the rounding errors of fp32."""
     weights, others = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
     for name, weight in weights.items():
         torch.testing.assert_close(
@@ -75,7 +75,7 @@ def losses(folder, key="eval/loss"):
     return [line[key] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in line]
 
 
-def test_two_processes_train_as_one_does(two, one):
+def test_two_processes_train_like_one(two, one):
     assert losses(two / "run") == pytest.approx(losses(one / "run"), abs=1e-4)
     assert losses(two / "run", "train/loss") == pytest.approx(losses(one / "run", "train/loss"), abs=1e-4)
     assert_weights_close(two / "run", one / "run")
@@ -83,8 +83,8 @@ def test_two_processes_train_as_one_does(two, one):
 
 
 @pytest.mark.slow
-def test_of_memory_they_tell_what_the_one_with_the_most_has_held(two, tmp_path):
-    beside(two, tmp_path)
+def test_the_reported_memory_is_the_most_of_any_process(two, tmp_path):
+    copy_prepared(two, tmp_path)
     code, out, err = launch(
         flags_of(tmp_path, 2), 2, script=faulty_script(tmp_path / "holds.py", "ballast = b'1' * (10**9 * rank)")
     )
@@ -98,7 +98,10 @@ def test_of_memory_they_tell_what_the_one_with_the_most_has_held(two, tmp_path):
 
 
 def gradients(rank, size, port, micro_batch_size):
-    """Of one process's share of a batch of 32, with rows of very different lengths, so that the masked tokens are not shared equally."""
+    """Return the step's numbers, the gradients and the number of masked tokens of one process.
+
+    It has its share of a batch of 32, with rows of very different lengths, so that the ranks' token counts differ.
+    """
     world = World({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)})
     rows = token_rows(32)
     rows[20:, 3:] = 0
@@ -110,11 +113,11 @@ def gradients(rank, size, port, micro_batch_size):
     model = noisy_model(dropout=0.2)
     if size > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
-        world.meet(lambda: None)
-        world.form_group(torch.device("cpu"), 60, lambda: None)
+        world.meet()
+        world.form_group(torch.device("cpu"), 60)
     learner = Learner(model, configure(micro_batch_size=micro_batch_size, grad_clip=None, dropout=0.2), world)
     numbers = learner.step(masked, 0, 0.0).read()
-    world.gather(0.0)  # the first process holds the store
+    world.gather(0.0)  # rank 0 runs the store, and must not end first
     world.leave_group()
     return numbers, [parameter.grad.numpy().copy() for parameter in model.parameters()], masked.n_masked
 
@@ -132,7 +135,7 @@ def test_one_process_of_32_four_micro_batches_of_8_and_two_processes_of_16_give_
             assert found[-1][2] > 0.6 * n_masked  # the processes have different numbers of masked tokens
     for others, parts, _ in found:
         np.testing.assert_allclose(others, numbers, rtol=1e-5)  # fp32 sums in another order, here and below
-        for part, of_whole in zip(parts, whole):
+        for part, of_whole in zip(parts, whole, strict=True):
             np.testing.assert_allclose(part, of_whole, rtol=1e-3, atol=1e-5)
 
 
@@ -140,7 +143,7 @@ def test_one_process_of_32_four_micro_batches_of_8_and_two_processes_of_16_give_
     "n_sequences, global_batch_size, world_size", [(271, 8, 2), (100, 12, 4), (7, 8, 2), (64, 8, 8)]
 )
 @pytest.mark.fault(row=16)
-def test_sequences_that_do_not_divide_give_equal_steps_and_each_once_an_epoch(
+def test_sequences_that_do_not_divide_give_equal_steps_and_occur_once_per_epoch(
     n_sequences, global_batch_size, world_size
 ):
     sequences = as_sequences(token_rows(n_sequences))
@@ -157,18 +160,18 @@ def test_sequences_that_do_not_divide_give_equal_steps_and_each_once_an_epoch(
                 world_size=world_size,
             )
             assert len(batch.input_ids) == global_batch_size // world_size
-            seen += list(zip(batch.epochs[batch.real], batch.sequence_ids[batch.real]))
+            seen += list(zip(batch.epochs[batch.real], batch.sequence_ids[batch.real], strict=True))
     assert sorted(seen) == [(epoch, number) for epoch in range(epochs) for number in range(n_sequences)]
 
 
 @pytest.mark.fault(row=5)
-def test_sigterm_to_torchrun_saves_and_ends_with_75_and_the_same_command_comes_to_the_same_model(two, tmp_path):
-    beside(two, tmp_path)
+def test_sigterm_to_torchrun_saves_and_the_same_command_resumes_to_the_same_model(two, tmp_path):
+    copy_prepared(two, tmp_path)
     flags = flags_of(tmp_path, 2)
     process = start(flags, script=patched_script(tmp_path / "slow.py", SLOW_STEPS, SCRIPT))
     workers = wait_for_training(process, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
-    code, out, err = finish(process)  # in the 30 s that torchrun gives its processes, or they are killed
+    code, out, err = finish(process)  # within 30 s, after which torchrun kills its processes
     assert code == 75, err
     assert all_gone(list(workers.values()), 1)
     assert "Traceback" not in err and err.count("stopped by SIGTERM") == 1
@@ -180,8 +183,8 @@ def test_sigterm_to_torchrun_saves_and_ends_with_75_and_the_same_command_comes_t
 
 @pytest.mark.fault(row=5)
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_and_nothing_starts_again(two, tmp_path):
-    beside(two, tmp_path)
+def test_a_signal_to_one_process_stops_all_without_a_restart(two, tmp_path):
+    copy_prepared(two, tmp_path)
     process = start(
         flags_of(tmp_path, 2),
         2,
@@ -201,24 +204,24 @@ def test_a_signal_to_one_process_stops_all_and_nothing_starts_again(two, tmp_pat
 @pytest.mark.fault(row=10)
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_an_error(rank, two, tmp_path):
-    beside(two, tmp_path)
+    copy_prepared(two, tmp_path)
     process = start(flags_of(tmp_path, 2, epochs=20), patience=FOREVER)
     workers = wait_for_training(process, tmp_path / "run")
     workers[rank].kill()
-    code, out, err = finish(process, 60)  # seconds: soon, also on a busy machine
+    code, out, err = finish(process, 60)  # seconds, enough on a busy machine
     assert code == 1
     assert all_gone(list(workers.values()), 1)
     assert "Traceback" not in err
-    assert err.strip().splitlines()[-1] == f"error: process {rank} was ended by SIGKILL"
+    assert err.strip().splitlines()[-1] == f"error: process {rank} was killed by SIGKILL"
     found = status(tmp_path / "run")
     assert (found["state"], found["exit_code"], found["rank"]) == ("failed", 1, 1 - rank)
     assert "step " in found["reason"]
 
 
 @pytest.mark.fault(row=11)
-def test_a_killed_process_with_a_restart_comes_to_the_same_model(two, tmp_path):
-    """With --overwrite, which must not throw away what the first attempt has saved."""
-    beside(two, tmp_path)
+def test_a_restart_after_a_kill_ends_with_the_same_model(two, tmp_path):
+    """With --overwrite, which must not remove the checkpoints of the first attempt."""
+    copy_prepared(two, tmp_path)
     process = start(
         [*flags_of(tmp_path, 2), "--overwrite"],
         2,
@@ -234,12 +237,12 @@ def test_a_killed_process_with_a_restart_comes_to_the_same_model(two, tmp_path):
 
 @pytest.mark.fault(row=12)
 @pytest.mark.slow
-def test_a_silent_process_is_given_up_after_the_time_limit_at_a_step_that_is_named(two, tmp_path):
-    beside(two, tmp_path)
+def test_a_process_that_hangs_ends_the_run_after_the_time_limit_naming_the_step(two, tmp_path):
+    copy_prepared(two, tmp_path)
     process = start(flags_of(tmp_path, 2, epochs=200, group_timeout=10), patience=3)
     workers = wait_for_training(process, tmp_path / "run")
     workers[1].suspend()
-    code, out, err = finish(process, 90)  # seconds: the ten of group_timeout, and room for a busy machine
+    code, out, err = finish(process, 90)  # seconds: ten of group_timeout, and time for a busy machine
     assert code == 1
     assert all_gone(list(workers.values()), 1)
     assert "Traceback" not in err and "does not answer" in err
@@ -247,9 +250,9 @@ def test_a_silent_process_is_given_up_after_the_time_limit_at_a_step_that_is_nam
 
 
 @pytest.mark.fault(row=13)
-def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(two, tmp_path):
-    """Also where a process is killed on one of them, and both start theirs again."""
-    beside(two, tmp_path)
+def test_two_agents_as_two_machines_end_with_the_weights_of_one(two, tmp_path):
+    """A process is killed on one of them, and both restart theirs."""
+    copy_prepared(two, tmp_path)
     options = (
         "--nnodes=2",
         "--rdzv-backend=c10d",
@@ -276,12 +279,12 @@ def test_two_agents_as_two_machines_give_the_weights_of_one_with_two_processes(t
 
 @pytest.mark.fault(row=14)
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(two, one, tmp_path):
-    """Saved on 2, continued on 1 and on 4, with the command as it was: the batch of all processes together stays."""
+def test_a_run_resumes_with_another_number_of_processes(two, one, tmp_path):
+    """Saved on 2, resumed on 1 and on 4 by the same command: the global batch stays the same."""
     for n_processes in (1, 4):
         folder = tmp_path / str(n_processes)
         folder.mkdir()
-        beside(two, folder)
+        copy_prepared(two, folder)
         (folder / "run").mkdir()
         shutil.copytree(two / "run" / "checkpoint-60", folder / "run" / "checkpoint-60")
         shutil.copy(two / "run" / "metrics.jsonl", folder / "run")
@@ -291,7 +294,7 @@ def test_a_run_goes_on_with_another_number_of_processes(two, one, tmp_path):
         assert losses(folder / "run") == pytest.approx(losses(two / "run"), abs=1e-4)
         assert_weights_close(folder / "run", two / "run")
 
-    # four of them are enough for the order to matter in which gradients are added up: going on once more must not change it
+    # with four processes the order of summing gradients matters: resuming again must not change it
     expected = result(folder / "run")
     for path in (
         folder / "run" / "README.md",
@@ -305,13 +308,13 @@ def test_a_run_goes_on_with_another_number_of_processes(two, one, tmp_path):
 
 
 @pytest.mark.fault(row=15)
-def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_group_forms(two, tmp_path):
-    beside(two, tmp_path)
+def test_a_batch_that_the_processes_cannot_split_is_refused_before_training(two, tmp_path):
+    copy_prepared(two, tmp_path)
     code, out, err = launch(flags_of(tmp_path, 1, global_batch_size=8), 3)
     assert code == 2
-    assert (
-        err.strip()
-        == "error: process 0 of 3: global_batch_size = 8 cannot be shared equally by 3 processes: start a number that divides it"
+    assert err.strip() == (
+        "error: process 0 of 3: "
+        "global_batch_size = 8 cannot be shared equally by 3 processes: start a number that divides it"
     )
     assert status(tmp_path / "run")["exit_code"] == 2
     assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")] == ["status.json"]
@@ -319,7 +322,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_group_for
 
 @pytest.mark.fault(row=18)
 @pytest.mark.slow
-def test_preparation_that_takes_longer_than_the_group_waits_is_waited_for(two, tmp_path):
+def test_preparation_may_take_longer_than_group_timeout(two, tmp_path):
     shutil.copy(two / "corpus.jsonl", tmp_path)
     patch = """import microbert.data.prepare as prepare
 real = prepare.prepare_tokens
@@ -357,8 +360,8 @@ prepare.prepare_tokens = crash"""
 @pytest.mark.slow
 def test_a_process_killed_while_another_prepares_ends_both(two, tmp_path):
     shutil.copy(two / "corpus.jsonl", tmp_path)
-    patch = f"""import microbert.runtime.distributed as distributed, microbert.data.prepare as prepare
-distributed.STOP_SECONDS = 3.0
+    patch = f"""import microbert.runtime.stopping as stopping, microbert.data.prepare as prepare
+stopping.STOP_SECONDS = 3.0
 def long(corpus, tokenizer, config, check_stop):
     open({str(tmp_path / "preparing")!r}, "w")
     while True:
@@ -383,7 +386,7 @@ prepare.prepare_tokens = long"""
 
 @pytest.mark.fault(row=19)
 @pytest.mark.slow
-def test_two_launches_at_once_with_the_usual_ports_taken_both_finish(two, tmp_path):
+def test_two_launches_at_once_finish_with_the_usual_ports_taken(two, tmp_path):
     taken = []
     for port in (12355, 29500, 29400):
         one_port = socket.socket()
@@ -391,15 +394,15 @@ def test_two_launches_at_once_with_the_usual_ports_taken_both_finish(two, tmp_pa
             one_port.bind(("", port))
             one_port.listen()
         except OSError:
-            pass  # taken by somebody else: as well
+            pass  # already in use by another program
         taken.append(one_port)
     try:
         folders = [tmp_path / name for name in ("a", "b")]
         for folder in folders:
             folder.mkdir()
-            beside(two, folder)
+            copy_prepared(two, folder)
         processes = [start(flags_of(folder, 2)) for folder in folders]
-        for process, folder in zip(processes, folders):
+        for process, folder in zip(processes, folders, strict=True):
             code, out, err = finish(process)
             assert code == 0, err
             assert result(folder / "run") == result(two / "run")
@@ -411,15 +414,13 @@ def test_two_launches_at_once_with_the_usual_ports_taken_both_finish(two, tmp_pa
 @pytest.mark.fault(row=20)
 @pytest.mark.fault(row=21)
 @pytest.mark.slow
-def test_a_second_launch_in_the_folder_is_refused_and_torchruns_death_orphans_nobody(two, tmp_path):
-    beside(two, tmp_path)
+def test_a_second_launch_in_the_folder_is_refused_and_no_process_outlives_torchrun(two, tmp_path):
+    copy_prepared(two, tmp_path)
     flags = flags_of(tmp_path, 2, epochs=2000)
     first = start(flags)
     workers = wait_for_training(first, tmp_path / "run")
     code, out, err = launch(flags)
-    assert (
-        code == 2 and err.startswith("error: output_dir") and f"process {workers[0].pid}" in err
-    )  # of torchrun: its processes give their number
+    assert code == 2 and err.startswith("error: output_dir") and f"process {workers[0].pid}" in err
     assert status(tmp_path / "run")["state"] == "running"
 
     first.kill()
@@ -436,8 +437,8 @@ def test_a_second_launch_in_the_folder_is_refused_and_torchruns_death_orphans_no
 
 @pytest.mark.fault(row=24)
 @pytest.mark.slow
-def test_numbers_that_break_down_in_one_process_stop_all_before_the_step_is_applied(two, tmp_path):
-    beside(two, tmp_path)
+def test_nan_in_one_process_stops_all_before_the_step_is_applied(two, tmp_path):
+    copy_prepared(two, tmp_path)
     patch = """import microbert.train.step as step
 real, calls = step.masked_loss, []
 def broken(*arguments):
@@ -459,8 +460,8 @@ step.masked_loss = broken"""
 
 @pytest.mark.fault(row=29)
 @pytest.mark.slow
-def test_a_machine_with_other_tokens_or_constants_is_found_out(two, tmp_path):
-    beside(two, tmp_path)
+def test_a_machine_with_different_tokens_is_detected(two, tmp_path):
+    copy_prepared(two, tmp_path)
     (tmp_path / "other.jsonl").write_text((two / "corpus.jsonl").read_text() + '{"text": "one more film"}\n')
     patch = f"""if rank == 1:
     sys.argv[sys.argv.index("--dataset") + 1] = {str(tmp_path / "other.jsonl")!r}

@@ -247,7 +247,7 @@ def test_it_uses_at_most_a_tenth_of_the_memory_of_all_logits():
 def gradients_of_a_step(micro_batch_size):
     masked = mask_batch(as_batch(token_rows(32)), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
     model = noisy_model(dropout=0.2)
-    learner = Learner(model, configure(micro_batch_size=micro_batch_size, grad_clip=None, dropout=0.2), World({}))
+    learner = Learner(model, configure(micro_batch_size=micro_batch_size, grad_clip=None, dropout=0.2), World.alone())
     return [
         *map(torch.tensor, learner.step(masked, 0, 0.0).read()),
         *(parameter.grad for parameter in model.parameters()),

@@ -1,4 +1,4 @@
-"""Random numbers as arithmetic: bijective, independent of grouping and order, and uniform."""
+"""Counter-based random numbers: bijective, independent of grouping and order, uniform."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_permute_gives_every_place_once_around_powers_of_two(n):
 
 @many_examples
 @given(st.data(), sizes, counters)
-def test_a_place_does_not_depend_on_what_else_is_asked_or_in_which_order(data, n, seed):
+def test_a_place_does_not_depend_on_the_other_indices_or_their_order(data, n, seed):
     whole = permute(np.arange(n), n, seed)
     asked = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
     assert (permute(asked, n, seed) == whole[asked]).all()
@@ -44,13 +44,13 @@ def test_each_index_may_have_its_own_epoch(n, seed):
 
 @few_examples
 @given(st.integers(200, 3000), counters, counters)
-def test_another_seed_or_epoch_permutes_in_another_way(n, seed, epoch):
+def test_another_seed_or_epoch_gives_another_permutation(n, seed, epoch):
     places = permute(np.arange(n), n, seed, epoch)
     for other in (permute(np.arange(n), n, seed ^ 1, epoch), permute(np.arange(n), n, seed, epoch ^ 1), np.arange(n)):
         assert (places == other).mean() < 0.1  # two random permutations agree at about one place
 
 
-def test_every_index_goes_everywhere_about_equally_often():
+def test_each_index_gets_each_place_about_equally_often():
     n, n_permutations = 10, 5000
     places = permute(np.tile(np.arange(n), (n_permutations, 1)), n, np.arange(n_permutations)[:, None])
     counts = np.array([np.bincount(places[:, index], minlength=n) for index in range(n)])
@@ -63,7 +63,7 @@ def test_each_counter_and_each_of_its_bits_changes_the_bits(values, data):
     position, bit = data.draw(st.integers(0, len(values) - 1)), data.draw(st.integers(0, 62))
     changed = [value ^ (1 << bit) if place == position else value for place, value in enumerate(values)]
     difference = int(random_bits(*values)[0] ^ random_bits(*changed)[0])
-    assert 10 <= difference.bit_count() <= 54  # half of 64, give or take 5.5 standard deviations
+    assert 10 <= difference.bit_count() <= 54  # 64 / 2, plus or minus 5.5 standard deviations
 
 
 def test_the_order_and_number_of_counters_matter():

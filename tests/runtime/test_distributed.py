@@ -1,4 +1,4 @@
-"""Processes that wait for each other can be stopped, and on one machine they listen to nobody else."""
+"""Processes that wait for each other can be stopped, and on one machine they do not listen on the network."""
 
 import os
 import signal
@@ -15,65 +15,32 @@ from launches import faulty_script, finish, flags_of, free_port, ranks, start, w
 
 import microbert.runtime.distributed
 from microbert.errors import InputError, Stopped
-from microbert.runtime.distributed import GO, World, _Store, in_background, is_loopback, loopback_store
+from microbert.runtime.distributed import World
+from microbert.runtime.stopping import TRAIN
+from microbert.runtime.store import Store, is_loopback, loopback_store
 
-SOON = 20  # seconds to stop in, with room for a busy machine; a meeting lasts up to 300
+SOON = 20  # seconds to stop in, enough on a busy machine; processes wait for each other up to 300
 
 
 def raise_stopped():
     raise Stopped("stopped")
 
 
-def test_a_call_in_the_background_returns_and_raises_as_it_would_here():
-    assert in_background(lambda: 3, raise_stopped, after=5) == 3
-    with pytest.raises(ZeroDivisionError):
-        in_background(lambda: 1 / 0, raise_stopped, after=5)
-
-
-def test_a_call_that_blocks_is_left_when_the_check_says_so():
-    held = threading.Event()
-    with pytest.raises(Stopped):
-        in_background(held.wait, raise_stopped)
-    held.set()
-
-
-class Silent:
-    """A torch store that never answers."""
-
-    def __init__(self):
-        self.held = threading.Event()
-
-    def check(self, keys):
-        self.held.wait()
-
-
-def test_a_store_that_does_not_answer_holds_up_nobody_who_was_told_to_stop(monkeypatch):
-    monkeypatch.setattr(microbert.runtime.distributed, "ANSWER_SECONDS", 0.1)
-    world, silent = World({"WORLD_SIZE": "2"}), Silent()
-    world._store = _Store(silent, lambda: world.give_up())
-    world.give_up = raise_stopped
-    with pytest.raises(Stopped):
-        world.has_ended()
-    with pytest.raises(dist.DistError, match="did not answer"):
-        world._store.without_patience().check(["end"])
-    silent.held.set()
-
-
-def test_a_group_that_does_not_form_is_left_when_this_process_was_told_to_stop(monkeypatch):
+def test_a_group_that_does_not_form_is_abandoned_when_this_process_was_asked_to_stop(monkeypatch):
     held = threading.Event()
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: held.wait())
     monkeypatch.setattr(microbert.runtime.distributed, "ANSWER_SECONDS", 0.1)
     world = World({"WORLD_SIZE": "2", "RANK": "1"})
-    world._store = _Store(loopback_store(wait_for_workers=False), lambda: None)
-    world._store.set("phase", GO)
-    world.give_up = raise_stopped
+    world._store = world.stopping.store = Store(loopback_store())
+    world._store.set("phase", TRAIN)
+    world._give_up = raise_stopped
     with pytest.raises(Stopped):
-        world.form_group(torch.device("cpu"), 600, lambda: None)
+        world.form_group(torch.device("cpu"), 600)
     held.set()
 
 
 def meet_marked(environment, mark):
-    """In a process that will run the script: it meets as this environment says, and leaves a file when it begins to."""
+    """Patch a process that will run the script: it meets in this environment, and creates the file `mark` then."""
     os.environ.update(environment)
     real = World.meet
 
@@ -90,7 +57,7 @@ def meet_marked(environment, mark):
     [(0, "127.0.0.1", False), (1, "127.0.0.1", False), (1, "127.0.0.1", True), (1, "no.such.host.invalid", False)],
 )
 def test_sigterm_while_processes_meet_ends_soon_with_75(rank, host, is_silent, tmp_path):
-    """The first process, which waits for the other; and the other, where no store is, or one that never answers, or not even its machine is known."""
+    """Rank 0 waits for rank 1. Rank 1 finds no store, or one that never answers, or cannot resolve its host name."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1] if is_silent else free_port()
         environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
@@ -99,29 +66,29 @@ def test_sigterm_while_processes_meet_ends_soon_with_75(rank, host, is_silent, t
         while not (tmp_path / "mark").exists():
             assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(0.5)  # until it waits
+        time.sleep(0.5)  # so that it waits
         os.kill(process.pid, signal.SIGTERM)
         assert end_of(process, SOON) == 75
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(
-    "environment, told",
+    "environment, message",
     [
         ({}, "MASTER_ADDR is not set"),
         ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "'70000' is not a port"),
-        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "taken"}, "cannot be listened at"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "taken"}, "cannot be used"),
     ],
 )
-def test_a_meeting_place_that_cannot_be_is_told(environment, told, monkeypatch):
+def test_an_invalid_address_of_the_store_is_reported(environment, message, monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for name, value in environment.items():
             monkeypatch.setenv(name, value.replace("taken", str(taken.getsockname()[1])))
-        with pytest.raises(InputError, match=told):
-            World({"WORLD_SIZE": "2"}).meet(lambda: None)
+        with pytest.raises(InputError, match=message):
+            World({"WORLD_SIZE": "2"}).meet()
 
 
 @pytest.mark.fault(row=5)
@@ -134,7 +101,7 @@ def test_a_meeting_place_that_cannot_be_is_told(environment, told, monkeypatch):
     ],
 )
 def test_sigterm_while_machines_meet_ends_soon_with_75(options, tmp_path):
-    """The second machine, where the first does not come."""
+    """The second machine waits for the first, which does not start."""
     options = [
         "--nnodes=2",
         *(option.format(port=free_port()) for option in options),
@@ -148,7 +115,7 @@ def test_sigterm_while_machines_meet_ends_soon_with_75(options, tmp_path):
                 psutil.Process(process.pid).num_threads() > 1 and "pt_elastic" in psutil.Process(process.pid).name()
             ),
             process,
-        )  # torchrun's name for itself
+        )  # torchrun renames its process
         time.sleep(1.0)
         process.terminate()
         code, _, errors = finish(process, SOON)
@@ -177,24 +144,6 @@ def test_sigterm_to_torchrun_while_its_processes_meet_ends_soon_with_75(tmp_path
     assert code == 75 and "Traceback" not in errors
 
 
-@pytest.mark.parametrize(
-    "host, expected",
-    [
-        ("localhost", True),
-        ("127.0.0.1", True),
-        ("127.0.1.1", True),
-        ("::1", True),
-        ("[::1]", True),
-        ("10.0.0.1", False),
-        ("0.0.0.0", False),
-        ("host0", False),
-        ("", False),
-    ],
-)
-def test_only_names_that_mean_this_machine_everywhere_are_loopback(host, expected):
-    assert is_loopback(host) == expected
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -205,19 +154,14 @@ def test_on_one_machine_nothing_listens_on_the_network(options, tmp_path):
     process = start(flags_of(tmp_path, 2, epochs=200), 2, *options)
     try:
         wait_for_training(process, tmp_path / "run")
-        everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        listening = [
-            connection.laddr.ip
-            for one in everybody
-            for connection in one.net_connections()
-            if connection.status == "LISTEN"
-        ]
+        processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        connections = [connection for each in processes for connection in each.net_connections()]
+        listening = [connection.laddr.ip for connection in connections if connection.status == "LISTEN"]
     finally:
         end_tree(process)
         process.communicate()
-    assert len(listening) >= 3 and all(
-        is_loopback(address) for address in listening
-    )  # torchrun's store, and gloo in each process
+    assert len(listening) >= 3  # torchrun's store, and gloo in each process
+    assert all(is_loopback(address) for address in listening)
 
 
 def test_standalone_on_several_machines_is_refused(tmp_path):

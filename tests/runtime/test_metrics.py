@@ -1,4 +1,4 @@
-"""What a run reports: metrics that go on where its checkpoint stands, and the same for TensorBoard where that is asked for."""
+"""Metrics that resume at the checkpoint, and the same values for TensorBoard if requested."""
 
 import importlib.util
 import json
@@ -12,12 +12,12 @@ from microbert.runtime.metrics import Metrics
 
 
 def scalars(folder):
-    """By name: step and value."""
+    """Return TensorBoard's values as (step, value) pairs, by name."""
     events = EventAccumulator(str(folder)).Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_metrics_after_the_checkpoint_are_dropped_when_a_run_goes_on(tmp_path):
+def test_metrics_after_the_checkpoint_are_removed_when_a_run_resumes(tmp_path):
     metrics = Metrics(tmp_path, 0, for_tensorboard=True)
     for step in (10, 20, 30):
         metrics.write({"step": step, "seconds": 1.0, "train/loss": float(step)})
@@ -28,7 +28,7 @@ def test_metrics_after_the_checkpoint_are_dropped_when_a_run_goes_on(tmp_path):
     assert scalars(tmp_path / "tensorboard") == {"train/loss": [(10, 10.0), (20, 20.0), (30, 31.0)]}
 
 
-def test_tensorboard_gets_what_metrics_jsonl_gets_and_changes_nothing_else(
+def test_tensorboard_gets_the_values_of_metrics_jsonl_and_changes_nothing_else(
     finished_run, reference, tmp_path, monkeypatch
 ):
     corpus_from(finished_run, tmp_path)
@@ -42,7 +42,7 @@ def test_tensorboard_gets_what_metrics_jsonl_gets_and_changes_nothing_else(
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_without_its_package_the_constant_is_refused_at_once(monkeypatch):
+def test_tensorboard_without_its_package_is_refused_before_the_run(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name))
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""How a run ends: nothing fails once its model is written, bad input removes no work, no run is taken for another."""
+"""How a run ends: nothing fails after the export, bad input removes no work, no run is mistaken for another."""
 
 import contextlib
 import errno
@@ -17,11 +17,12 @@ from launches import launch, status
 import microbert.runtime.run
 import microbert.train.export_run
 from microbert.errors import InputError, Stopped
-from microbert.runtime.run import _quiet_but_first, open_run, take_lock
+from microbert.runtime.run import _print_on_rank_0_only, open_run
+from microbert.runtime.run_folder import take_lock
 
 
 def finish(folder, *, is_done, body=lambda run: None):
-    """A run that trains nothing: its exit code, and what status.json holds."""
+    """Run `body` without training. Return the exit code and the contents of status.json."""
     try:
         with open_run(configure(output_dir=str(folder))) as run:
             run.is_done = is_done
@@ -67,7 +68,7 @@ def test_once_the_model_is_written_a_signal_changes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.fault(row=33)
-def test_a_status_that_cannot_be_written_fails_no_finished_run(tmp_path, monkeypatch, capsys):
+def test_a_finished_run_succeeds_when_its_status_cannot_be_written(tmp_path, monkeypatch, capsys):
     real = microbert.runtime.run.write_json
 
     def write_json(path, value):
@@ -78,17 +79,17 @@ def test_a_status_that_cannot_be_written_fails_no_finished_run(tmp_path, monkeyp
     monkeypatch.setattr(microbert.runtime.run, "write_json", write_json)
     assert finish(tmp_path / "run", is_done=True)[0] == 0
     assert "is complete" in capsys.readouterr().err
-    assert finish(tmp_path / "other", is_done=False)[0] == 1  # nothing is there yet that would be complete
+    assert finish(tmp_path / "other", is_done=False)[0] == 1  # there is no complete model yet
 
 
 @pytest.mark.fault(row=33)
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
-def test_a_log_that_is_full_fails_no_finished_run(tmp_path, monkeypatch):
+def test_a_finished_run_succeeds_when_its_log_is_full(tmp_path, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         code, end = finish(tmp_path / "run", is_done=True, body=lambda run: print("the examples", flush=True))
         assert (code, end["state"]) == (0, "done")
-        full.flush()  # as Python does when it exits: nothing is left in the buffer
+        full.flush()  # as Python does when it exits: the buffer is empty
 
 
 @pytest.mark.parametrize("work", ["checkpoint-10", "model.safetensors"])
@@ -102,7 +103,7 @@ def test_bad_input_in_the_middle_of_a_run_removes_no_work(work, tmp_path):
     assert (tmp_path / "new" / "run" / work).is_dir()
 
 
-def test_bad_input_before_there_is_any_work_leaves_nothing(tmp_path):
+def test_bad_input_before_any_work_leaves_no_folder(tmp_path):
     def body(run):
         (run.folder / "metrics.jsonl").write_text("")
         raise InputError("no such column")
@@ -111,13 +112,13 @@ def test_bad_input_before_there_is_any_work_leaves_nothing(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_what_other_processes_print_is_discarded_in_any_encoding():
-    with _quiet_but_first(types.SimpleNamespace(is_first=False)):
+def test_prints_of_other_ranks_are_discarded_in_any_encoding():
+    with _print_on_rank_0_only(types.SimpleNamespace(is_first=False)):
         sys.stdout.reconfigure(encoding="ascii", errors=sys.stdout.errors)
         print("\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35")
 
 
-def test_a_name_that_is_not_utf_8_is_written_and_read_back(tmp_path):
+def test_a_name_that_is_not_utf_8_is_written_to_status_json(tmp_path):
     code, end = finish(tmp_path / "run", is_done=False, body=raising(RuntimeError("no file caf\udce9.txt")))
     assert code == 1 and end["reason"] == "RuntimeError: no file caf\udce9.txt"
 
@@ -132,8 +133,8 @@ def test_an_earlier_process_is_not_named_as_the_holder_of_a_folder(tmp_path):
 
 @pytest.mark.fault(row=33)
 @pytest.mark.slow
-def test_a_run_of_short_sequences_under_names_that_are_hard_to_print_ends_well(tmp_path, monkeypatch):
-    """Names with half a formula, a table's separator, and letters that the log cannot encode."""
+def test_a_run_of_short_sequences_with_names_that_are_hard_to_print_succeeds(tmp_path, monkeypatch):
+    """Names with part of a formula, a table's separator, and letters that the log cannot encode."""
     corpus = tmp_path / "\u0e17|`.txt"
     lines = (f"scene {number} of the film was {word} and slow .\n" for number in range(40) for word in ("good", "bad"))
     corpus.write_text("".join(lines))
@@ -152,7 +153,7 @@ def test_a_run_of_short_sequences_under_names_that_are_hard_to_print_ends_well(t
 
 
 @pytest.mark.fault(row=33)
-def test_examples_that_fail_are_left_out(finished_run, tmp_path, monkeypatch, capfd):
+def test_a_run_succeeds_without_its_examples(finished_run, tmp_path, monkeypatch, capfd):
     copy = interrupted_copy(finished_run, tmp_path)
     monkeypatch.setattr(microbert.train.export_run, "find_examples", raising(ValueError("a fault")))
     assert run_here(small_flags(copy), monkeypatch) == 0
@@ -163,7 +164,7 @@ def test_examples_that_fail_are_left_out(finished_run, tmp_path, monkeypatch, ca
 
 @pytest.fixture
 def finished(finished_run, tmp_path):
-    """The finished run in another folder, with its corpus: the dataset has moved, and its text is the same."""
+    """A copy of the finished run and its corpus: the dataset has moved, and its text is the same."""
     shutil.copytree(finished_run, tmp_path / "moved")
     return tmp_path / "moved"
 
@@ -179,11 +180,11 @@ def unchanged(folder, *names):
 
 
 def end_of(flags, monkeypatch, capfd):
-    """The exit code and the errors of a start, which must be those of its dry run too."""
+    """Start the run and its dry run. Return the exit code and the errors, which must be equal."""
     ends = []
-    for more in ([], ["--dry-run"]):
+    for dry_run in ([], ["--dry-run"]):
         capfd.readouterr()
-        ends.append((run_here([*flags, *more], monkeypatch), capfd.readouterr().err))
+        ends.append((run_here([*flags, *dry_run], monkeypatch), capfd.readouterr().err))
     assert ends[0] == ends[1] and "Traceback" not in ends[0][1]
     return ends[0]
 
@@ -198,7 +199,7 @@ def end_of(flags, monkeypatch, capfd):
     ],
     ids=["nothing", "what may change", "no cache"],
 )
-def test_the_same_command_on_a_finished_run_is_done_already(changed, finished, monkeypatch, capfd):
+def test_the_same_command_on_a_finished_run_changes_nothing(changed, finished, monkeypatch, capfd):
     monkeypatch.chdir(finished)
     with unchanged(finished, "run/status.json"):
         assert end_of(small_flags(finished, **changed), monkeypatch, capfd) == (0, "")
@@ -206,7 +207,7 @@ def test_the_same_command_on_a_finished_run_is_done_already(changed, finished, m
 
 @pytest.mark.fault(row=7)
 @pytest.mark.parametrize(
-    "changed, told",
+    "changed, messages",
     [
         ({"seed": 1, "epochs": 3}, ["seed = 1 (was 42)", "epochs = 3 (was 2)"]),
         ({"max_seq_len": 16}, ["max_seq_len = 16 (was 32)"]),
@@ -219,12 +220,12 @@ def test_the_same_command_on_a_finished_run_is_done_already(changed, finished, m
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_another_command_on_a_finished_run_names_what_differs(changed, told, finished, monkeypatch, capfd):
+def test_another_command_on_a_finished_run_names_what_differs(changed, messages, finished, monkeypatch, capfd):
     monkeypatch.chdir(finished)
     (finished / "other.jsonl").write_text('{"text": "another text"}\n')
     with unchanged(finished):
         code, errors = end_of(small_flags(finished, **changed), monkeypatch, capfd)
-    assert code == 2 and errors.count("\n") == 1 and all(text in errors for text in told)
+    assert code == 2 and errors.count("\n") == 1 and all(text in errors for text in messages)
 
 
 @pytest.mark.fault(row=7)
@@ -237,7 +238,7 @@ def test_constants_or_a_checkpoint_identify_a_finished_run(left, finished, finis
             shutil.rmtree(path)
     else:  # damaged
         (finished / "run" / "constants.json").write_text(f'{{"format": 1, "corpus": "c", "config": {left}}}')
-    corpus = finished_run / "corpus.jsonl"  # the name as it was: where there is no constants.json, names are compared
+    corpus = finished_run / "corpus.jsonl"  # the original name: without constants.json, names are compared
     code, errors = end_of(small_flags(finished, dataset=corpus), monkeypatch, capfd)
     assert code == 0 and ("is damaged" in errors) == (left not in ("constants.json", "checkpoints"))
     (finished / "other.jsonl").write_text('{"text": "another text"}\n')
@@ -246,7 +247,7 @@ def test_constants_or_a_checkpoint_identify_a_finished_run(left, finished, finis
 
 
 @pytest.mark.fault(row=7)
-def test_a_finished_run_of_which_nothing_is_known_is_not_taken_for_this_one(finished, monkeypatch, capfd):
+def test_a_finished_run_with_unknown_constants_is_not_mistaken_for_this_one(finished, monkeypatch, capfd):
     (finished / "run" / "constants.json").unlink()
     for path in (finished / "run").glob("checkpoint-*"):
         shutil.rmtree(path)
@@ -273,18 +274,18 @@ def test_a_dataset_of_the_hub_is_compared_by_name_without_the_network(finished, 
     known = json.loads(record.read_text())
     record.write_text(json.dumps(known | {"config": known["config"] | {"dataset": "org/name"}}))
     assert end_of(small_flags(finished, dataset="org/name"), monkeypatch, capfd) == (0, "")
-    for changed, told in [
+    for changed, message in [
         ({"streaming": True}, "streaming = True (was False)"),
         ({"dataset": "org/name:part"}, "dataset = 'org/name:part' (was 'org/name')"),
     ]:
         code, errors = end_of(small_flags(finished, **{"dataset": "org/name", **changed}), monkeypatch, capfd)
-        assert code == 2 and told in errors
+        assert code == 2 and message in errors
 
 
 @pytest.mark.fault(row=7)
 @pytest.mark.slow
-def test_two_processes_on_a_finished_run_end_alike(finished, tmp_path):
-    """The first process alone looks; status.json of the finished run stays."""
+def test_two_processes_on_a_finished_run_end_with_the_same_code(finished, tmp_path):
+    """Rank 0 alone checks the folder; status.json of the finished run stays."""
     done = launch(small_flags(finished, batch_size=4, global_batch_size=8), 2, script=SCRIPT)
     assert done[0] == 0 and "is finished" in done[1]
     code, _, errors = launch(small_flags(finished, batch_size=4, global_batch_size=8, seed=1), 2, script=SCRIPT)

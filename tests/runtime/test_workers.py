@@ -1,4 +1,4 @@
-"""The processes that share the work: stopped, killed, orphaned."""
+"""The processes of the pool: stopped, killed, orphaned."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def process_and_value(*_):
     return os.getpid(), began_with
 
 
-def test_little_work_is_done_here_and_much_in_other_processes():
+def test_little_work_stays_in_this_process_and_much_goes_to_others():
     for megabytes, is_here in ((1, True), (MUCH, False)):
         with open_pool(megabytes, begin, "a value") as pool:
             process, value = pool.submit(process_and_value).result(TIME_LIMIT)
@@ -45,7 +45,7 @@ def test_one_core_starts_no_process(monkeypatch):
         assert pool.submit(process_and_value).result(TIME_LIMIT)[0] == os.getpid()
 
 
-def test_a_killed_process_ends_the_work_with_a_plain_reason():
+def test_a_killed_process_ends_the_work_with_a_plain_message():
     with pytest.raises(Failed, match="killed"), open_pool(MUCH, begin, 1) as pool:
         process, _ = pool.submit(process_and_value).result(TIME_LIMIT)
         tasks = [pool.submit(process_and_value, ["x" * 1000] * 4000) for _ in range(20)]
@@ -55,7 +55,7 @@ def test_a_killed_process_ends_the_work_with_a_plain_reason():
         time.sleep(60)  # not reached
 
 
-def test_signals_are_left_to_the_process_that_started_them():
+def test_workers_ignore_signals():
     with open_pool(MUCH, begin, 1) as pool:
         process, _ = pool.submit(process_and_value).result(TIME_LIMIT)
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -63,14 +63,14 @@ def test_signals_are_left_to_the_process_that_started_them():
         assert pool.submit(process_and_value).result(TIME_LIMIT)[1] == 1
 
 
-def test_what_has_not_begun_when_the_work_is_given_up_is_not_done():
+def test_tasks_that_have_not_started_are_cancelled_by_an_error():
     with pytest.raises(ValueError), open_pool(MUCH, begin, 1) as pool:
         tasks = [pool.submit(time.sleep, 1) for _ in range(100)]
         raise ValueError
     assert sum(task.cancelled() for task in tasks) > 90
 
 
-def test_nothing_outlives_a_killed_run(tmp_path):
+def test_no_process_outlives_a_killed_run(tmp_path):
     program = f"""
 import time
 from microbert.runtime import workers

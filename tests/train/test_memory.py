@@ -22,7 +22,7 @@ from microbert.errors import InputError
 from microbert.model.build import count_parameters, new_model
 from microbert.model.layers import ModelConfig
 from microbert.model.loss import CHUNK_ELEMENTS, masked_loss
-from microbert.runtime.device import multiplying_in
+from microbert.runtime.device import autocast
 from microbert.runtime.run import Run
 from microbert.train.memory import (
     CPU_TIER,
@@ -98,7 +98,7 @@ def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, mlm_probability=0
         tracker.track_external(model, *optimizer.members, ids, positions, labels)
         with tracker:
             for _ in range(n_parts):
-                with multiplying_in(dtype or torch.float32, torch.device("cpu")):
+                with autocast(dtype or torch.float32, torch.device("cpu")):
                     hidden = model(ids, None, positions, keys if dropout else None)
                 masked_loss(
                     hidden.float(), model.output_weight, model.output_bias, labels, batch_size * M, dtype

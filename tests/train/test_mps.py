@@ -52,7 +52,7 @@ def test_training_and_evaluation_make_no_float64_on_the_device(arch, optimizer, 
     # which works on the CPU
     monkeypatch.setattr(World, "try_gather", lambda _, *values: (np.array([values], np.float64), []))
     config = configure(optimizer=optimizer, arch=arch, dropout=0.1, batch_size=8)
-    learner = Learner(noisy_model(arch=arch, dropout=0.1), config, World({}))
+    learner = Learner(noisy_model(arch=arch, dropout=0.1), config, World.alone())
     rows = token_rows(8)
     with NoFloat64():
         for number in range(2):

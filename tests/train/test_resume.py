@@ -56,7 +56,7 @@ def begin(config, tokens, checkpoint, world):
 
 def test_a_process_that_is_alone_starts_as_the_checkpoint_is(prepared):
     config, tokens, checkpoint = prepared
-    run, model, optimizer, found = begin(*prepared, World({}))
+    run, model, optimizer, found = begin(*prepared, World.alone())
     state = resume_together(run, found, model, optimizer, tokens)
     assert state.step == int(checkpoint.name[11:]) and found == checkpoint
     stored = load_file(checkpoint / "optimizer.safetensors")
@@ -83,7 +83,7 @@ def test_a_process_that_is_alone_starts_as_the_checkpoint_is(prepared):
 )
 def test_a_process_that_differs_says_in_what(change, told, prepared):
     config, tokens, checkpoint = prepared
-    run, model, optimizer, found = begin(*prepared, World({}))
+    run, model, optimizer, found = begin(*prepared, World.alone())
 
     def said(first):
         change(first)
@@ -97,7 +97,7 @@ def test_a_process_that_differs_says_in_what(change, told, prepared):
 
 def test_what_belongs_to_a_machine_is_not_compared(prepared):
     config, tokens, checkpoint = prepared
-    run, model, optimizer, found = begin(*prepared, World({}))
+    run, model, optimizer, found = begin(*prepared, World.alone())
     facts = {}
     run.world = Second(lambda first: facts.update(first["facts"]) or first)
     with pytest.raises(AssertionError, match="group"):  # all was well up to there

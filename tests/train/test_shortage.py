@@ -29,7 +29,7 @@ STEPS = 4
 
 def new_learner(world=None, **constants):
     config = configure(batch_size=8, **RECIPE, **constants)
-    return Learner(noisy_model(arch=config.arch), config, world or World({}))
+    return Learner(noisy_model(arch=config.arch), config, world or World.alone())
 
 
 def take_steps(learner, numbers=range(STEPS)):
@@ -185,8 +185,8 @@ def learn(rank, port, short_in, sizes):
     """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     world = World({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
-    world.meet(lambda: None)
-    world.form_group(torch.device("cpu"), 60, lambda: None)
+    world.meet()
+    world.form_group(torch.device("cpu"), 60)
     learner = new_learner(world, micro_batch_size=4)
     real_orthogonalise, real_scores = microbert.train.optim.orthogonalise, microbert.train.loop.masked_scores
 

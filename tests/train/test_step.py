@@ -31,7 +31,7 @@ def masked_rows(n=8, seed=0):
 
 def new_learner(**constants):
     model = noisy_model(dropout=constants.get("dropout", 0.0), arch=constants.get("arch", "bert"))
-    return Learner(model, configure(batch_size=8, **constants), World({}))
+    return Learner(model, configure(batch_size=8, **constants), World.alone())
 
 
 def run_short(monkeypatch, capacity, message=NO_MEMORY, after=0):
