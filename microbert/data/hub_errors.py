@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from microbert.errors import Failed, InputError, Stopped
+from microbert.runtime.files import find_shortage
 
 MAX_TRIES = 8  # in a row without a single row read; each wait is twice the one before it
 LONGEST_WAIT = 60.0  # seconds
@@ -54,8 +55,6 @@ def explain(error: Exception, where: str, is_of_dataset: bool) -> Exception:
     This is NetworkError if a retry may help, InputError if the Hub refuses access, the OSError of a shortage of disk,
     memory or open files; and for any other error an InputError if `is_of_dataset`, else the error itself.
     """
-    from microbert.runtime.run import find_shortage  # only here: it imports torch, which a child process can spare
-
     if isinstance(error, InputError | Failed | Stopped | MemoryError | NetworkError):
         return error
     if shortage := find_shortage(error):

@@ -64,7 +64,7 @@ def _start(child: multiprocessing.process.BaseProcess) -> None:
 
 def _run(sender: multiprocessing.connection.Connection, call: Callable[..., object], arguments: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it is not blocked
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         outcome: tuple[bool, object] = True, call(*arguments)
     except BaseException as error:
@@ -72,7 +72,8 @@ def _run(sender: multiprocessing.connection.Connection, call: Callable[..., obje
     sender.send(outcome)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process when its parent has ended. Run it in a daemon thread."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

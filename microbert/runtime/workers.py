@@ -4,14 +4,13 @@ import concurrent.futures
 import contextlib
 import functools
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
 from microbert.errors import Failed
+from microbert.runtime.child_process import end_with_parent
 from microbert.runtime.device import n_cores
 
 MOST_PROCESSES = 6  # a single process reads the text, and would not keep more of them busy
@@ -58,11 +57,5 @@ def _begin_process(initializer: Callable[..., None], *arguments: object) -> None
     """Ignore signals, which the parent process handles, and end when the parent ends for any reason."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     initializer(*arguments)
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
