@@ -31,7 +31,8 @@ from microbert.model.build import build_model, shape_of  # noqa: E402
 from microbert.runtime.device import choose_device, compute_dtype, describe_compute, describe_device, peak_memory_gb  # noqa: E402
 from microbert.runtime.distributed import World  # noqa: E402
 from microbert.runtime.run import plain_errors  # noqa: E402
-from microbert.train.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory  # noqa: E402
+from microbert.train.hardware import GB, TIERS, hardware_of  # noqa: E402
+from microbert.train.memory import MARGIN, cap_memory, plan_memory  # noqa: E402
 from microbert.train.step import Learner  # noqa: E402
 
 SCRIPT = ROOT / "mlm_pretrain_v4.py"

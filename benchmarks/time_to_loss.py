@@ -33,7 +33,7 @@ from microbert.model.hugging_face import hugging_face_config
 from microbert.model.loss import masked_scores
 from microbert.runtime.device import describe_compute
 from microbert.runtime.run import plain_errors
-from microbert.train.optim import learning_rate_share
+from microbert.train.schedule import learning_rate_share
 
 RATES = (5e-4, 1e-3, 2e-3)
 SCORED_BATCHES = 16  # of 32 held-out sequences

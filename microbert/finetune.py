@@ -28,7 +28,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from microbert.config.constants import DEVICES
+from microbert.config.checks import DEVICES
 from microbert.config.flags import Parser, whole_number
 from microbert.data.corpus import HELD_OUT_SHARE, split_hash
 from microbert.data.labelled import LabelledTexts, read_labelled

@@ -19,7 +19,8 @@ from microbert.model.build import build_model, shape_of
 from microbert.model.loss import masked_scores
 from microbert.runtime.device import compute_dtype, is_compiled
 from microbert.runtime.distributed import World
-from microbert.train.memory import GB, GPU_CONTEXT_GB, MARGIN, hardware_of, plan_memory
+from microbert.train.hardware import GB, GPU_CONTEXT_GB, hardware_of
+from microbert.train.memory import MARGIN, plan_memory
 from microbert.train.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -133,12 +134,13 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from test_gpu import CUDA, masked_rows, new_learner
 from configs import configure
 from microbert.runtime.device import peak_memory_gb
-from microbert.train.memory import Hardware, cap_memory
+from microbert.train.hardware import Hardware
+from microbert.train.memory import cap_memory
 cap_memory(configure(memory_budget_gb={budget_gb}), Hardware("cuda", None), CUDA)
 learner = new_learner(n_layers=8, n_heads=8, n_embed=256, max_seq_len=256, batch_size=96)
 for number in range(3):
     learner.step(masked_rows(96, 256), number, 1e-3).read()
-print(learner.micro_batch_size, learner.ran_short, peak_memory_gb(CUDA))
+print(learner.sizes.micro_batch, learner.sizes.ran_short, peak_memory_gb(CUDA))
 """
 
 
@@ -187,7 +189,7 @@ def test_v4_trains_and_goes_on_after_a_kill_on_a_gpu(tmp_path):
     os.rename(newest, tmp_path / "away")
     (tmp_path / "run" / "README.md").unlink()
     done = run(flags, V4)
-    assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after step" in done.stdout, done.stderr
     assert evaluations(tmp_path / "run") == pytest.approx(
         expected, abs=0.02
     )  # not bit for bit: a GPU's attention adds in the order that comes

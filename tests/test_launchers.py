@@ -176,7 +176,7 @@ def test_a_run_through_the_launcher_stops_goes_on_and_says_that_it_is_finished(c
         end_tree(process)
     assert code == 75, out
     assert out.count("stopped by SIGTERM") == 1 and "Traceback" not in out
-    for told in ("going on after step", "is finished"):
+    for told in ("resuming after step", "is finished"):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIME_LIMIT)
         assert done.returncode == 0 and told in done.stdout, done.stdout
     assert status(tmp_path / "run")["exit_code"] == 0

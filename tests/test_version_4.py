@@ -28,10 +28,11 @@ from launches import start as start_launch
 from safetensors.torch import load_file
 
 from microbert.train.checkpoint import look_for_checkpoint
-from microbert.train.memory import GIB, Hardware
+from microbert.runtime.device import GIB
+from microbert.train.hardware import Hardware
 
 V4 = ROOT / "mlm_pretrain_v4.py"
-TABLE = ("weights", "optimizer's moments", "gradients", "activations", "context and margin", "in all")
+TABLE = ("weights", "optimizer's moments", "gradients", "activations", "context and margin", "total")
 
 
 def flags_of(folder, **constants):
@@ -94,11 +95,11 @@ def test_the_dry_run_says_what_the_run_does_and_writes_nothing(finished, tmp_pat
         32,
     )
     assert f"{plan['parameters']:,} parameters" in out and f"{plan['steps']:,} steps" in out
-    table = done.stdout[done.stdout.index("memory of each process") : done.stdout.index("  in all")]
+    table = done.stdout[done.stdout.index("peak memory of each process") : done.stdout.index("  total")]
     assert table in out  # to the last digit
     lines = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
     measured = max(line.get("train/peak_memory_gb", 0) for line in lines)
-    at_the_end = re.search(r"^held-out loss: .*, at most (\d+\.\d\d) GB$", out, re.MULTILINE)
+    at_the_end = re.search(r"; memory: at most (\d+\.\d\d) GB$", out, re.MULTILINE)
     assert 0.1 < measured <= float(at_the_end[1]) + 0.005 and float(at_the_end[1]) < plan["planned_peak_gb"]
 
 
@@ -127,7 +128,7 @@ def test_a_plan_for_gpus_that_are_not_at_hand(gb, n_layers, batch_size, finished
     assert (plan["n_layers"], plan["batch_size"], plan["global_batch_size"]) == (n_layers, batch_size, 8 * batch_size)
     assert (plan["n_embed"], plan["n_heads"], plan["device"], plan["planned_seconds"]) == (128, 8, "cuda", None)
     assert 1 < plan["planned_peak_gb"] < plan["memory_budget_gb"] == 24
-    assert f"8 GPUs of {gb} GB (not at hand)" in done.stdout and "memory of each GPU" in done.stdout
+    assert f"8 GPUs of {gb} GB (not at hand)" in done.stdout and "peak memory of each GPU" in done.stdout
 
 
 def test_a_plan_for_the_large_preset_on_eight_processes(tmp_path):
@@ -157,7 +158,7 @@ def test_a_run_of_so_many_minutes_ends_in_time_with_a_model_and_goes_on_after_a_
     process.kill()
     process.communicate()
     done = run(flags, V4)
-    assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after step" in done.stdout, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert (
         "eval/loss" in lines[-1] and 10 < lines[-1]["seconds"] < 60 * minutes
@@ -192,7 +193,7 @@ def test_two_processes_train_as_one_does_and_stop_and_go_on(finished, tmp_path):
     code, out, err = launch(whole, 2, script=V4)
     assert code == 0, err
     assert evaluations(tmp_path / "whole") == pytest.approx(evaluations(finished / "run"), abs=2e-3)
-    assert out.count("memory of each process") == 1
+    assert out.count("peak memory of each process") == 1
     process = start_launch(stopped, 2, script=V4)
     wait_for_checkpoint(process, tmp_path / "stopped")
     process.send_signal(signal.SIGTERM)
@@ -223,5 +224,5 @@ def test_a_small_budget_makes_smaller_micro_batches_of_the_same_batch(finished, 
     beside(finished, tmp_path)
     done = run(flags_of(tmp_path, memory_budget_gb=0.84), V4)
     assert done.returncode == 0, done.stderr
-    assert "times a step" in done.stdout and "steps of 32 sequences" in done.stdout
+    assert "times per step" in done.stdout and "steps of 32 sequences" in done.stdout
     assert evaluations(tmp_path / "run") == pytest.approx(evaluations(finished / "run"), abs=2e-3)

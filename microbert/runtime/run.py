@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from microbert.config.constants import Config, dataset_files
+from microbert.config.constants import Config, ResolvedConfig, dataset_files
 from microbert.config.terminal import flush_or_discard, safe_output
 from microbert.errors import Failed, InputError, Stopped
 from microbert.runtime.device import out_of_memory
@@ -54,13 +54,15 @@ def plain_errors() -> Iterator[None]:
 class Run:
     """The folder of a run, and this process among those that work on it. The first of them holds the folder's lock, and writes.
 
-    config: settled, once the run's checkpoint is known; `given` is it as the user gave it, with the device's tier where a preset asks for that.
+    given: the constants as the user gave them; `find_checkpoint` fills in those that a preset leaves to the device.
+    config: the resolved constants. `find_checkpoint` sets it; before that, reading it raises AttributeError.
     stop_signal: what told this process to stop, if anything did. started: the time then, by time.perf_counter.
     is_done: the folder holds the whole model of this run. From then on an error is a warning, and the exit code is 0.
     """
 
     def __init__(self, config: Config, folder: Path, world: World | None = None) -> None:
-        self.given = self.config = config
+        self.given = config
+        self.config: ResolvedConfig
         self.folder = folder
         self.world = world or World({})
         self.stop_signal: str | None = None
@@ -68,7 +70,7 @@ class Run:
         self.started = time.perf_counter()
 
     def constants(self) -> dict[str, object]:
-        """What a later start is compared with: the settled constants, but batch_size and micro_batch_size as given."""
+        """What a later start is compared with: the resolved constants, but batch_size and micro_batch_size as given."""
         as_given = {name: getattr(self.given, name) for name in ("batch_size", "micro_batch_size")}
         return dataclasses.asdict(self.config) | as_given
 
@@ -188,7 +190,7 @@ def _hold(config: Config) -> Iterator[Run]:
 def _take_folder(run: Run, lock: filelock.FileLock) -> None:
     take_lock(run.folder, lock)
     remove_stale(run.folder)
-    if run.config.overwrite and not run.world.is_restart:  # started again after a failure, the run goes on
+    if run.given.overwrite and not run.world.is_restart:  # started again after a failure, the run goes on
         _remove_earlier_run(run.folder)
     if not holds_model(run.folder):  # of a finished run, status.json keeps its "done" until this start has ended well
         run.write_status(_story("running", None, "", run.world.rank))

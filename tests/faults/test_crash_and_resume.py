@@ -37,6 +37,7 @@ import microbert.data.prepare
 import microbert.kernels.compile
 import microbert.runtime.files
 import microbert.train.checkpoint
+import microbert.train.held_out
 import microbert.train.loop
 import microbert.train.step
 from microbert.train.checkpoint import verify
@@ -224,7 +225,7 @@ def test_a_stop_during_preparation_exits_with_75_and_the_same_command_goes_on(tm
 @pytest.mark.fault(row=6)
 def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeypatch, reference, finished_run):
     corpus_from(finished_run, tmp_path)
-    real = microbert.train.loop.masked_scores
+    real = microbert.train.held_out.masked_scores
     calls = 0
 
     def scores(*arguments):
@@ -234,7 +235,7 @@ def test_a_stop_during_evaluation_repeats_it_after_the_restart(tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(microbert.train.loop, "masked_scores", scores)
+    monkeypatch.setattr(microbert.train.held_out, "masked_scores", scores)
     assert run_here(small_flags(tmp_path), monkeypatch) == 75
     monkeypatch.undo()
     assert run_here(small_flags(tmp_path), monkeypatch) == 0
@@ -377,7 +378,7 @@ def test_a_kill_between_the_micro_batches_of_a_step_changes_nothing(tmp_path):
     )  # three of them a step: in step 8
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
     assert end_of(fork(flags, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
-    assert "going on after step 5" in (tmp_path / "log").read_text()
+    assert "resuming after step 5" in (tmp_path / "log").read_text()
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
@@ -449,7 +450,7 @@ def test_incomplete_folders_beside_checkpoints_cost_no_valid_one(keep_checkpoint
         verify(tmp_path / "run" / f"checkpoint-{step}")
     assert end_of(fork(flags, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
-    assert "checkpoint-9999 is damaged" in log and "going on after step 40" in log
+    assert "checkpoint-9999 is damaged" in log and "resuming after step 40" in log
     assert result(tmp_path / "run") == reference
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == keep_checkpoints
 

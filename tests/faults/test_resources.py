@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_is_told_the_checkpoint_before_stays_and_with_space
     small_disk.free()
     again = run_on(small_disk, flags)
     assert again.returncode == 0, again.stderr
-    assert "going on after step 10" in again.stdout
+    assert "resuming after step 10" in again.stdout
     assert result(small_disk.path / "run") == reference
 
 

@@ -64,7 +64,7 @@ def test_before_preparing_it_tells_everything_and_writes_nothing(tmp_path):
     done = run([*flags, "--dry-run"], cwd=home, env={**os.environ, "HF_HOME": str(home), "HOME": str(home)})
     assert done.returncode == 0, done.stderr
     assert everything(tmp_path) == before
-    assert "to be prepared from" in done.stdout and "twice that meanwhile" in done.stdout
+    assert "to be prepared from" in done.stdout and "twice that during preparation" in done.stdout
     assert str(tmp_path / "cache") in done.stdout and str(tmp_path / "run") in done.stdout
     plan = json.loads(done.stdout.splitlines()[-1])
     assert {
@@ -100,7 +100,7 @@ def test_of_a_finished_run_nothing_is_left_to_do(dry, copy, reference):
     assert (told.plan["steps"], told.plan["steps_done"], told.plan["planned_seconds"]) == (steps, steps, 0)
     overwritten = dry(copy, [*small_flags(copy), "--overwrite"])
     assert (
-        "would be removed" in overwritten.out
+        "removes the earlier run" in overwritten.out
         and overwritten.plan["steps_done"] == 0
         and overwritten.plan["steps"] == steps
     )
@@ -117,7 +117,7 @@ def test_a_run_with_a_checkpoint_would_go_on_from_there(is_prepared, dry, copy, 
         shutil.rmtree(copy / "cache")
     told = dry(copy, small_flags(copy))
     assert told.plan["steps_done"] == done
-    assert f"going on after step {done}: " in told.out and str(newest(copy)) in told.out
+    assert f"resuming after step {done}: " in told.out and str(newest(copy)) in told.out
     if is_prepared:
         assert told.plan["steps"] == steps and f": {steps - done} steps remain" in told.out
 

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import transformers
-from configs import configure
+from configs import configure, resolve
 from helpers import ROOT, TIME_LIMIT, corpus_from, result, run_here, small_flags, write_corpus
 from models import as_sequences, noisy_model
 
@@ -20,7 +20,7 @@ import microbert.train.step
 from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
 from microbert.errors import Failed
 from microbert.runtime.run import Run
-from microbert.train.loop import evaluate
+from microbert.train.held_out import evaluate
 from microbert.train.step import Learner
 
 
@@ -110,8 +110,9 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(reference, finis
 
 def test_held_out_text_without_a_token_to_mask_is_no_evaluation(tmp_path):
     run = Run(configure(), tmp_path)
+    run.config = resolve(run.given)
     rows = np.array([[CLS_ID, UNK_ID, SEP_ID, PAD_ID]] * 3)
-    with pytest.raises(Failed, match="no held-out token can be masked"):
+    with pytest.raises(Failed, match="the held-out text has no token to mask"):
         evaluate(Learner(noisy_model(), run.config, run.world), as_sequences(rows), run)
 
 

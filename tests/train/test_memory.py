@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from configs import configure, configure_v4
+from configs import configure, configure_v4, resolve
 from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,19 +22,12 @@ from microbert.errors import InputError
 from microbert.model.build import count_parameters, new_model
 from microbert.model.layers import ModelConfig
 from microbert.model.loss import CHUNK_ELEMENTS, masked_loss
-from microbert.runtime.device import multiplying_in
+from microbert.runtime.device import GIB, multiplying_in
 from microbert.runtime.run import Run
-from microbert.train.memory import (
-    CPU_TIER,
-    GB,
-    GIB,
-    TIERS,
-    Hardware,
-    apply_memory_budget,
-    plan_memory,
-    planned_training_bytes,
-)
+from microbert.train.hardware import CPU_TIER, GB, TIERS, Hardware
+from microbert.train.memory import OUTSIDE_GRAPHS, apply_memory_budget, plan_memory
 from microbert.train.optim import Optimizer
+from microbert.train.step_memory import planned_training_bytes
 
 SHAPES = {
     "v1": (10_000, 2, 2, 4, 128, 32),
@@ -56,10 +49,10 @@ NARROW = Hardware(
 )  # which takes bf16 as a GPU does, and logits in the chunks of a CPU, where this is computed
 # by the rows of docs/memory.md
 VERSION_4 = {
-    f"auto, {tier.name.removeprefix('GPUs of ').removeprefix('the ')}": fill_in(configure_v4(), tier.values())
+    f"auto, {tier.name.removeprefix('GPUs of ').removeprefix('the ')}": resolve(configure_v4(), **tier.values())
     for tier in (*TIERS, CPU_TIER)
 }
-VERSION_4["large"] = configure_v4("--preset", "large")
+VERSION_4["large"] = resolve(configure_v4("--preset", "large"))
 RECIPES = {
     "v4": {name: getattr(VERSION_4["large"], name) for name in ("arch", "optimizer", "mlm_probability")},
     "modern with AdamW": {"arch": "modern"},
@@ -69,7 +62,7 @@ RECIPES = {
 
 def constants(shape, **others):
     _, n_layers, n_heads, n_embed, max_seq_len, batch_size = shape
-    return configure(
+    config = configure(
         **{
             "n_layers": n_layers,
             "n_heads": n_heads,
@@ -80,6 +73,7 @@ def constants(shape, **others):
             **others,
         }
     )
+    return resolve(config)
 
 
 def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, mlm_probability=0.15, **recipe):
@@ -319,7 +313,9 @@ def test_the_smaller_of_budget_and_device_counts():
 
 
 def test_a_model_that_does_not_fit_at_all_is_refused():
-    with pytest.raises(InputError, match="one sequence of 128 tokens takes .* GB with its model, and 1.0 GB are there"):
+    with pytest.raises(
+        InputError, match="one sequence of 128 tokens needs .* GB with its model, and 1.0 GB are available"
+    ):
         plan_memory(constants((50_000, 4, 8, 512, 128, 8), memory_budget_gb=1.0), 50_000, CPU)
 
 
@@ -336,7 +332,7 @@ def test_what_cuda_graphs_keep_is_planned_on_gpus_alone():
         return plan_memory(constants(SHAPES["large"], cuda_graphs=cuda_graphs), 25_000, Hardware(kind, 80 * GIB))
 
     graphs, without = plan("cuda", True), plan("cuda", False)
-    beside = graphs.parts.pop("beside CUDA graphs")
+    beside = graphs.parts.pop(OUTSIDE_GRAPHS)
     assert graphs == without and plan("cpu", True) == plan("cpu", False)
     parameters = count_parameters(ModelConfig(*SHAPES["large"][:5]))
     assert 4 * (parameters + 2 * 25_000 * 2684) < beside < 1.5e9  # gradients, and twice the logits of a chunk
@@ -366,8 +362,9 @@ def holds(monkeypatch, tmp_path, capsys):
 
     def hold(given, kept=None):
         run = Run(given, tmp_path)
+        run.config = resolve(given)
         if kept is not None:
-            run.config = dataclasses.replace(given, micro_batch_size=kept)
+            run.config = dataclasses.replace(run.config, micro_batch_size=kept)
         caps = []
         monkeypatch.setattr(microbert.train.memory, "hardware_of", lambda device, world: Hardware("cuda", 80 * GIB))
         monkeypatch.setattr(microbert.train.memory, "limit_memory", lambda device, n_bytes: caps.append(n_bytes))
@@ -383,7 +380,7 @@ def test_a_run_is_held_to_the_budget_and_says_so(holds):
     assert config.micro_batch_size == 48 and caps == [3.5 * GB]
     assert (
         'preset "large": 8 layers, batch 96' in out
-        and "48 sequences of 256 tokens at a time, 2 times a step" in out
+        and "48 sequences of 256 tokens at a time, 2 times per step" in out
         and "of 4.5" in out
     )
 
@@ -397,4 +394,4 @@ def test_without_a_budget_there_is_no_cap(holds):
 def test_what_is_left_of_a_micro_batch_is_kept_where_less_than_planned(asked, kept, settled, holds):
     config, _, out = holds(constants(SHAPES["large"], memory_budget_gb=4.5, micro_batch_size=asked), kept or asked)
     assert config.micro_batch_size == settled
-    assert ("warning: that is more than there is" in out) == (settled == 96)
+    assert ("warning: that is more than available" in out) == (settled == 96)

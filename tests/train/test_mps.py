@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from configs import configure
+from configs import configure, resolve
 from models import VOCAB_SIZE, as_batch, as_sequences, noisy_model, token_rows
 from test_optim import BROKEN, FINE, parameters_after, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ import microbert.train.optim
 from microbert.data.masking import mask_batch
 from microbert.runtime.distributed import World
 from microbert.runtime.run import Run
-from microbert.train.loop import evaluate
+from microbert.train.held_out import evaluate
 from microbert.train.optim import GuardedAdamW, Optimizer
 from microbert.train.step import Learner
 
@@ -51,7 +51,7 @@ def optimizer_of(name):
 def test_training_and_evaluation_make_no_float64_on_the_device(arch, optimizer, on_apple, monkeypatch, tmp_path):
     # which works on the CPU
     monkeypatch.setattr(World, "try_gather", lambda _, *values: (np.array([values], np.float64), []))
-    config = configure(optimizer=optimizer, arch=arch, dropout=0.1, batch_size=8)
+    config = resolve(configure(optimizer=optimizer, arch=arch, dropout=0.1, batch_size=8))
     learner = Learner(noisy_model(arch=arch, dropout=0.1), config, World({}))
     rows = token_rows(8)
     with NoFloat64():
@@ -59,7 +59,9 @@ def test_training_and_evaluation_make_no_float64_on_the_device(arch, optimizer, 
             masked = mask_batch(as_batch(rows), seed=number, probability=0.3, vocab_size=VOCAB_SIZE)
             loss, _ = learner.step(masked, number, 1e-2).read()
             assert math.isfinite(loss)
-        result, _ = evaluate(learner, as_sequences(rows), Run(config, tmp_path))
+        run = Run(config, tmp_path)
+        run.config = config
+        result, _ = evaluate(learner, as_sequences(rows), run)
     assert math.isfinite(result.loss)
     assert isinstance(learner.optimizer.members[0], GuardedAdamW)
 

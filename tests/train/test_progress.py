@@ -7,20 +7,20 @@ from hypothesis import strategies as st
 from models import many_examples
 
 from microbert.errors import InputError
-from microbert.train.progress import EXPORT_SECONDS, EXPORT_SHARE, POINTS_PER_RUN, Course
+from microbert.train.progress import EXPORT_SECONDS, EXPORT_SHARE, POINTS_PER_RUN, Progress
 
 
-def course_of(config, steps, prepared_seconds=0.0, loading_seconds=0.0):
-    return Course(config, steps, 0, prepared_seconds, loading_seconds)
+def progress_of(config, steps, prepared_seconds=0.0, loading_seconds=0.0):
+    return Progress(config, steps, 0, prepared_seconds, loading_seconds)
 
 
-def walk(course, seconds_a_step=0.0, every=None, n_points=POINTS_PER_RUN):
+def walk(progress, seconds_a_step=0.0, every=None, n_points=POINTS_PER_RUN):
     """The steps after which something is due, and how many there were."""
     due, step = [], 0
-    while not course.is_over:
+    while not progress.is_over:
         step += 1
-        course.move(step, course.time_used(step * seconds_a_step))
-        if course.is_due(step, every, n_points):
+        progress.move(step, progress.time_used(step * seconds_a_step))
+        if progress.is_due(step, every, n_points):
             due.append(step)
     return due, step
 
@@ -28,7 +28,7 @@ def walk(course, seconds_a_step=0.0, every=None, n_points=POINTS_PER_RUN):
 @many_examples
 @given(st.integers(1, 500), st.integers(1, 120))
 def test_without_a_limit_a_run_has_all_its_steps_and_its_points_at_equal_distances_and_one_at_its_end(steps, n_points):
-    due, n_steps = walk(course_of(configure(), steps, 1e9), 1e9, n_points=n_points)
+    due, n_steps = walk(progress_of(configure(), steps, 1e9), 1e9, n_points=n_points)
     interval = -(-steps // n_points)
     assert n_steps == steps and due == [
         *(step for step in range(interval, steps, interval) if steps - step >= interval / 2),
@@ -40,53 +40,53 @@ def test_without_a_limit_a_run_has_all_its_steps_and_its_points_at_equal_distanc
 @many_examples
 @given(st.integers(1, 500), st.integers(1, 120))
 def test_what_comes_every_so_many_steps_comes_at_the_end_too(steps, every):
-    assert walk(course_of(configure(), steps), every=every)[0] == sorted({*range(every, steps, every), steps})
+    assert walk(progress_of(configure(), steps), every=every)[0] == sorted({*range(every, steps, every), steps})
 
 
 def test_with_a_limit_the_run_ends_with_the_time_and_has_as_many_points():
-    course = course_of(configure(max_minutes=2), 100_000, prepared_seconds=8.0)
-    course.eval_seconds = 10.0
-    due, n_steps = walk(course, seconds_a_step=0.5)
+    progress = progress_of(configure(max_minutes=2), 100_000, prepared_seconds=8.0)
+    progress.eval_seconds = 10.0
+    due, n_steps = walk(progress, seconds_a_step=0.5)
     assert n_steps == (120 - 8 - EXPORT_SECONDS - 10) / 0.5 and len(due) == POINTS_PER_RUN and due[-1] == n_steps
 
 
 def test_a_limit_that_all_steps_keep_changes_nothing():
-    assert walk(course_of(configure(max_minutes=60), 50, 8.0), 0.5) == walk(course_of(configure(), 50, 8.0))
+    assert walk(progress_of(configure(max_minutes=60), 50, 8.0), 0.5) == walk(progress_of(configure(), 50, 8.0))
 
 
 def test_all_processes_go_by_the_first_ones_clock():
-    first, second = (course_of(configure(max_minutes=2), 100) for _ in range(2))
+    first, second = (progress_of(configure(max_minutes=2), 100) for _ in range(2))
     used = first.time_used(20.0)
-    for course in (first, second):
-        course.move(3, used)
+    for progress in (first, second):
+        progress.move(3, used)
     assert first.position == second.position == pytest.approx(100 * 20 / (120 - EXPORT_SECONDS))
 
 
 @pytest.mark.parametrize("eval_seconds, evaluations", [(0.0, 10), (1.0, 8), (5.0, 1), (1000.0, 1), (0.01, 10)])
 def test_evaluations_take_a_small_share_of_the_time(eval_seconds, evaluations):
-    course = course_of(configure(max_minutes=(80 + EXPORT_SECONDS) / 60), 100)
-    course.eval_seconds = eval_seconds
-    assert course.evaluations() == evaluations
+    progress = progress_of(configure(max_minutes=(80 + EXPORT_SECONDS) / 60), 100)
+    progress.eval_seconds = eval_seconds
+    assert progress.evaluations() == evaluations
 
 
 def test_time_that_the_preparation_has_used_up_is_told():
     with pytest.raises(InputError, match="max_minutes = 1: the preparation took 55 s"):
-        course_of(configure(max_minutes=1), 100, 55.0)
+        progress_of(configure(max_minutes=1), 100, 55.0)
 
 
 def simulate(minutes, step_seconds, eval_seconds, prepared_seconds=2.0, loading_seconds=2.0):
     """A run by a simulated clock: seconds in steps, seconds from its start to the export, positions of its steps."""
-    course = course_of(configure(max_minutes=minutes), 10_000, prepared_seconds, loading_seconds)
+    progress = progress_of(configure(max_minutes=minutes), 10_000, prepared_seconds, loading_seconds)
     clock, in_steps, positions = 0.0, 0.0, []
-    course.reserve_evaluation(eval_seconds, clock)
-    if course.is_due(0, None, course.evaluations()):
+    progress.reserve_evaluation(eval_seconds, clock)
+    if progress.is_due(0, None, progress.evaluations()):
         clock += eval_seconds
-    course.begin(0, clock)
-    while not course.is_over:
-        positions.append(course.position)
+    progress.begin(0, clock)
+    while not progress.is_over:
+        positions.append(progress.position)
         clock, in_steps = clock + step_seconds, in_steps + step_seconds
-        course.move(len(positions), course.time_used(clock))
-        if course.is_due(len(positions), None, course.evaluations()):
+        progress.move(len(positions), progress.time_used(clock))
+        if progress.is_due(len(positions), None, progress.evaluations()):
             clock += eval_seconds
     return in_steps, prepared_seconds + clock, positions
 
@@ -108,11 +108,11 @@ def test_a_slow_machine_has_more_time_for_the_export():
 
 
 def test_an_evaluation_that_leaves_no_time_to_train_is_told_before_it_is_begun():
-    course = course_of(configure(max_minutes=0.5), 100, 2.0)
-    course.reserve_evaluation(15.0, 5.0)
+    progress = progress_of(configure(max_minutes=0.5), 100, 2.0)
+    progress.reserve_evaluation(15.0, 5.0)
     with pytest.raises(InputError, match="max_minutes = 0.5: 16 s are left .* evaluation takes about 17 s"):
-        course.reserve_evaluation(17.0, 5.0)
-    resumed = Course(configure(max_minutes=0.5), 100, 3, 2.0, 0.0)
+        progress.reserve_evaluation(17.0, 5.0)
+    resumed = Progress(configure(max_minutes=0.5), 100, 3, 2.0, 0.0)
     resumed.reserve_evaluation(17.0, 20.0)
     resumed.begin(3, 20.0)
     assert resumed.is_over

@@ -66,7 +66,7 @@ def test_the_micro_batch_is_halved_until_it_fits_and_the_step_is_the_same(monkey
     calls += [0, 0, 0, 0]  # as if the first step were behind it
     assert [learner.step(masked_rows(seed=n), n, 1e-2).read() for n in range(3)] == numbers
     assert calls[4:] == [4, 2, 2, 2, 2] + [2, 2, 2, 2] * 2
-    assert (learner.micro_batch_size, learner.ran_short) == (2, True)
+    assert (learner.sizes.micro_batch, learner.sizes.ran_short) == (2, True)
     for parameter, other in zip(learner.model.parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(parameter, other)
     told = capsys.readouterr().err
@@ -107,7 +107,7 @@ def test_every_device_has_its_words_for_it(message, monkeypatch):
     monkeypatch.setattr(microbert.train.step, "masked_loss", masked_loss)
     learner = new_learner()
     learner.step(masked_rows(), 0, 1e-2)
-    assert learner.micro_batch_size == 4
+    assert learner.sizes.micro_batch == 4
 
 
 def test_another_error_is_raised_as_it_is(monkeypatch):
@@ -197,7 +197,7 @@ def test_steps_that_are_played_back_are_the_same(monkeypatch, constants):
             *learner.model.parameters(),
             *(parameter.grad for parameter in learner.model.parameters()),
             *learner.optimizer.tensors().values(),
-            learner._broken,
+            learner._is_broken,
             *(state["step"] for state in learner.optimizer.members[0].state.values()),
         ]
         return [tensor.data_ptr() for tensor in tensors]
@@ -219,7 +219,7 @@ def test_steps_that_are_played_back_are_the_same(monkeypatch, constants):
     )  # what is played back reads the rate of the step
     for parameter, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
-    assert len(made) == 3 and learner._learn.has_recording
+    assert len(made) == 3 and learner._backward.has_recording
 
 
 def test_after_memory_has_run_out_nothing_is_recorded(monkeypatch, capsys):
@@ -234,8 +234,8 @@ def test_after_memory_has_run_out_nothing_is_recorded(monkeypatch, capsys):
     for number in range(4, 8):
         learner.step(masked_rows(seed=number), number, 1e-3).read()
     assert (
-        learner.micro_batch_size == 4
-        and not learner._learn.has_recording
+        learner.sizes.micro_batch == 4
+        and not learner._backward.has_recording
         and not learner._update.has_recording
         and len(made) == 2
     )
@@ -302,7 +302,7 @@ def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_
     begin("stopped", stops)
     assert (tmp_path / "stopped" / "checkpoint-25").exists()
     code, out, err = begin("stopped", V4, micro_batch_size=2 // n_processes)
-    assert code == 0 and "going on after step 25" in out, err
+    assert code == 0 and "resuming after step 25" in out, err
     assert result(tmp_path / "short") == result(tmp_path / "stopped")
 
     # what is left of the micro-batch is kept: the run goes on with it by the first command
@@ -317,7 +317,7 @@ def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_
     code, out, err = begin("again", V4)
     assert (
         code == 0
-        and f"going on after step 60, from {tmp_path / 'again' / 'checkpoint-60'}, with {2 // n_processes} sequences at a time"
+        and f"resuming after step 60, from {tmp_path / 'again' / 'checkpoint-60'}, with {2 // n_processes} sequences at a time"
         in out
     ), err
     assert result(tmp_path / "again") == result(tmp_path / "short")
