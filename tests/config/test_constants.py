@@ -102,7 +102,7 @@ def test_flags_of_commands_may_have_underscores_and_mistakes_are_one_line(comman
         ("mlm_pretrain_v1.py", ["--lr", "1", "--lr-scaling", "none"], "10 times"),
     ],
 )
-def test_a_peak_far_above_those_that_were_swept_is_a_warning_that_says_which(script, flags, times):
+def test_a_peak_far_above_the_sweeps_is_a_warning(script, flags, times):
     explained = explain_learning_rate(resolve(read_script(ROOT / script, flags), n_layers=4))
     assert re.search(f"\nwarning: that is {times}", explained)
 
@@ -176,14 +176,14 @@ def test_bad_flags_exit_with_2_and_one_line_that_names_them(flags, words, capsys
     assert error.count("\n") == 1 and all(word in error for word in words)
 
 
-def test_two_ratios_whose_sum_is_1_are_accepted_however_they_round():
+def test_two_ratios_whose_rounded_sum_is_1_are_accepted():
     config = configure()
     for hundredths in range(1, 100):
         warmup, decay = hundredths / 100, (100 - hundredths) / 100
         assert dataclasses.replace(config, warmup_ratio=warmup, decay_ratio=decay).decay_ratio == decay
 
 
-def test_a_ratio_that_the_schedule_does_not_use_is_not_compared():
+def test_a_ratio_that_the_schedule_does_not_use_is_ignored():
     assert configure("--schedule", "linear", "--warmup-ratio", "0.9").warmup_ratio == 0.9
 
 
@@ -198,7 +198,7 @@ def test_a_misspelt_constant_is_refused_and_the_right_one_suggested(capsys):
 @pytest.mark.parametrize(
     "preset, shape, batch_size", [("auto", (None, 8, 128, 128, 50_000), None), ("large", (8, 8, 256, 256, 25_000), 96)]
 )
-def test_a_preset_gives_what_is_none_and_what_is_set_wins(preset, shape, batch_size):
+def test_a_preset_sets_only_what_is_none(preset, shape, batch_size):
     config = configure_v4("--preset", preset)
     assert (config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.vocab_size) == shape
     assert config.batch_size == batch_size
@@ -242,7 +242,7 @@ def test_version_4_has_the_constants_of_version_3_and_more():
         (["--batch-size", "auto"], "batch_size"),
     ],
 )
-def test_mistakes_in_what_version_4_adds(flags, told, capsys):
+def test_mistakes_in_the_constants_of_version_4(flags, told, capsys):
     with pytest.raises(SystemExit) as stop:
         configure_v4(*flags)
     error = capsys.readouterr().err
@@ -312,7 +312,7 @@ TRAINED = {"batch_size": 16, "global_batch_size": 32}
 
 
 @pytest.mark.parametrize(
-    "constants, world_size, trained, settled",
+    "constants, world_size, trained, resolved",
     [
         ({"batch_size": 16}, 4, None, (16, 64)),
         ({"batch_size": 16, "global_batch_size": 32}, 4, None, (8, 32)),
@@ -322,9 +322,9 @@ TRAINED = {"batch_size": 16, "global_batch_size": 32}
         ({"batch_size": 16, "global_batch_size": 32}, 2, TRAINED, (16, 32)),
     ],
 )
-def test_the_batch_of_all_processes_is_kept(constants, world_size, trained, settled):
+def test_the_global_batch_is_kept_on_any_number_of_processes(constants, world_size, trained, resolved):
     config = resolve_batch_size(configure(**constants), world_size, trained)
-    assert (config.batch_size, config.global_batch_size) == settled
+    assert (config.batch_size, config.global_batch_size) == resolved
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_the_batch_of_all_processes_is_kept(constants, world_size, trained, sett
         ({"global_batch_size": 10}, 4, None, "4 processes"),
     ],
 )
-def test_another_batch_is_refused(constants, world_size, trained, told):
+def test_another_batch_is_rejected(constants, world_size, trained, told):
     with pytest.raises(InputError) as caught:
         resolve_batch_size(configure(**constants), world_size, trained)
     assert told in str(caught.value)

@@ -46,7 +46,7 @@ def test_every_parameter_is_in_exactly_one_group(arch, optimizer):
 
 
 @pytest.mark.parametrize("arch, optimizer", RECIPES)
-def test_hidden_matrices_are_muons_and_biases_and_norms_do_not_decay(arch, optimizer):
+def test_muon_has_the_hidden_matrices_and_biases_and_norms_do_not_decay(arch, optimizer):
     model = noisy_model(arch=arch)
     groups = parameter_groups(model, optimizer)
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
@@ -64,7 +64,7 @@ def test_hidden_matrices_are_muons_and_biases_and_norms_do_not_decay(arch, optim
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_optimizer_gets_the_decay_of_the_constants(optimizer):
+def test_the_optimizer_uses_weight_decay(optimizer):
     members = Optimizer(noisy_model(), configure(weight_decay=0.3, optimizer=optimizer)).members
     assert (
         sorted(group["weight_decay"] for member in members for group in member.param_groups)
@@ -73,7 +73,7 @@ def test_the_optimizer_gets_the_decay_of_the_constants(optimizer):
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 12), (12, 4)])
-def test_muon_does_what_torchs_muon_does(shape):
+def test_muon_matches_torchs_muon(shape):
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
     muon = Muon({ours: 1}, weight_decay=0.1)
@@ -85,13 +85,13 @@ def test_muon_does_what_torchs_muon_does(shape):
         muon.step()
         reference.step()
     assert theirs.std() > 0.01
-    assert (ours - theirs).abs().max() < 0.03 * theirs.abs().max()  # torch's iterates in bf16
+    assert (ours - theirs).abs().max() < 0.03 * theirs.abs().max()  # torch's Muon iterates in bf16
 
 
-def test_matrices_over_each_other_are_updated_each_for_itself():
+def test_stacked_matrices_are_updated_separately():
     stacked, *alone = (nn.Parameter(torch.zeros(rows, 5)) for rows in (9, 3, 3, 3))
     stacked.grad = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
-    for parameter, gradient in zip(alone, stacked.grad.chunk(3)):
+    for parameter, gradient in zip(alone, stacked.grad.chunk(3), strict=True):
         parameter.grad = gradient.clone()
     for members in ({stacked: 3}, dict.fromkeys(alone, 1)):
         muon = Muon(members, weight_decay=0.0)
@@ -100,7 +100,7 @@ def test_matrices_over_each_other_are_updated_each_for_itself():
     assert torch.allclose(stacked, torch.cat(alone), atol=1e-6) and stacked.any()
 
 
-def test_an_orthogonalised_matrix_moves_all_directions_about_alike():
+def test_orthogonalised_matrices_have_singular_values_near_1():
     matrices = (
         torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
         * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
@@ -124,7 +124,7 @@ def test_a_broken_step_changes_neither_weights_nor_moments(arch, optimizer):
 
 
 @pytest.mark.parametrize("arch, optimizer", RECIPES)
-def test_an_optimizer_goes_on_bitwise_from_its_tensors(arch, optimizer):
+def test_an_optimizer_resumes_bitwise_from_its_tensors(arch, optimizer):
     def new():
         model = noisy_model(arch=arch)
         return model, Optimizer(model, configure(optimizer=optimizer))

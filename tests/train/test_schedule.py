@@ -31,12 +31,12 @@ def test_the_learning_rate_peaks_at_1_and_is_never_below_0(total, ratio, schedul
     config = scheduled(schedule, ratio)
     values = shares(total, config)
     assert max(values) == 1.0 and min(values) > 0
-    assert learning_rate_share(total, total, config) == 0  # where the run is over
+    assert learning_rate_share(total, total, config) == 0  # at the end of the run
 
 
 @many_examples
 @given(totals, ratios, st.floats(0.01, 1), schedules)
-def test_the_learning_rate_rises_linearly_holds_and_falls_linearly_towards_0(total, ratio, decay, schedule):
+def test_the_learning_rate_rises_and_decays_linearly(total, ratio, decay, schedule):
     config = scheduled(schedule, ratio, decay)
     values = shares(total, config)
     warmup = values.index(1.0)
@@ -52,26 +52,33 @@ def test_the_learning_rate_rises_linearly_holds_and_falls_linearly_towards_0(tot
 
 @many_examples
 @given(totals, ratios, st.floats(0.001, 1), schedules)
-def test_the_reach_is_the_sum_of_all_learning_rates(total, ratio, decay, schedule):
+def test_the_sum_of_learning_rates_is_exact(total, ratio, decay, schedule):
     config = dataclasses.replace(scheduled(schedule, ratio, decay), lr_scaling="none", learning_rate=0.5)
     assert sum_of_learning_rates(config, total) == pytest.approx(0.5 * math.fsum(shares(total, config)), rel=1e-12)
 
 
-def test_the_reach_of_any_number_of_steps_is_there_at_once():
+def test_the_sum_over_any_number_of_steps_takes_no_loop():
     config = dataclasses.replace(scheduled("wsd", 0.1, 0.3), lr_scaling="none", learning_rate=1.0)
-    assert sum_of_learning_rates(config, 10**15) == pytest.approx(0.8e15)  # by a loop it would take a year
+    assert sum_of_learning_rates(config, 10**15) == pytest.approx(0.8e15)  # a loop would take a year
 
 
 @pytest.mark.parametrize("schedule", ["linear", "wsd"])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.3, 0.35, 0.58, 0.7, 0.8, 0.9, 0.95, 0.999])
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 97, 1000])
-def test_ratios_whose_sum_is_1_leave_no_step_out_and_take_none_twice(total, warmup, schedule):
+def test_ratios_whose_sum_is_1_cover_every_step_once(total, warmup, schedule):
     config = scheduled(schedule, warmup, round(1 - warmup, 3))
     values = shares(total, config)
     top = values.index(1.0)
     assert all(0 < value <= 1 for value in values)
     assert values[:top] == sorted(values[:top]) and values[top:] == sorted(values[top:], reverse=True)
-    for position in (-1e-3, 0.5, top + 0.5, total - 1e-9, total, total + 1):  # as max_minutes gives them
+    for position in (
+        -1e-3,
+        0.5,
+        top + 0.5,
+        total - 1e-9,
+        total,
+        total + 1,
+    ):  # positions between steps, as with max_minutes
         assert 0 <= learning_rate_share(position, total, config) <= 1
     assert sum_of_learning_rates(config, total) == pytest.approx(
         peak_learning_rate(config) * math.fsum(values), rel=1e-12
@@ -96,7 +103,7 @@ def test_v1_peaks_at_its_documented_learning_rate():
         ({"n_embed": 1024}, 0.25),
     ],
 )
-def test_the_peak_goes_with_width_and_tokens_a_step(changed, factor):
+def test_the_peak_depends_on_width_and_tokens_per_step(changed, factor):
     assert peak(**changed) == pytest.approx(peak() * factor)
 
 

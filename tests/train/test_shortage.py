@@ -1,4 +1,4 @@
-"""Memory that runs out in the update or in evaluation: all processes use less of it, what was begun is repeated, and nothing is lost."""
+"""Running out of memory in the update or in evaluation: all processes use less and repeat the work; nothing is lost."""
 
 import concurrent.futures
 import os
@@ -34,7 +34,7 @@ def new_learner(world=None, **constants):
 
 
 def take_steps(learner, numbers=range(STEPS)):
-    """Of eight sequences, this process's share of them; what they returned."""
+    """Take steps of eight sequences, of which this process has its share. Return their numbers."""
     world, read = learner.world, []
     for number in numbers:
         rows = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
@@ -45,7 +45,7 @@ def take_steps(learner, numbers=range(STEPS)):
 
 
 def run_of(learner):
-    """As `evaluate` wants one."""
+    """Return what `evaluate` needs of a run."""
     return types.SimpleNamespace(world=learner.world, stop_signal=None, config=learner.config)
 
 
@@ -62,7 +62,7 @@ def same(learner, other):
 
 
 def out_of_memory_at(patch, target, name, calls):
-    """Lets memory run out in these calls, counted from 1, before they do anything."""
+    """Make these calls, counted from 1, run out of memory before they do anything."""
     real, count = getattr(target, name), [0]
 
     def short(*arguments, **options):
@@ -75,7 +75,7 @@ def out_of_memory_at(patch, target, name, calls):
 
 
 N_MATRICES = len(microbert.train.optim.parameter_groups(noisy_model(arch="modern"), "muon")[microbert.train.optim.MUON])
-# calls in the second step; orthogonalise is called for each of two shapes of matrices, lerp twice for each matrix
+# calls in the second step; it calls orthogonalise for each of two shapes of matrices, and lerp twice for each matrix
 PLACES = [
     (microbert.train.gradients, "get_total_norm", {2}),
     (torch, "_foreach_mul_", {2}),
@@ -89,9 +89,7 @@ PLACES = [
 
 @pytest.mark.fault(row=26)
 @pytest.mark.parametrize("target, name, calls", PLACES, ids=lambda value: value if isinstance(value, str) else "")
-def test_an_update_that_memory_runs_out_in_is_repeated_and_comes_to_the_same_weights(
-    target, name, calls, monkeypatch, capsys
-):
+def test_an_update_that_runs_out_of_memory_is_repeated_with_the_same_result(target, name, calls, monkeypatch, capsys):
     expected, learner = new_learner(), new_learner()
     numbers = take_steps(expected, range(2))
     expected.sizes.micro_batch = 4  # in the steps after the shortage
@@ -108,7 +106,7 @@ def test_an_update_that_memory_runs_out_in_is_repeated_and_comes_to_the_same_wei
 
 
 @pytest.mark.parametrize("n_calls", range(1, 12))
-def test_moments_that_memory_runs_out_for_are_made_again(n_calls, monkeypatch):
+def test_creating_the_moments_is_repeated_after_running_out_of_memory(n_calls, monkeypatch):
     expected, learner = new_learner(), new_learner()
     take_steps(expected, range(1))
     out_of_memory_at(monkeypatch, torch, "zeros_like", {n_calls})
@@ -116,7 +114,7 @@ def test_moments_that_memory_runs_out_for_are_made_again(n_calls, monkeypatch):
     assert same(learner, expected)
 
 
-def test_an_update_without_memory_at_all_ends_the_run_and_changes_nothing(monkeypatch):
+def test_an_update_that_never_fits_ends_the_run_and_changes_nothing(monkeypatch):
     learner = new_learner()
     take_steps(learner, range(1))
     before = [tensor.clone() for tensor in state_of(learner)]
@@ -127,7 +125,7 @@ def test_an_update_without_memory_at_all_ends_the_run_and_changes_nothing(monkey
     assert all(torch.equal(*pair) for pair in zip(before, state_of(learner), strict=True))
 
 
-def test_recordings_are_dropped_when_memory_runs_out_beside_them(monkeypatch):
+def test_cuda_graphs_are_dropped_after_running_out_of_memory(monkeypatch):
     monkeypatch.setattr(microbert.train.step, "is_captured", lambda *_: True)
     monkeypatch.setattr(microbert.runtime.cuda_graph, "record", lambda function: function)
     learners = [new_learner() for _ in range(2)]
@@ -143,7 +141,7 @@ def test_recordings_are_dropped_when_memory_runs_out_beside_them(monkeypatch):
 
 
 @pytest.mark.fault(row=26)
-def test_an_evaluation_that_memory_runs_out_in_is_repeated_in_smaller_batches(monkeypatch, capsys):
+def test_an_evaluation_that_runs_out_of_memory_is_repeated_in_smaller_batches(monkeypatch, capsys):
     learner, expected = new_learner(), new_learner()
     expected.sizes.evaluation = 2
     wanted, _ = evaluate(expected, held_out(), run_of(expected))
@@ -179,10 +177,10 @@ def test_an_evaluation_that_memory_runs_out_in_is_repeated_in_smaller_batches(mo
 
 
 def learn(rank, port, short_in, sizes):
-    """Four steps and an evaluation of one of two processes. In the last one memory runs out in the second step's update, or in the evaluation, as long as a batch has over one
-    sequence.
+    """Take four steps and evaluate twice, as one of two processes. Return all results.
 
-    short_in: "update", "evaluation" or "". sizes: of the micro-batch in the last two steps, and of evaluation's batches, where they are set.
+    The second process runs out of memory in the second update, or in evaluation, with more than one sequence.
+    short_in: "update", "evaluation" or "". sizes: to set after two steps, of micro-batches and of evaluation.
     """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     world = World({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
@@ -222,7 +220,7 @@ def learn(rank, port, short_in, sizes):
 @pytest.mark.slow
 @pytest.mark.fault(row=26)
 @pytest.mark.parametrize("short_in, sizes", [("update", (1, 1)), ("evaluation", (4, 1))])
-def test_two_processes_agree_on_less_memory_and_come_to_the_same_weights(short_in, sizes):
+def test_two_processes_agree_on_smaller_batches_and_get_the_same_weights(short_in, sizes):
     with concurrent.futures.ProcessPoolExecutor(2, torch.multiprocessing.get_context("spawn")) as pool:
         results = []
         for arguments in ((short_in, None), ("", sizes)):
