@@ -1,4 +1,4 @@
-"""Tests that need a CUDA GPU: memory cap, bf16, compilation, CUDA graphs, NCCL, steps that do not wait for the device."""
+"""Tests that need a CUDA GPU: cap, bf16, compilation, CUDA graphs, NCCL, and steps that do not wait for the device."""
 
 import gc
 import json
