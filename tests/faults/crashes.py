@@ -1,14 +1,33 @@
-"""Patches for a forked run: they kill, stop or disturb it at a certain point."""
+"""How tests watch a run, and kill, stop or disturb it at a certain point."""
 
 import builtins
 import os
 import signal
+import time
+from pathlib import Path
+
+from helpers import fork, listing
 
 import microbert.kernels.compile
 import microbert.runtime.files
 import microbert.train.checkpoint
 import microbert.train.loop
 import microbert.train.step
+
+
+def files_of(folder):
+    """Return what `listing` returns of a run, without status.json, which is about the launch and not the run."""
+    return {name: value for name, value in listing(folder / "run").items() if name != "status.json"}
+
+
+def beginning_of(flags, log):
+    """Start a run, and return its process and the seconds until its first checkpoint."""
+    process = fork(flags, log)
+    begin = time.monotonic()
+    folder = Path(flags[flags.index("--output-dir") + 1])
+    while process.is_alive() and not any(folder.glob("checkpoint-*")):
+        time.sleep(0.005)
+    return process, time.monotonic() - begin
 
 
 def kill() -> None:

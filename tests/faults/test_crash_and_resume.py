@@ -9,14 +9,15 @@ import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from crashes import (
+    beginning_of,
     damage,
     die_in_micro_batch,
     die_in_second_save,
+    files_of,
     plant_incomplete_folders_and_die,
     stop_in_second_save,
     without_kernels,
@@ -28,7 +29,6 @@ from helpers import (
     end_of,
     fork,
     interrupted_copy,
-    listing,
     newest_step,
     patched_script,
     result,
@@ -47,21 +47,6 @@ import microbert.train.held_out
 from microbert.train.checkpoint import verify
 
 KILLS_PER_SERIES = 10
-
-
-def files_of(folder):
-    """Return what `listing` returns of a run, without status.json, which is about the launch and not the run."""
-    return {name: value for name, value in listing(folder / "run").items() if name != "status.json"}
-
-
-def beginning_of(flags, log):
-    """Start a run, and return its process and the seconds until its first checkpoint."""
-    process = fork(flags, log)
-    begin = time.monotonic()
-    folder = Path(flags[flags.index("--output-dir") + 1])
-    while process.is_alive() and not any(folder.glob("checkpoint-*")):
-        time.sleep(0.005)
-    return process, time.monotonic() - begin
 
 
 @pytest.mark.slow
