@@ -65,8 +65,8 @@ class _Text:
     description: str
 
 
-def print_plan(config: Config, estimate: Estimate | None = None) -> None:
-    """Print the plan; its last line is one JSON object. Exit as a run does on bad input.
+def print_plan(config: Config, estimate: Estimate | None = None, with_json: bool = True) -> None:
+    """Print the plan; its last line is one JSON object, for programs. Exit as a run does on bad input.
 
     estimate: of a dataset that is not at hand, instead of the constant's. Under torchrun, the first process prints.
     """
@@ -76,7 +76,9 @@ def print_plan(config: Config, estimate: Estimate | None = None) -> None:
     if config.num_gpus is not None:
         world = World({"WORLD_SIZE": str(config.num_gpus), "LOCAL_WORLD_SIZE": str(config.num_gpus)})
     with plain_errors():
-        print(json.dumps(_plan(config, world, estimate)))
+        facts = _plan(config, world, estimate)
+        if with_json:
+            print(json.dumps(facts))
 
 
 def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, object]:

@@ -32,15 +32,6 @@ class Inputs(NamedTuple):
     labels: Tensor
 
 
-class ForLoss(NamedTuple):
-    """The arguments of the loss functions: hidden [B * M, D] in fp32, weight [V, D], bias [V], labels [B * M]."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-    labels: Tensor
-
-
 class Forward:
     """The forward pass of a model as its device computes it. dtype: of matrix products."""
 
@@ -68,10 +59,14 @@ class Forward:
             send(masked.labels, self._device),
         )
 
-    def __call__(self, inputs: Inputs, may_compile: bool) -> ForLoss:
+    def __call__(self, inputs: Inputs, may_compile: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the arguments of the loss functions: hidden [B * M, D], weight [V, D], bias [V] and labels [B * M].
+
+        may_compile: use the compiled model, if there is one.
+        """
         # with packing, only the last sequence of a corpus has padding: compiling for it takes longer than it saves
         is_usual = (inputs.attention_mask is None) == self._is_packed
         forward = self._compiled if may_compile and is_usual else self._model
         with multiplying_in(self.dtype, self._device):
             hidden = forward(inputs.input_ids, inputs.attention_mask, inputs.positions, inputs.dropout_keys)
-        return ForLoss(hidden.float(), self._model.output_weight, self._model.output_bias, inputs.labels.reshape(-1))
+        return hidden.float(), self._model.output_weight, self._model.output_bias, inputs.labels.reshape(-1)

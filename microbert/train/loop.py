@@ -182,10 +182,10 @@ class _Training:
         self.save()
         self.log.close()
         run, world = self.run, self.run.world
-        told = np.flatnonzero(world.gather(run.stop_signal is not None))
+        ranks = np.flatnonzero(world.gather(run.stop_signal is not None))
         world.leave_group()
-        own = run.stop_signal if len(told) == world.size else None
-        raise Stopped(stopped_by(own or f"a signal to process {told[0]} of {world.size}"))
+        own = run.stop_signal if len(ranks) == world.size else None
+        raise Stopped(stopped_by(own or f"a signal to process {ranks[0]} of {world.size}"))
 
 
 def reference_losses(model: MaskedLanguageModel, tokens: Tokens) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from microbert.runtime.counter_rng import random_bits
 from microbert.runtime.cuda_graph import Captured
 from microbert.runtime.device import Fetched, free_memory, is_captured, send
 from microbert.runtime.distributed import World
-from microbert.train.forward import ForLoss, Forward, Inputs
+from microbert.train.forward import Forward, Inputs
 from microbert.train.gradients import Gradients
 from microbert.train.optim import Optimizer
 from microbert.train.shortage import BatchSizes
@@ -83,7 +83,7 @@ class Learner:
         self._clipped: tuple[Tensor, Tensor] | None = None  # losses and norm, between clipping and optimizer step
         world.on_shortage = functools.partial(self._ran_short, "in the update ")
 
-    def hidden(self, masked: MaskedBatch, dropout_keys: np.ndarray | None = None) -> ForLoss:
+    def hidden(self, masked: MaskedBatch, dropout_keys: np.ndarray | None = None) -> tuple[Tensor, ...]:
         """Return the arguments of the loss functions, computed without torch.compile. dropout_keys: int64 [B]."""
         return self.forward(self.forward.send(masked, dropout_keys), may_compile=False)
 

@@ -38,7 +38,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def on_apple(monkeypatch):
     monkeypatch.setattr(microbert.train.optim, "FUSED", ())
-    for module in ("loss", "norm", "gelu", "attention"):
+    for module in ("model.loss", "kernels.norm", "kernels.gelu", "kernels.attention"):
         monkeypatch.setattr(f"microbert.{module}.is_for_kernels", lambda *_: False)
 
 
