@@ -196,7 +196,8 @@ def resolve_batch_size(config: Config, world_size: int, trained: Mapping[str, in
     whole = whole or share * world_size
     if whole % world_size:
         raise InputError(
-            f"global_batch_size = {whole} cannot be shared equally by {world_size} processes: start a number that divides it"
+            f"global_batch_size = {whole} cannot be shared equally by {world_size} processes: "
+            "start a number that divides it"
         )
     constants = dataclasses.asdict(config)
     constants |= {"n_layers": n_layers, "batch_size": whole // world_size, "global_batch_size": whole}
