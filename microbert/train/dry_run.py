@@ -225,11 +225,12 @@ def _facts(
     config: ResolvedConfig, model: ModelConfig, memory: Plan, hardware: Hardware, steps: int, steps_done: int
 ) -> dict[str, object]:
     """Return the plan for programs. steps: of the whole run. steps_done: before this start."""
-    constants = ("n_layers", "n_heads", "n_embed", "max_seq_len", "batch_size", "global_batch_size")
+    shape = ("n_layers", "n_heads", "n_embed", "max_seq_len", "vocab_size")
     return {
         "dataset": config.dataset,
-        **{name: getattr(config, name) for name in constants},
-        "vocab_size": model.vocab_size,
+        **{name: getattr(model, name) for name in shape},
+        "batch_size": config.batch_size,
+        "global_batch_size": config.global_batch_size,
         "micro_batch_size": memory.micro_batch_size,
         "planned_peak_gb": round(memory.total / GB, 3),
         "memory_budget_gb": memory.budget and round(memory.budget / GB, 3),
