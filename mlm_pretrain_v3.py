@@ -1,76 +1,72 @@
-"""MicroBERT v3, many GPUs and machines: pretrain a small BERT with as many processes as torchrun starts, one for each GPU.
+"""MicroBERT v3, many GPUs and machines: pretrain a small BERT with torchrun, one process per GPU.
 
     python mlm_pretrain_v3.py                                        one process, as v1 and v2
     torchrun --standalone --nproc_per_node=8 mlm_pretrain_v3.py      eight GPUs of one machine
-    scripts/train_h200_8gpu_standard.sh                              the same on a larger corpus, with a log and this script's exit code
+    scripts/train_h200_8gpu_standard.sh                              the same on a larger corpus, with a log
     scripts/train_multinode.sh                                       on each of several machines
     sbatch scripts/train_slurm.sbatch                                on a Slurm cluster
     python mlm_pretrain_v3.py --help                                 every constant below is a flag too
 
-Over v2 it adds: six layers, eight heads and 16 dimensions, five million documents by default, and its place under torchrun. Each process
-takes its share of every batch, and gradients are averaged over all, so that the run is the same on any number of processes, and goes on on
-another number. docs/multi-gpu.md tells how.
+It adds to v2: six layers, eight heads, 16 dimensions, five million documents by default, and torchrun. Each process
+trains on its share of every batch and all average their gradients, so the result does not depend on the number of
+processes, and a run can resume on another number (docs/multi-gpu.md).
 """
 
 from microbert.config import read_config
 
 # Model
 n_layers = 6  # transformer layers
-n_heads = 8  # attention heads a layer; must divide n_embed
+n_heads = 8  # attention heads per layer; must divide n_embed
 n_embed = 16  # width of the hidden states
-max_seq_len = 128  # tokens a sequence, [CLS] and [SEP] included
+max_seq_len = 128  # tokens per sequence, including [CLS] and [SEP]
 vocab_size = 10000  # tokens in the vocabulary, at most
-dropout = 0.0  # on embeddings and sub-layer outputs; a run of a few epochs needs none
+dropout = 0.0  # on embeddings and sub-layer outputs; runs of a few epochs need none
 
 # Data
-dataset = "imdb"  # "imdb" (bundled), "hf", a Hub id "org/name:config", or paths and globs of .txt, .jsonl, .csv, .parquet files
-text_column = None  # column to train on; None takes "text", or the only one that holds text
-max_samples = "5M"  # documents to read, or all where there are fewer; None takes all
-streaming = False  # True reads a Hub dataset as it comes, without downloading all of it
-packing = True  # False: one sequence a document, its first tokens; True: running text fills every sequence
+dataset = "imdb"  # "imdb" (bundled), "hf", a Hub id "org/name:config", or paths of .txt, .jsonl, .csv or .parquet files
+text_column = None  # column to train on; None: "text", or the only column with text
+max_samples = "5M"  # documents to read, at most; None reads all
+streaming = False  # True reads a Hub dataset without downloading all of it first
+packing = True  # True fills every sequence with running text; False: one sequence per document, its first tokens
 lowercase = True  # lower-case all text
 strip_accents = False  # True turns é into e
-mlm_probability = 0.15  # share of the tokens that are masked in training
+mlm_probability = 0.15  # share of tokens masked in training
 
 # Training
 epochs = 5  # passes over the training documents
-batch_size = 32  # sequences a step, of each process where torchrun starts several
-global_batch_size = None  # sequences a step of all processes together; None takes batch_size of each
-micro_batch_size = None  # sequences computed at a time, to save memory; None takes the whole batch
-learning_rate = 3e-5  # what fine-tunes a 768-wide BERT; scaled to training this one from scratch
-lr_scaling = "auto"  # "none" uses learning_rate as it stands
+batch_size = 32  # sequences per step, of each process
+global_batch_size = None  # sequences per step, of all processes together; None: batch_size of each
+micro_batch_size = None  # sequences computed at a time, to save memory; None: the whole batch
+learning_rate = 3e-5  # the rate that fine-tunes a 768-wide BERT; scaled to pretraining, width and batch
+lr_scaling = "auto"  # "none" uses learning_rate unscaled
 optimizer = "muon"  # "adamw", or "muon": Muon for the hidden matrices, AdamW for the rest
-schedule = "wsd"  # the learning rate after its rise: "linear" falls; "wsd" holds (warm-up, stable, decay)
+schedule = "wsd"  # after the warm-up: "linear" decay, or "wsd" (warm-up, stable, decay)
 warmup_ratio = 0.06  # share of the run in which the learning rate rises
-decay_ratio = 0.3  # with "wsd": share of the run in which it falls at the end
-weight_decay = 0.01  # of the weight matrices
-grad_clip = 1.0  # largest norm of the gradient; None leaves it
+decay_ratio = 0.3  # share of the run in which it decays at the end, with "wsd"
+weight_decay = 0.01  # of weight matrices
+grad_clip = 1.0  # maximum norm of the gradient; None: no clipping
 
 # Run
-seed = 42  # another seed: other weights, order, masks and held-out documents
-device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is
-cuda_graphs = True  # on CUDA, a step is recorded once and played back; False starts each kernel from Python
-max_minutes = (
-    None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
-)
+seed = 42  # of weights, order, masks and held-out documents
+device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" chooses the best available
+cuda_graphs = True  # on CUDA, capture a step once and replay it; False launches each kernel from Python
+max_minutes = None  # wall-clock limit, from start to export; the schedule adapts to it; None: all epochs
 group_timeout = 600  # seconds that a process waits for the others before it gives up
-eval_every = None  # steps between evaluations; None: ten in a run
-save_every = None  # steps between checkpoints; None: ten in a run
+eval_every = None  # steps between evaluations; None: ten per run
+save_every = None  # steps between checkpoints; None: ten per run
 keep_checkpoints = 2  # newest checkpoints to keep
-report_to = (
-    None  # "tensorboard" (pip install tensorboard) writes its files to output_dir too; nothing is ever sent anywhere
-)
-output_dir = "runs/v3"  # everything that the run leaves
-cache_dir = "cache"  # prepared tokens, used again by the next run
-overwrite = False  # True removes an earlier run in output_dir and starts anew
+report_to = None  # "tensorboard" (pip install tensorboard) also writes its files; nothing leaves this machine
+output_dir = "runs/v3"  # folder of the run
+cache_dir = "cache"  # folder of prepared tokens, used again by later runs
+overwrite = False  # True removes an earlier run in output_dir and starts again
 prepare_only = False  # True stops when the tokens are prepared
-dry_run = False  # True tells what would happen, and writes nothing
+dry_run = False  # True prints the plan and writes nothing
 
 
 def main() -> None:
     config = read_config(__file__, globals())
 
-    # only now what takes seconds to load, so that a mistake above is answered at once
+    # imported here, because they take seconds to load and --help should not
     from microbert.data.prepare import prepare_corpus
     from microbert.model.build import create_model
     from microbert.runtime.device import choose_device
@@ -87,7 +83,7 @@ def main() -> None:
     with open_run(config) as run:
         device = choose_device(config.device, run.world)
         if is_finished(run, device):
-            print(f"{run.folder} is finished; --overwrite starts anew, another --output-dir keeps both")
+            print(f"{run.folder} is finished; --overwrite starts again, another --output-dir keeps both")
             return
         checkpoint = find_checkpoint(run, device)
 

@@ -1,86 +1,85 @@
-"""MicroBERT v4, production: pretrain a BERT that is sized to the GPU it finds, and never takes more than 24 GB of it.
+"""MicroBERT v4, production: pretrain a BERT that is sized to its GPU and never uses more than 24 GB of it.
 
     python mlm_pretrain_v4.py                                        one GPU, or the CPU
-    python mlm_pretrain_v4.py --dry-run                              the plan: what it would take of memory, disk and time
-    python mlm_pretrain_v4.py --dry-run --gpu-memory-gb 141 --num-gpus 8    the plan for a machine that is not at hand
+    python mlm_pretrain_v4.py --dry-run                              the plan: memory, disk and time
+    python mlm_pretrain_v4.py --dry-run --gpu-memory-gb 141 --num-gpus 8    the plan for a machine not at hand
     torchrun --standalone --nproc_per_node=8 mlm_pretrain_v4.py      eight GPUs of one machine
     ./train_h200_8gpu_v4.sh                                          the same with the large preset on a larger corpus
     scripts/train_24gb.sh                                            the large preset on one GPU of 24 GB
     python mlm_pretrain_v4.py --help                                 every constant below is a flag too
 
-Over v3 it adds: a model that matters (4 to 6 layers, 8 heads, 128 dimensions, 50K tokens), its size and batch by the GPU's memory or by a preset;
-a recipe to match (modern architecture, 40 % of the tokens masked, ten million documents by default); a plan of the memory, printed before it is taken, and a cap
-that holds; micro-batches as large as fit; bf16 where the device is fast in it, torch.compile on GPUs. docs/memory.md tells how.
+It adds to v3: a useful model (4 to 6 layers, 8 heads, 128 dimensions, 50K tokens), sized by the GPU's memory or by a
+preset; a recipe for it (modern architecture, 40 % of tokens masked, ten million documents by default); a memory plan
+before any memory is used, and a cap; micro-batches as large as fit; bf16 on devices that are fast in it, and
+torch.compile on GPUs (docs/memory.md).
 """
 
 from microbert.config import read_config
 
-# Size: where a constant below is None, the preset decides
-preset = "auto"  # "auto": 8 heads, 128-dim, 128 tokens, 50K vocabulary, layers and batch by the GPU; "large": 8 layers, 256-dim, 256 tokens, 25K, batch 96
-memory_budget_gb = 24  # of a GPU (on a CPU of each process), at most; None takes what there is
+# Size: the preset sets the constants below that are None
+#   "auto":  8 heads, 128-dim, 128 tokens, vocabulary of 50K; layers and batch size depend on the GPU's memory
+#   "large": 8 layers, 8 heads, 256-dim, 256 tokens, vocabulary of 25K, batch size 96
+preset = "auto"  # "auto": 128-dim, sized to the GPU; "large": 8 layers, 256-dim
+memory_budget_gb = 24  # limit for a GPU, or for each process on a CPU; None: all of its memory
 
 # Model
-arch = "modern"  # "modern": rotary positions, pre-norm, gated, exported as ModernBertForMaskedLM; "bert": as v1 to v3
+arch = "modern"  # "modern": rotary positions, pre-norm, gated, exported as ModernBERT; "bert": as v1 to v3
 n_layers = None  # transformer layers
-n_heads = None  # attention heads a layer; must divide n_embed
+n_heads = None  # attention heads per layer; must divide n_embed
 n_embed = None  # width of the hidden states
-max_seq_len = None  # tokens a sequence, [CLS] and [SEP] included
+max_seq_len = None  # tokens per sequence, including [CLS] and [SEP]
 vocab_size = None  # tokens in the vocabulary, at most
-dropout = 0.0  # on embeddings and sub-layer outputs; a run of a few epochs needs none
+dropout = 0.0  # on embeddings and sub-layer outputs; runs of a few epochs need none
 
 # Data
-dataset = "imdb"  # "imdb" (bundled), "hf", a Hub id "org/name:config", or paths and globs of .txt, .jsonl, .csv, .parquet files
-text_column = None  # column to train on; None takes "text", or the only one that holds text
-max_samples = "10M"  # documents to read, or all where there are fewer; None takes all
-streaming = False  # True reads a Hub dataset as it comes, without downloading all of it
-packing = True  # False: one sequence a document, its first tokens; True: running text fills every sequence
+dataset = "imdb"  # "imdb" (bundled), "hf", a Hub id "org/name:config", or paths of .txt, .jsonl, .csv or .parquet files
+text_column = None  # column to train on; None: "text", or the only column with text
+max_samples = "10M"  # documents to read, at most; None reads all
+streaming = False  # True reads a Hub dataset without downloading all of it first
+packing = True  # True fills every sequence with running text; False: one sequence per document, its first tokens
 lowercase = True  # lower-case all text
 strip_accents = False  # True turns é into e
-mlm_probability = 0.4  # share of the tokens that are masked in training; held-out losses are always at 0.15
+mlm_probability = 0.4  # share of tokens masked in training; evaluation masks 0.15
 
 # Training
 epochs = 5  # passes over the training documents
-batch_size = None  # sequences a step, of each process where torchrun starts several
-global_batch_size = None  # sequences a step of all processes together; None takes batch_size of each
-micro_batch_size = None  # sequences computed at a time, to save memory; None takes as many as fit
-learning_rate = 3e-5  # what fine-tunes a 768-wide BERT; scaled to training this one from scratch
-lr_scaling = "auto"  # "none" uses learning_rate as it stands
+batch_size = None  # sequences per step, of each process
+global_batch_size = None  # sequences per step, of all processes together; None: batch_size of each
+micro_batch_size = None  # sequences computed at a time, to save memory; None: as many as fit
+learning_rate = 3e-5  # the rate that fine-tunes a 768-wide BERT; scaled to pretraining, width and batch
+lr_scaling = "auto"  # "none" uses learning_rate unscaled
 optimizer = "muon"  # "adamw", or "muon": Muon for the hidden matrices, AdamW for the rest
-schedule = "wsd"  # the learning rate after its rise: "linear" falls; "wsd" holds (warm-up, stable, decay)
+schedule = "wsd"  # after the warm-up: "linear" decay, or "wsd" (warm-up, stable, decay)
 warmup_ratio = 0.06  # share of the run in which the learning rate rises
-decay_ratio = 0.3  # with "wsd": share of the run in which it falls at the end
-weight_decay = 0.01  # of the weight matrices
-grad_clip = 1.0  # largest norm of the gradient; None leaves it
+decay_ratio = 0.3  # share of the run in which it decays at the end, with "wsd"
+weight_decay = 0.01  # of weight matrices
+grad_clip = 1.0  # maximum norm of the gradient; None: no clipping
 
 # Run
-seed = 42  # another seed: other weights, order, masks and held-out documents
-device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is
-dtype = "auto"  # of matrix products: "float32", "bfloat16"; "auto" takes bfloat16 where the device has units for it
-torch_compile = None  # True or False; None compiles the model on CUDA alone
-cuda_graphs = True  # on CUDA, a step is recorded once and played back; False starts each kernel from Python
-max_minutes = (
-    None  # wall-clock time of all of it, from start to export; the learning rate falls in time. None: all epochs
-)
+seed = 42  # of weights, order, masks and held-out documents
+device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" chooses the best available
+dtype = "auto"  # of matrix products: "float32", "bfloat16"; "auto": bfloat16 on devices that are fast in it
+torch_compile = None  # True or False; None compiles the model on CUDA only
+cuda_graphs = True  # on CUDA, capture a step once and replay it; False launches each kernel from Python
+max_minutes = None  # wall-clock limit, from start to export; the schedule adapts to it; None: all epochs
 group_timeout = 600  # seconds that a process waits for the others before it gives up
-eval_every = None  # steps between evaluations; None: ten in a run
-save_every = None  # steps between checkpoints; None: ten in a run
+eval_every = None  # steps between evaluations; None: ten per run
+save_every = None  # steps between checkpoints; None: ten per run
 keep_checkpoints = 2  # newest checkpoints to keep
-report_to = (
-    None  # "tensorboard" (pip install tensorboard) writes its files to output_dir too; nothing is ever sent anywhere
-)
-output_dir = "runs/v4"  # everything that the run leaves
-cache_dir = "cache"  # prepared tokens, used again by the next run
-overwrite = False  # True removes an earlier run in output_dir and starts anew
+report_to = None  # "tensorboard" (pip install tensorboard) also writes its files; nothing leaves this machine
+output_dir = "runs/v4"  # folder of the run
+cache_dir = "cache"  # folder of prepared tokens, used again by later runs
+overwrite = False  # True removes an earlier run in output_dir and starts again
 prepare_only = False  # True stops when the tokens are prepared
-dry_run = False  # True tells what would happen, and writes nothing
-gpu_memory_gb = None  # with dry_run: plans for GPUs of this size
-num_gpus = None  # with dry_run: plans for so many processes
+dry_run = False  # True prints the plan and writes nothing
+gpu_memory_gb = None  # with dry_run: plan for GPUs of this size
+num_gpus = None  # with dry_run: plan for this many processes
 
 
 def main() -> None:
     config = read_config(__file__, globals())
 
-    # only now what takes seconds to load, so that a mistake above is answered at once
+    # imported here, because they take seconds to load and --help should not
     from microbert.data.prepare import prepare_corpus
     from microbert.model.build import create_model
     from microbert.runtime.device import choose_device
@@ -98,7 +97,7 @@ def main() -> None:
     with open_run(config) as run:
         device = choose_device(config.device, run.world)
         if is_finished(run, device):
-            print(f"{run.folder} is finished; --overwrite starts anew, another --output-dir keeps both")
+            print(f"{run.folder} is finished; --overwrite starts again, another --output-dir keeps both")
             return
         checkpoint = find_checkpoint(run, device)
 

@@ -28,7 +28,8 @@ from microbert.model.build import build_model, shape_of
 from microbert.runtime.device import choose_device, compute_dtype, describe_compute, describe_device, peak_memory_gb
 from microbert.runtime.distributed import World
 from microbert.runtime.outcome import plain_errors
-from microbert.train.memory import GB, MARGIN, TIERS, cap_memory, hardware_of, plan_memory
+from microbert.train.hardware import GB, TIERS, hardware_of
+from microbert.train.memory import MARGIN, cap_memory, plan_memory
 from microbert.train.step import Learner
 
 SHAPES = {"100 GB": TIERS[0], "40 GB": TIERS[1], "24 GB": TIERS[2], "large": None}

@@ -23,7 +23,7 @@ from microbert.data.batches import steps_in_run
 from microbert.data.shards import Tokens
 from microbert.errors import Diverged
 from microbert.runtime.outcome import plain_errors
-from microbert.train.optim import learning_rate_share
+from microbert.train.schedule import learning_rate_share
 
 FLAGS = {"v1": (), "v2": (), "v3": (), "v4": SMALL_V4}
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)

@@ -29,7 +29,7 @@ from microbert.model import build as models
 from microbert.model import modern
 from microbert.model.layers import MaskedLanguageModel, ModelConfig, Rotary, at_positions
 from microbert.runtime.outcome import plain_errors
-from microbert.train.optim import learning_rate_share
+from microbert.train.schedule import learning_rate_share
 from microbert.train.step import Learner
 
 BASE = "v4 as it stands"

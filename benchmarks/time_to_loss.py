@@ -41,7 +41,7 @@ from microbert.data.tokenizer import save_tokenizer
 from microbert.model.loss import masked_scores
 from microbert.runtime.device import describe_compute
 from microbert.runtime.outcome import plain_errors
-from microbert.train.optim import learning_rate_share
+from microbert.train.schedule import learning_rate_share
 
 RATES = (5e-4, 1e-3, 2e-3)
 WARMUP_RATIO = 0.06  # of the Trainer's steps

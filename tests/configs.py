@@ -6,6 +6,7 @@ from pathlib import Path
 from helpers import ROOT, SCRIPT
 
 from microbert.config import Config, read_config
+from microbert.config.constants import ResolvedConfig, fill_in, resolve_batch_size
 
 V4 = ROOT / "mlm_pretrain_v4.py"
 
@@ -23,3 +24,8 @@ def configure(*flags: str, **changed: object) -> Config:
 def configure_v4(*flags: str, **changed: object) -> Config:
     """Return the Config of v4, as `configure` does that of v1."""
     return read_config(str(V4), constants(V4) | changed, list(flags))
+
+
+def resolve(config: Config, **tier: int) -> ResolvedConfig:
+    """Return the Config as one process resolves it. tier: n_layers and batch_size, unless the Config has them."""
+    return resolve_batch_size(fill_in(config, tier), 1)

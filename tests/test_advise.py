@@ -121,7 +121,7 @@ def test_on_this_machine_with_files_it_prints_a_valid_command_and_a_plan(tmp_pat
     command = next(line for line in done.stdout.splitlines() if line.startswith("    "))
     program, script, *flags = shlex.split(command)
     assert program == "python" and read_script(ROOT / script, flags).dataset == str(corpus)
-    assert "in all" in done.stdout and "time: about" in done.stdout and "{" not in done.stdout
+    assert "total" in done.stdout and "time: about" in done.stdout and "{" not in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["a b.jsonl"]
 
 

@@ -176,7 +176,7 @@ def test_a_run_by_the_launcher_stops_resumes_and_reports_that_it_is_finished(che
         end_tree(process)
     assert code == 75, out
     assert out.count("stopped by SIGTERM") == 1 and "Traceback" not in out
-    for message in ("going on after step", "is finished"):
+    for message in ("resuming after step", "is finished"):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIME_LIMIT)
         assert done.returncode == 0 and message in done.stdout, done.stdout
     assert status(tmp_path / "run")["exit_code"] == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import filelock
 
-from microbert.config.constants import Config
+from microbert.config.constants import Config, ResolvedConfig
 from microbert.config.terminal import flush_or_discard, safe_output
 from microbert.errors import Failed, InputError, Stopped
 from microbert.runtime.distributed import World, lost_process
@@ -27,14 +27,15 @@ from microbert.runtime.stopping import watch_parent
 class Run:
     """The folder of a run, and this process among those that work on it. Rank 0 has the folder's lock, and writes.
 
-    given: the configuration as the user gave it, with the device's tier where a preset asks for that.
-    config: the settled configuration, once the run's checkpoint is known.
+    given: the constants as the user gave them; `find_checkpoint` fills in those that a preset leaves to the device.
+    config: the resolved constants. `find_checkpoint` sets it; before that, reading it raises AttributeError.
     stop_signal: what asked this process to stop, or None. started: when it was created, by time.perf_counter.
     is_done: whether the folder holds the complete model of this run. Then errors are warnings, and the exit code is 0.
     """
 
     def __init__(self, config: Config, folder: Path, world: World | None = None) -> None:
-        self.given = self.config = config
+        self.given = config
+        self.config: ResolvedConfig
         self.folder = folder
         self.world = world or World.alone()
         self.stop_signal: str | None = None
@@ -141,7 +142,7 @@ def open_run(config: Config) -> Iterator[Run]:
 def _take_folder(run: Run, lock: filelock.FileLock) -> None:
     take_lock(run.folder, lock)
     remove_stale(run.folder)
-    if run.config.overwrite and not run.world.is_restart:  # a restart resumes the run that the first start began
+    if run.given.overwrite and not run.world.is_restart:  # a restart resumes the run that the first start began
         remove_run(run.folder)
     if not holds_model(run.folder):  # a finished run stays "done" until this start has ended without an error
         run.write_status(Outcome("running", None, "", run.world.rank))

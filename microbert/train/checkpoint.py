@@ -1,7 +1,7 @@
-"""Atomic save, verify, resume, rotate: safetensors and JSON alone, so that loading a file never runs what is in it.
+"""Save, verify, load and rotate checkpoints, atomically. All files are safetensors or JSON, so loading runs no code.
 
-checkpoint-<step>/ is a Hugging Face model folder with three files more: optimizer.safetensors, state.json (what the run was
-and where it stands) and manifest.json (the size and SHA-256 of every other file, written last).
+checkpoint-<step>/ is a Hugging Face model folder with three more files: optimizer.safetensors, state.json (constants
+and state of the run) and manifest.json (size and SHA-256 of every other file, written last).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 
-from microbert.config.constants import BY_TIER, Config, fill_in, local_data_files, resolve_batch_size
+from microbert.config.constants import BY_TIER, Config, ResolvedConfig, fill_in, local_data_files, resolve_batch_size
 from microbert.data.local_files import open_files
 from microbert.data.tokenizer import VOCABULARY
 from microbert.errors import InputError
@@ -26,16 +26,16 @@ from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.files import read_json, remove, sha256, sync_folder, system_trouble, write_atomic, write_json
 from microbert.runtime.run import Run
 from microbert.runtime.run_folder import CONSTANTS, checkpoint_folders, holds_model
-from microbert.train.memory import Hardware, hardware_of
+from microbert.train.hardware import Hardware, hardware_of
 from microbert.train.optim import Optimizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = MODEL_FILES | {"optimizer.safetensors", "state.json"}
-ALL_FILES = FILES | {VOCABULARY}  # which older checkpoints lack
+ALL_FILES = FILES | {VOCABULARY}  # older checkpoints have no vocabulary
 TEMPORARY = ".checkpoint.tmp"
-DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading a file that is not as it was written
-# constants that say where, how often or on what, not which model comes out; a dataset may move, for its tokens are compared
+DAMAGE = (OSError, ValueError, KeyError, TypeError)  # raised by reading a damaged file
+# constants that do not change the model; a dataset may move, because its tokens are compared
 FREE_TO_CHANGE = {
     "dataset",
     "streaming",
@@ -60,14 +60,16 @@ FREE_TO_CHANGE = {
     "num_gpus",
 }
 BATCH_SIZES = {"batch_size", "global_batch_size"}  # `resolve_batch_size` compares them
+RESOLVED = ("batch_size", "global_batch_size", "micro_batch_size")
 
 
 @dataclasses.dataclass
 class State:
-    """Where a run stands: `step` steps are done, in `seconds` over all its starts.
+    """The state of a run after `step` steps, which took `seconds` over all its starts.
 
-    Losses are in nats a masked token. loss_sum and loss_steps belong to the line of metrics that is being gathered. micro_batch_size: what is
-    left of it where memory has run out, None where it has not. prepared_seconds: from the first start to the first step.
+    Losses are in nats per masked token. loss_sum and loss_steps accumulate for the next line of metrics.
+    micro_batch_size: what remained of it after memory ran out; None if it did not. prepared_seconds: from the first
+    start to the first step.
     """
 
     tokens_key: str
@@ -84,10 +86,9 @@ class State:
 
 
 def is_finished(run: Run, device: torch.device) -> bool:
-    """True when the folder holds the finished run of these constants on this text; then `run.is_done`.
+    """Return whether the folder holds the finished run of these constants on this text, and set `run.is_done`.
 
-    Raises InputError where it holds another one. Called before any long work; the first process looks, and the others
-    get its answer.
+    Raises InputError if it holds another finished run. Call it before any long work. The first process looks, for all.
     """
 
     def look() -> bool:
@@ -100,12 +101,11 @@ def is_finished(run: Run, device: torch.device) -> bool:
     return run.is_done
 
 
-def compare_with_finished(folder: Path, given: Config, hardware: Hardware) -> tuple[Config, Config]:
-    """For a folder whose run has finished, the constants as given and settled, as `look_for_checkpoint` returns them.
+def compare_with_finished(folder: Path, given: Config, hardware: Hardware) -> tuple[Config, ResolvedConfig]:
+    """Return the constants of a finished run as given and resolved, as `look_for_checkpoint` does.
 
-    Raises InputError where the finished run had other constants or another text. Changes nothing. Files are compared
-    by content: they may move, and a changed one is noticed. A dataset of the Hub is compared by name,
-    because the Hub is not asked.
+    Raises InputError if the finished run had other constants or another text. Changes nothing. Files are compared by
+    content, so they may move. A dataset of the Hub is compared by name, without a request to the Hub.
     """
     stored, corpus_key = _finished_constants(folder)
     filled = fill_in(given, stored)
@@ -113,20 +113,20 @@ def compare_with_finished(folder: Path, given: Config, hardware: Hardware) -> tu
     other_name = _differences(stored, given, ("dataset",))
     if given.dataset in ("imdb", "hf") or not local_data_files(given):
         different += other_name + _differences(stored, given, () if given.dataset == "imdb" else ("streaming",))
-    elif different or corpus_key is None:  # the key depends on constants too
+    elif different or corpus_key is None:  # the key also depends on constants
         different += other_name
     elif open_files(given).key != corpus_key:
         different = other_name or [f"dataset = {given.dataset!r} (its files held other text then)"]
     if different:
         raise InputError(
             f"{folder} is finished, and was trained with other constants: {', '.join(different)}. "
-            "Put them back, or train anew with --overwrite or another --output-dir"
+            "Restore them, or use --overwrite or another --output-dir to train again"
         )
     return filled, resolve_batch_size(filled, hardware.n_processes, stored)
 
 
 def _finished_constants(folder: Path) -> tuple[dict, str | None]:
-    """Return a finished run's constants and the key of its corpus, None where only a checkpoint has the constants."""
+    """Return a finished run's constants and the key of its corpus; None if only a checkpoint has the constants."""
     path = folder / CONSTANTS
     try:
         stored = read_json(path)
@@ -141,40 +141,39 @@ def _finished_constants(folder: Path) -> tuple[dict, str | None]:
         with contextlib.suppress(*DAMAGE):
             return _read_stored(checkpoint)["config"], None
     raise InputError(
-        f"{folder} is finished, and neither {CONSTANTS} nor a checkpoint is left there that says with "
-        "which constants and text it was trained: train anew with --overwrite or another --output-dir"
+        f"{folder} is finished, but has neither {CONSTANTS} nor a checkpoint, so its constants and text are unknown: "
+        "use --overwrite or another --output-dir to train again"
     )
 
 
 def find_checkpoint(run: Run, device: torch.device) -> Path | None:
-    """The newest checkpoint that is whole, or None at the first start; called before any long work.
+    """Return the newest complete checkpoint, or None at the first start. Sets `run.config`.
 
-    Settles run.config by it: the batch, and what a preset leaves to the device. The first process looks, the others are told: only its folder
-    needs to hold the checkpoint. Warns and raises as `look_for_checkpoint` does, and InputError for a batch that cannot be shared.
+    Call it before any long work. The first process looks, for all, so only its folder needs the checkpoint. Warns and
+    raises as `look_for_checkpoint` does.
     """
 
-    def look() -> dict[str, object]:
-        remove(run.folder / TEMPORARY)  # what a kill inside a save left behind
+    def look() -> dict[str, typing.Any]:
+        remove(run.folder / TEMPORARY)  # left by a kill during a save
         path, given, config = look_for_checkpoint(run.folder, run.given, hardware_of(device, run.world))
         return {
             "path": path and str(path),
             "tier": {name: getattr(given, name) for name in BY_TIER},
-            "settled": {
-                name: getattr(config, name) for name in ("batch_size", "global_batch_size", "micro_batch_size")
-            },
+            "resolved": {name: getattr(config, name) for name in RESOLVED},
         }
 
     found = run.world.on_rank_0("checkpoint", look, run.check_stop)
     run.given = fill_in(run.given, found["tier"])
-    run.config = dataclasses.replace(run.given, **found["settled"])
+    run.config = ResolvedConfig(**dataclasses.asdict(run.given) | found["resolved"])
     return Path(found["path"]) if found["path"] else None
 
 
-def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tuple[Path | None, Config, Config]:
-    """The newest checkpoint that is whole, and the constants as given and settled. Changes nothing.
+def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tuple[Path | None, Config, ResolvedConfig]:
+    """Return the newest complete checkpoint, and the constants as given and resolved. Changes nothing.
 
-    What a preset leaves to the device is filled in from the checkpoint, so that a run keeps its shape on another device, or from this one's tier.
-    Warns about each damaged one on the way. Raises InputError when all are damaged, or the run's constants have changed.
+    Constants that a preset leaves to the device come from the checkpoint, so that a run keeps its shape on another
+    device, or from the tier of this device. Warns about damaged checkpoints. Raises InputError if all are damaged, if
+    the run's constants have changed, or if the processes cannot share the batch.
     """
     folders = checkpoint_folders(folder)
     for path in folders:
@@ -183,35 +182,32 @@ def look_for_checkpoint(folder: Path, given: Config, hardware: Hardware) -> tupl
             stored = _read_stored(path)
             filled = fill_in(given, stored["config"])
             _compare_configs(path, stored["config"], filled)
-            settled = resolve_batch_size(filled, hardware.n_processes, stored["config"])
-            if (
-                filled.micro_batch_size == stored["config"]["micro_batch_size"]
-            ):  # nobody asks for another than the run had
-                settled = dataclasses.replace(
-                    settled, micro_batch_size=stored["state"].get("micro_batch_size") or filled.micro_batch_size
-                )
-            return path, filled, settled
+            resolved = resolve_batch_size(filled, hardware.n_processes, stored["config"])
+            if filled.micro_batch_size == stored["config"]["micro_batch_size"]:  # the user does not ask for another
+                micro_batch_size = stored["state"].get("micro_batch_size") or filled.micro_batch_size
+                resolved = dataclasses.replace(resolved, micro_batch_size=micro_batch_size)
+            return path, filled, resolved
         except DAMAGE as error:
-            if system_trouble(error):  # it may be whole, and must not be taken for damaged
+            if system_trouble(error):  # the checkpoint may be complete
                 raise
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
     if folders:
         raise InputError(
-            f"no checkpoint in {folder} is whole; --overwrite starts anew, and nothing is removed until then"
+            f"no checkpoint in {folder} is complete. --overwrite starts again; until then, nothing is removed"
         )
     filled = fill_in(given, hardware.tier().values())
     return None, filled, resolve_batch_size(filled, hardware.n_processes)
 
 
 def verify(path: Path) -> None:
-    """Raises ValueError, KeyError, TypeError or OSError unless the checkpoint holds exactly what its manifest says."""
+    """Check the files of a checkpoint against its manifest. Raises ValueError, KeyError, TypeError or OSError."""
     for name, stored in _complete(path).items():
         if sha256(path / name) != stored["sha256"]:
             raise ValueError(f"{name} is not what was saved")
 
 
 def _complete(path: Path) -> dict[str, dict]:
-    """The manifest, where each file that it lists is there in its size. Raises as `verify` does."""
+    """Return the manifest if all its files exist and have their sizes. Raises as `verify` does."""
     for name in (MANIFEST, *sorted(FILES)):
         _require_file(path / name)
     manifest = read_json(path / MANIFEST)
@@ -230,7 +226,7 @@ def _require_file(path: Path) -> None:
 
 
 def _is_complete(path: Path) -> bool:
-    """Raises OSError where that cannot be read: what may be whole is not to be taken for incomplete."""
+    """Return whether a checkpoint is complete. Raises OSError if it cannot be read: it may be complete then."""
     try:
         return not path.is_symlink() and bool(_complete(path))
     except (ValueError, KeyError, TypeError):
@@ -240,9 +236,9 @@ def _is_complete(path: Path) -> bool:
 def save_checkpoint(
     run: Run, state: State, model: MaskedLanguageModel, optimizer: Optimizer, tokenizer: Tokenizer
 ) -> None:
-    """Writes checkpoint-<step>, unless it is there already; then removes the oldest beyond keep_checkpoints, and what is older than these.
+    """Write checkpoint-<step> unless it exists, and remove all but the newest `keep_checkpoints`.
 
-    What else stands under its name goes; what is no complete checkpoint is not counted among those to keep.
+    Replaces an incomplete checkpoint. Incomplete ones do not count as kept.
     """
     final = run.folder / f"checkpoint-{state.step}"
     if not _is_complete(final):
@@ -275,8 +271,11 @@ def _remove_old(folder: Path, keep_checkpoints: int) -> None:
 
 
 def remove_others(path: Path, keep_checkpoints: int) -> None:
-    """What a run that goes on from this checkpoint leaves behind: damaged newer ones, so that none is ever taken for the newest again, and old ones,
-    where a kill came before they were removed."""
+    """Remove the checkpoints that a run resuming from this one does not need.
+
+    These are damaged newer ones, so that none is ever taken for the newest again, and old ones, if a kill came before
+    they were removed.
+    """
     folders = checkpoint_folders(path.parent)
     for newer in folders[: folders.index(path)]:
         remove(newer)
@@ -284,19 +283,19 @@ def remove_others(path: Path, keep_checkpoints: int) -> None:
 
 
 def read_state(path: Path, tokens_key: str | None) -> State:
-    """Where the run of a verified checkpoint stands. Raises InputError when it was trained on other tokens than those of the key, if one is given."""
+    """Return the state in a verified checkpoint. Raises InputError if its tokens have another key; None skips that."""
     stored = _read_stored(path)
     state = State(**stored["state"])
     if tokens_key is not None and state.tokens_key != tokens_key:
         raise InputError(
-            f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} as it was then: "
-            "bring that back, or start anew with --overwrite or another --output-dir"
+            f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} at that time. "
+            "Restore it, or use --overwrite or another --output-dir to start again"
         )
     return state
 
 
 def _read_stored(path: Path) -> dict:
-    """What state.json holds, as it was saved. Raises ValueError, KeyError, TypeError or OSError where it cannot be."""
+    """Return the content of state.json. Raises ValueError, KeyError, TypeError or OSError if it is damaged."""
     stored = read_json(path / "state.json")
     if stored["format"] != FORMAT:
         raise ValueError(f"format {stored['format']}, not {FORMAT}")
@@ -310,9 +309,9 @@ def _read_stored(path: Path) -> dict:
 
 
 def _check_constants(constants: object) -> None:
-    """Raises ValueError unless the numbers that a start computes with are numbers."""
+    """Raises ValueError unless the constants that resuming computes with are numbers."""
     if not isinstance(constants, dict):
-        raise ValueError("no constants are in it")
+        raise ValueError("it has no constants")
     sizes = {name: constants.get(name) for name in (*BY_TIER, *BATCH_SIZES, "micro_batch_size")}
     for name, value in sizes.items():
         if not isinstance(value, int if name in BY_TIER else int | None):
@@ -327,14 +326,15 @@ def _check_sizes(values: dict[str, object]) -> None:
 
 
 def load_checkpoint(path: Path, model: MaskedLanguageModel, optimizer: Optimizer, tokens_key: str) -> State:
-    """Sets model and optimizer as they were saved, and returns the run's state. The checkpoint must have been verified.
+    """Load model and optimizer from a verified checkpoint, and return the run's state.
 
-    Raises InputError when it was trained on other tokens, or does not fit the model.
+    Raises InputError if it was trained on other tokens, or does not fit the model.
     """
     try:
         state = read_state(path, tokens_key)
         for name in ("model.safetensors", "optimizer.safetensors"):
-            open(path / name, "rb").close()  # load_file calls a file missing when too many are open
+            with open(path / name, "rb"):  # load_file reports a missing file when too many are open
+                pass
         from_hugging_face(model, load_file(path / "model.safetensors"))
         tensors = load_file(path / "optimizer.safetensors")
         if state.step:
@@ -353,12 +353,15 @@ def _compare_configs(path: Path, stored: dict, config: Config) -> None:
     if different:
         raise InputError(
             f"{path} belongs to a run with other constants: {', '.join(different)}. "
-            "Put them back to go on with it, or start anew with --overwrite or another --output-dir"
+            "Restore them to resume it, or use --overwrite or another --output-dir to start again"
         )
 
 
 def _differences(stored: dict, config: Config, names: typing.Iterable[str] | None = None) -> list[str]:
-    """Return "name = now (was then)" for each of these constants that differs. None: all that decide the model."""
+    """Return "name = now (was then)" for each of these constants that differs.
+
+    names: None compares all that decide the model.
+    """
     now = dataclasses.asdict(config)
     if names is None:
         names = [name for name in now if name not in FREE_TO_CHANGE | BATCH_SIZES]

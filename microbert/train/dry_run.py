@@ -1,4 +1,4 @@
-"""What a run would do -- corpus, tokens, model, steps, memory, disk, time -- told without training or writing anything."""
+"""The plan of a run -- tokens, model, steps, memory, disk, time -- without training or writing anything."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from microbert.config.constants import Config, fill_in, resolve_batch_size
+from microbert.config.constants import Config, ResolvedConfig, fill_in, resolve_batch_size
 from microbert.config.environment import hub_folder
 from microbert.config.learning_rate import explain_learning_rate, peak_learning_rate
 from microbert.data.batches import random_batch, steps_in_run
@@ -32,18 +32,45 @@ from microbert.runtime.metrics import read_metrics
 from microbert.runtime.outcome import plain_errors
 from microbert.runtime.run_folder import check_folder, holds_model
 from microbert.train.checkpoint import compare_with_finished, look_for_checkpoint, read_state
-from microbert.train.memory import GB, Hardware, Plan, hardware_of, print_memory_plan, print_tier, resolve_memory_plan
+from microbert.train.hardware import GB, Hardware, hardware_of
+from microbert.train.memory import Plan, describe_memory_plan, describe_tier, resolve_memory_plan
+from microbert.train.progress import duration
 from microbert.train.step import Learner
 
 TIMED_STEPS, TIMED_SECONDS = 10, 5.0
-PREPARED_MEGABYTES_A_SECOND = 25.0  # on two cores
+PREPARED_MB_PER_SECOND = 25.0  # on two cores
 TOKENIZER_SECONDS = 10.0  # to train it
 
 
-def print_plan(config: Config, estimate: Estimate | None = None, with_json: bool = True) -> None:
-    """Prints the plan; its last line is one JSON object. Ends the process with the code that a run would end with on bad input.
+@dataclasses.dataclass(frozen=True)
+class _Machine:
+    """device: None if it is not at hand. description: for the user."""
 
-    Under torchrun the first process does, for all of them. estimate: of a dataset that is not at hand, instead of the constant's.
+    hardware: Hardware
+    device: torch.device | None
+    description: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """tokens_key: None if the tokens are not prepared yet. Then megabytes and seconds are what preparing them needs.
+
+    vocab_size: at most, without a tokenizer.
+    """
+
+    tokens_key: str | None
+    n_sequences: int
+    vocab_size: int
+    has_tokenizer: bool
+    megabytes: float
+    seconds: float
+    description: str
+
+
+def print_plan(config: Config, estimate: Estimate | None = None, with_json: bool = True) -> None:
+    """Print the plan; its last line is one JSON object, for programs. Exit as a run does on bad input.
+
+    estimate: of a dataset that is not at hand, instead of the constant's. Under torchrun, the first process prints.
     """
     world = World()
     if not world.is_first:
@@ -52,38 +79,70 @@ def print_plan(config: Config, estimate: Estimate | None = None, with_json: bool
         world = World({"WORLD_SIZE": str(config.num_gpus), "LOCAL_WORLD_SIZE": str(config.num_gpus)})
     with plain_errors():
         facts = _plan(config, world, estimate)
-        if with_json:  # for programs
+        if with_json:
             print(json.dumps(facts))
 
 
 def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, object]:
+    """Print the plan for people, and return the one for programs."""
     folder = Path(config.output_dir)
     check_folder(folder)
-    is_at_hand = config.gpu_memory_gb is None
-    if is_at_hand:
-        device = choose_device(config.device, World.alone() if config.num_gpus is not None else world)
-        hardware, described = hardware_of(device, world), describe_device(device, world)
-    else:
-        # taken for one from Ampere on; its tier goes by the size that it is sold under, its budget by that in GB, which is a little less
-        device, hardware = (
-            torch.device("cuda"),
-            Hardware("cuda", round(config.gpu_memory_gb * GIB), world.size, has_bf16=True),
-        )
-        config = dataclasses.replace(
-            config, memory_budget_gb=min(config.memory_budget_gb or math.inf, config.gpu_memory_gb)
-        )
-        described = f"{world.size} GPU{'s' * (world.size > 1)} of {config.gpu_memory_gb:g} GB (not at hand)"
+    machine = _machine(config, world)
+    hardware = machine.hardware
+    if config.gpu_memory_gb is not None:  # the size that a GPU is sold under, in GB, is a little less than that in GiB
+        budget = min(config.memory_budget_gb or math.inf, config.gpu_memory_gb)
+        config = dataclasses.replace(config, memory_budget_gb=budget)
     checkpoint = None
     if config.overwrite and folder.exists():
-        print(f"--overwrite: an earlier run in {folder} would be removed first")
+        print(f"--overwrite: removes the earlier run in {folder}")
         given = fill_in(config, hardware.tier().values())
-        config = resolve_batch_size(given, world.size)
+        resolved = resolve_batch_size(given, world.size)
     elif holds_model(folder):
         return _finished_plan(*compare_with_finished(folder, config, hardware), folder, hardware)
     else:
-        checkpoint, given, config = look_for_checkpoint(folder, config, hardware)
+        checkpoint, given, resolved = look_for_checkpoint(folder, config, hardware)
     if config.preset is not None:
-        print_tier(given, hardware)
+        print(describe_tier(given, hardware))
+    text = _text(resolved, estimate)
+    print(text.description)
+    model = shape_of(resolved, text.vocab_size)
+    print(_describe_model(model, text))
+    steps = steps_in_run(text.n_sequences, config.epochs, resolved.global_batch_size)
+    steps_done = read_state(checkpoint, text.tokens_key).step if checkpoint else 0
+    remaining = max(0, steps - steps_done)  # an estimate of the steps may be too low
+    about = "" if text.tokens_key else "about "
+    if config.prepare_only:
+        print("--prepare-only: stops when the tokens are prepared; the rest of this plan is for a run without it")
+    print(
+        f"training: {about}{steps:,} steps of {resolved.global_batch_size} sequences on {machine.description}, "
+        f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+    )
+    if checkpoint:
+        print(f"resuming after step {steps_done}: {about}{remaining:,} steps remain, from {checkpoint}")
+    print(explain_learning_rate(resolved))
+    memory = resolve_memory_plan(given, resolved, text.vocab_size, hardware)
+    print(describe_memory_plan(memory, resolved, hardware))
+    print(_describe_disk(resolved, text.megabytes, _saved_megabytes(model, config.keep_checkpoints)))
+    resolved = dataclasses.replace(resolved, micro_batch_size=memory.micro_batch_size)
+    return _facts(resolved, model, memory, hardware, steps, steps_done) | {
+        "sequences": text.n_sequences,
+        "tokens_known": text.tokens_key is not None,
+        "planned_seconds": _planned_seconds(resolved, model, machine, remaining, text.seconds),
+    }
+
+
+def _machine(config: Config, world: World) -> _Machine:
+    if config.gpu_memory_gb is None:
+        device = choose_device(config.device, World.alone() if config.num_gpus is not None else world)
+        return _Machine(hardware_of(device, world), device, describe_device(device, world))
+    # assume an Ampere GPU or later; its tier depends on the size that it is sold under
+    hardware = Hardware("cuda", round(config.gpu_memory_gb * GIB), world.size, has_bf16=True)
+    gpus = f"{world.size} GPU{'s' if world.size > 1 else ''} of {config.gpu_memory_gb:g} GB"
+    return _Machine(hardware, None, f"{gpus} (not at hand)")
+
+
+def _text(config: ResolvedConfig, estimate: Estimate | None) -> _Text:
+    """Find the prepared tokens, or estimate them."""
     tokenizer = tokens = None
     if estimate is None:
         corpus = open_corpus(config)
@@ -92,142 +151,52 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
         tokens = find_tokens(corpus, tokenizer, config) if tokenizer else None
     vocab_size = tokenizer.get_vocab_size() if tokenizer else config.vocab_size
     if tokens:
-        n_sequences, disk, preparation = len(tokens.train), 0.0, 0.0
-        print(
-            f"tokens: prepared already, {n_sequences:,} sequences to train on and {len(tokens.held_out):,} held out, in {tokens.folder}"
+        n_sequences = len(tokens.train)
+        description = (
+            f"tokens: prepared already, {n_sequences:,} sequences to train on and {len(tokens.held_out):,} held out, "
+            f"in {tokens.folder}"
         )
-    else:
-        n_sequences = _expected_sequences(estimate, config)
-        disk, preparation = (
-            estimated_megabytes(estimate, config),
-            TOKENIZER_SECONDS + estimate.megabytes / PREPARED_MEGABYTES_A_SECOND,
-        )
-        print(
-            f"tokens: to be prepared from {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about {estimate.megabytes:,.0f} MB "
-            f"of text; about {n_sequences:,} sequences to train on"
-        )
-    model = shape_of(config, vocab_size)
-    n_parameters = count_parameters(model)
-    print(
-        f"model: {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, vocabulary {vocab_size:,}{'' if tokenizer else ' at most'}, "
-        f"{n_parameters:,} parameters"
+        return _Text(tokens.key, n_sequences, vocab_size, True, 0.0, 0.0, description)
+    n_sequences = _expected_sequences(estimate, config)
+    description = (
+        f"tokens: to be prepared from {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about "
+        f"{estimate.megabytes:,.0f} MB of text; about {n_sequences:,} sequences to train on"
     )
-    steps = steps_in_run(n_sequences, config.epochs, config.global_batch_size)
-    steps_done = read_state(checkpoint, tokens.key if tokens else None).step if checkpoint else 0
-    remaining = max(0, steps - steps_done)  # below 0 only where the steps are an estimate
-    if config.prepare_only:
-        print(
-            "--prepare-only: the run would stop when the tokens are prepared; what follows is the same command without it"
-        )
-    print(
-        f"training: {'' if tokens else 'about '}{steps:,} steps of {config.global_batch_size} sequences on {described}, {config.epochs} epochs"
-    )
-    if checkpoint:
-        print(
-            f"going on after step {steps_done}: {'' if tokens else 'about '}{remaining:,} steps remain, from {checkpoint}"
-        )
-    print(explain_learning_rate(config))
-    memory = resolve_memory_plan(given, config, vocab_size, hardware)
-    print_memory_plan(memory, config, hardware)
-    saved = (
-        4 * n_parameters * (1 + 3 * (config.keep_checkpoints + 1)) / 1e6
-    )  # the model, and weights with two moments in each checkpoint
-    _print_disk(config, disk, saved)
-    seconds = None
-    if is_at_hand:
-        seconds = round(
-            _seconds_a_step(model, dataclasses.replace(config, micro_batch_size=memory.micro_batch_size), device)
-            * remaining,
-            1,
-        )
-        print(
-            f"time: about {_in_words(seconds)} of training ({remaining:,} steps, one measured now on random tokens)"
-            + (f", after {_in_words(preparation)} of preparation" if preparation else "")
-        )
-        if config.max_minutes is not None and seconds > 60 * config.max_minutes:
-            seconds = 60 * config.max_minutes
-            print(f"max_minutes = {config.max_minutes:g}: the run ends sooner, with its learning rate in time")
-    else:
-        print("time: not known, for it is measured on the machine itself")
-    return _facts(config, vocab_size, memory, hardware, steps, steps_done, n_parameters) | {
-        "sequences": n_sequences,
-        "tokens_known": tokens is not None,
-        "planned_seconds": seconds,
-    }
-
-
-def _finished_plan(given: Config, config: Config, folder: Path, hardware: Hardware) -> dict[str, object]:
-    """The plan of a finished run, for which nothing is left to do."""
-    print(f"{folder} is finished: nothing would be done; --overwrite starts anew, another --output-dir keeps both")
-    try:
-        vocab_size = read_hugging_face_config(read_json(folder / "config.json")).vocab_size
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if system_trouble(error):
-            raise
-        raise InputError(f"{folder / 'config.json'} is damaged ({error}): --overwrite starts anew") from error
-    steps = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
-    n_parameters = count_parameters(shape_of(config, vocab_size))
-    memory = resolve_memory_plan(given, config, vocab_size, hardware)
-    return _facts(config, vocab_size, memory, hardware, steps, steps, n_parameters) | {"planned_seconds": 0.0}
-
-
-def _facts(
-    config: Config, vocab_size: int, memory: Plan, hardware: Hardware, steps: int, steps_done: int, n_parameters: int
-) -> dict[str, object]:
-    """steps: of the whole run. steps_done: of them, before this start."""
-    return {
-        "dataset": config.dataset,
-        "n_layers": config.n_layers,
-        "n_heads": config.n_heads,
-        "n_embed": config.n_embed,
-        "max_seq_len": config.max_seq_len,
-        "vocab_size": vocab_size,
-        "batch_size": config.batch_size,
-        "global_batch_size": config.global_batch_size,
-        "micro_batch_size": memory.micro_batch_size,
-        "planned_peak_gb": round(memory.total / GB, 3),
-        "memory_budget_gb": memory.budget and round(memory.budget / GB, 3),
-        "steps": steps,
-        "steps_done": steps_done,
-        "peak_learning_rate": peak_learning_rate(config),
-        "parameters": n_parameters,
-        "device": hardware.kind,
-    }
-
-
-def _print_disk(config: Config, tokens: float, saved: float) -> None:
-    """tokens, saved: what cache_dir and output_dir will hold more, in MB. Warns where a disk has less than both need together."""
-    cache, output = _existing(Path(config.cache_dir)), _existing(Path(config.output_dir))
-    free = {folder: shutil.disk_usage(folder).free / 1e6 for folder in (cache, output)}
-    meanwhile = (
-        f"about {tokens:,.0f} MB more in {config.cache_dir}, and twice that meanwhile"
-        if tokens
-        else f"nothing more in {config.cache_dir}"
-    )
-    print(
-        f"disk: {meanwhile} ({free[cache] / 1e3:,.0f} GB free); {saved:,.0f} MB in {config.output_dir} ({free[output] / 1e3:,.0f} GB free)"
-    )
-    if tokens and (hub := hub_folder(config)) and not choose_dataset(config)[2]:
-        print(
-            f"disk: datasets downloads the dataset to {hub} ({shutil.disk_usage(_existing(hub)).free / 1e9:,.0f} GB free), where it is not there yet"
-        )
-    one_disk = cache.stat().st_dev == output.stat().st_dev
-    if 2 * tokens + saved * one_disk > free[cache] or saved + 2 * tokens * one_disk > free[output]:
-        print(
-            "warning: the disk may be too small for that; a smaller max_samples takes less, another cache_dir or output_dir may have more"
-        )
+    seconds = TOKENIZER_SECONDS + estimate.megabytes / PREPARED_MB_PER_SECOND
+    megabytes = estimated_megabytes(estimate, config)
+    return _Text(None, n_sequences, vocab_size, tokenizer is not None, megabytes, seconds, description)
 
 
 def _expected_sequences(estimate: Estimate, config: Config) -> int:
     train_share = 1 - min(HELD_OUT_SHARE, HELD_OUT_AT_MOST / estimate.documents)
-    tokens_a_sequence = config.max_seq_len - 2 if config.packing else config.max_seq_len
-    return max(1, round(train_share * estimated_tokens(estimate, config) / tokens_a_sequence))
+    tokens_per_sequence = config.max_seq_len - 2 if config.packing else config.max_seq_len
+    return max(1, round(train_share * estimated_tokens(estimate, config) / tokens_per_sequence))
 
 
-def _seconds_a_step(model_config: ModelConfig, config: Config, device: torch.device) -> float:
-    """Of a training step on random tokens, without those that compile and record."""
+def _planned_seconds(
+    config: ResolvedConfig, model: ModelConfig, machine: _Machine, steps: int, preparation: float
+) -> float | None:
+    """Print and return the seconds of training; None if the device is not at hand. preparation: its seconds."""
+    if machine.device is None:
+        print("time: unknown, because it is measured on the machine itself")
+        return None
+    seconds = round(_seconds_per_step(model, config, machine.device) * steps, 1)
+    before = f"{duration(preparation)} of preparation and " if preparation else ""
+    print(
+        f"time: about {duration(preparation + seconds)}: {before}{duration(seconds)} of training "
+        f"({steps:,} steps, timed now on random tokens)"
+    )
+    if config.max_minutes is not None and seconds > 60 * config.max_minutes:
+        print(f"max_minutes = {config.max_minutes:g}: the run ends sooner, and its learning-rate schedule with it")
+        return 60 * config.max_minutes
+    return seconds
+
+
+def _seconds_per_step(model_config: ModelConfig, config: ResolvedConfig, device: torch.device) -> float:
+    """Time training steps on random tokens, without those that compile and capture."""
     learner = Learner(build_model(model_config, config.seed).to(device), config, World.alone())
-    n_left_out, seconds = WARM_UP + 1 if is_captured(config, device) else 1, []
+    n_left_out = WARM_UP + 1 if is_captured(config, device) else 1
+    seconds: list[float] = []
     while len(seconds) < n_left_out + TIMED_STEPS and sum(seconds[n_left_out:]) < TIMED_SECONDS:
         start = time.perf_counter()
         batch = random_batch(len(seconds), model_config.vocab_size, config.batch_size, config.max_seq_len)
@@ -239,15 +208,81 @@ def _seconds_a_step(model_config: ModelConfig, config: Config, device: torch.dev
     return float(np.median(seconds[n_left_out:]))
 
 
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
-def _in_words(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
+def _finished_plan(given: Config, config: ResolvedConfig, folder: Path, hardware: Hardware) -> dict[str, object]:
+    """Return the plan of a finished run, in which nothing remains to be done."""
+    print(
+        f"{folder} is finished: nothing remains to be done; --overwrite starts again, another --output-dir keeps both"
     )
+    try:
+        vocab_size = read_hugging_face_config(read_json(folder / "config.json")).vocab_size
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if system_trouble(error):
+            raise
+        raise InputError(f"{folder / 'config.json'} is damaged ({error}): --overwrite starts again") from error
+    steps = max((int(line["step"]) for line in read_metrics(folder / "metrics.jsonl")), default=0)
+    memory = resolve_memory_plan(given, config, vocab_size, hardware)
+    return _facts(config, shape_of(config, vocab_size), memory, hardware, steps, steps) | {"planned_seconds": 0.0}
+
+
+def _facts(
+    config: ResolvedConfig, model: ModelConfig, memory: Plan, hardware: Hardware, steps: int, steps_done: int
+) -> dict[str, object]:
+    """Return the plan for programs. steps: of the whole run. steps_done: before this start."""
+    shape = ("n_layers", "n_heads", "n_embed", "max_seq_len", "vocab_size")
+    return {
+        "dataset": config.dataset,
+        **{name: getattr(model, name) for name in shape},
+        "batch_size": config.batch_size,
+        "global_batch_size": config.global_batch_size,
+        "micro_batch_size": memory.micro_batch_size,
+        "planned_peak_gb": round(memory.total / GB, 3),
+        "memory_budget_gb": memory.budget and round(memory.budget / GB, 3),
+        "steps": steps,
+        "steps_done": steps_done,
+        "peak_learning_rate": peak_learning_rate(config),
+        "parameters": count_parameters(model),
+        "device": hardware.kind,
+    }
+
+
+def _describe_model(model: ModelConfig, text: _Text) -> str:
+    limit = "" if text.has_tokenizer else "at most "
+    return (
+        f"model: {model.n_layers} layer{'s' if model.n_layers > 1 else ''}, {model.n_heads} heads, "
+        f"{model.n_embed}-dim, vocabulary of {limit}{model.vocab_size:,}, {count_parameters(model):,} parameters"
+    )
+
+
+def _saved_megabytes(model: ModelConfig, keep_checkpoints: int) -> float:
+    """Return the size of the model, and of the checkpoints with weights and two moments; one is being written."""
+    return 4 * count_parameters(model) * (1 + 3 * (keep_checkpoints + 1)) / 1e6
+
+
+def _describe_disk(config: Config, tokens: float, saved: float) -> str:
+    """Return what the disks have to hold, with a warning if it is more than they have.
+
+    tokens, saved: what cache_dir and output_dir will need, in MB.
+    """
+    cache, output = _existing(Path(config.cache_dir)), _existing(Path(config.output_dir))
+    free = {folder: shutil.disk_usage(folder).free / 1e6 for folder in (cache, output)}
+    of_cache = f"nothing more in {config.cache_dir}"
+    if tokens:
+        of_cache = f"about {tokens:,.0f} MB in {config.cache_dir}, and twice that during preparation"
+    lines = [
+        f"disk: {of_cache} ({free[cache] / 1e3:,.0f} GB free); "
+        f"{saved:,.0f} MB in {config.output_dir} ({free[output] / 1e3:,.0f} GB free)"
+    ]
+    if tokens and (hub := hub_folder(config)) and not choose_dataset(config)[2]:
+        free_gb = shutil.disk_usage(_existing(hub)).free / 1e9
+        lines.append(f"disk: unless it is there already, the dataset is downloaded to {hub} ({free_gb:,.0f} GB free)")
+    is_one_disk = cache.stat().st_dev == output.stat().st_dev
+    if 2 * tokens + saved * is_one_disk > free[cache] or saved + 2 * tokens * is_one_disk > free[output]:
+        lines.append(
+            "warning: the disk may be too small for that; reduce max_samples, or choose another cache_dir or output_dir"
+        )
+    return "\n".join(lines)
+
+
+def _existing(path: Path) -> Path:
+    """Return the path, or the closest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -1,10 +1,11 @@
-"""Where the processes of a run come together: each has prepared its tokens, and from here on they act as one."""
+"""The point where the processes of a run meet: each has prepared its tokens, and from here on they act as one."""
 
 import dataclasses
 import hashlib
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,22 +17,23 @@ from microbert.runtime.run_folder import checkpoint_folders
 from microbert.train.checkpoint import State, load_checkpoint, remove_others
 from microbert.train.optim import Optimizer
 
-# constants that may differ between machines; of the dataset the tokens are compared, of the device its kind
+# constants that may differ between machines; instead, the tokens and the kind of device are compared
 OF_THE_MACHINE = {"dataset", "output_dir", "cache_dir", "device"}
 
 
 def resume_together(
     run: Run, checkpoint: Path | None, model: MaskedLanguageModel, optimizer: Optimizer, tokens: Tokens
 ) -> State:
-    """Where the run goes on, with model and optimizer as they are in the checkpoint, in every process alike.
+    """Load the checkpoint into model and optimizer of every process, and return its state.
 
-    The first process reads the checkpoint, so only its machine needs to hold it, and removes those that the run does not need. Raises InputError where a process has other constants or
-    tokens than the first, or a newer checkpoint; and what `load_checkpoint` raises.
+    The first process reads the checkpoint, so only its machine needs it, and removes those that the run does not need.
+    Raises InputError if a process has other constants or tokens than the first one, or a newer checkpoint; and what
+    `load_checkpoint` raises.
     """
     world = run.world
     device = next(model.parameters()).device
 
-    def begin() -> dict[str, object]:
+    def begin() -> dict[str, Any]:
         if checkpoint is None:
             state = State(tokens.key, prepared_seconds=time.perf_counter() - run.started)
         else:
@@ -48,13 +50,13 @@ def resume_together(
         if not world.is_first:
             optimizer.begin_after(state.step)
         world.broadcast(list(optimizer.tensors().values()))
-    if state.micro_batch_size != run.config.micro_batch_size:  # another was asked for, or planned
+    if state.micro_batch_size != run.config.micro_batch_size:  # the user asked for another, or the plan has another
         state.micro_batch_size = None
     return state
 
 
-def _facts(run: Run, device: torch.device, tokens: Tokens) -> dict[str, object]:
-    """What has to be the same everywhere."""
+def _facts(run: Run, device: torch.device, tokens: Tokens) -> dict[str, Any]:
+    """Return what has to be the same in all processes."""
     constants = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in OF_THE_MACHINE}
     contents = hashlib.sha256(tokens.token_counts.tobytes()).hexdigest()
     return {
@@ -64,23 +66,24 @@ def _facts(run: Run, device: torch.device, tokens: Tokens) -> dict[str, object]:
     }
 
 
-def _compare(run: Run, first: dict[str, object], here: dict[str, object], step: int) -> None:
-    where = f"on {socket.gethostname()}"
+def _compare(run: Run, first: dict[str, Any], here: dict[str, Any], step: int) -> None:
+    host = socket.gethostname()
     different = [
         f"{name} = {here[name]!r}, and the first process has {first[name]!r}"
         for name in here
         if name != "tokens" and here[name] != first[name]
     ]
     if different:
-        raise InputError(f"{where}: {'; '.join(different)}. Start every machine with the same constants")
+        raise InputError(f"on {host}: {'; '.join(different)}. Start every machine with the same constants")
     if here["tokens"] != first["tokens"]:
         raise InputError(
-            f"{where} the tokens are not those of the first process: the dataset, its files, the tokenizer or a library differs. Give every "
-            "machine the same files, or let them share cache_dir"
+            f"on {host} the tokens are not those of the first process: the dataset, its files, the tokenizer or a "
+            "library differs. Copy the same files to every machine, or share cache_dir between them"
         )
     newest = next((int(path.name[11:]) for path in checkpoint_folders(run.folder)), 0)
     if newest > step:
         raise InputError(
-            f"{where}, {run.folder} holds checkpoint-{newest}, which is newer than what the first process has found (step {step}): put "
-            "output_dir where all machines see it, or move that checkpoint to the first process's machine"
+            f"on {host}, {run.folder} has checkpoint-{newest}, which is newer than what the first process has found "
+            f"(step {step}). Use an output_dir that all machines share, or move that checkpoint to the machine of the "
+            "first process"
         )

@@ -32,7 +32,7 @@ from microbert.model.build import new_model, shape_of
 from microbert.plot import draw_curves
 from microbert.runtime.metrics import Metrics
 from microbert.train.checkpoint import load_checkpoint, look_for_checkpoint
-from microbert.train.memory import Hardware
+from microbert.train.hardware import Hardware
 from microbert.train.optim import Optimizer
 
 CPU = Hardware("cpu", None)

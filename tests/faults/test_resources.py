@@ -113,7 +113,7 @@ def test_a_full_disk_is_reported_and_with_free_space_the_run_resumes_at_the_chec
     small_disk.free()
     again = run_on(small_disk, flags)
     assert again.returncode == 0, again.stderr
-    assert "going on after step 10" in again.stdout
+    assert "resuming after step 10" in again.stdout
     assert result(small_disk.path / "run") == reference
 
 

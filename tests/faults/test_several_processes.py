@@ -89,7 +89,7 @@ def test_the_reported_memory_is_the_most_of_any_process(two, tmp_path):
         flags_of(tmp_path, 2), 2, script=faulty_script(tmp_path / "holds.py", "ballast = b'1' * (10**9 * rank)")
     )
     assert code == 0, err
-    at_the_end = re.search(r"^held-out loss: .*, at most (\S+) GB in any process$", out, re.MULTILINE)
+    at_the_end = re.search(r"; memory: at most (\S+) GB in any process$", out, re.MULTILINE)
     assert (
         max(losses(two / "run", "train/peak_memory_gb"))
         < 1
@@ -231,7 +231,7 @@ def test_a_restart_after_a_kill_ends_with_the_same_model(two, tmp_path):
     wait_for_training(process, tmp_path / "run")[random.Random(1).choice((0, 1))].kill()
     code, out, err = finish(process)
     assert code == 0, err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert result(tmp_path / "run") == result(two / "run")
 
 
@@ -270,7 +270,7 @@ def test_two_agents_as_two_machines_end_with_the_weights_of_one(two, tmp_path):
         ].kill()  # the first process's torchrun counts no restart
         ends = [finish(agent) for agent in agents]
         assert [code for code, _, _ in ends] == [0, 0], ends
-        assert any("going on after step" in out for _, out, _ in ends)
+        assert any("resuming after step" in out for _, out, _ in ends)
     finally:
         for agent in agents:
             end_tree(agent)
@@ -290,7 +290,7 @@ def test_a_run_resumes_with_another_number_of_processes(two, one, tmp_path):
         shutil.copy(two / "run" / "metrics.jsonl", folder / "run")
         code, out, err = launch(flags_of(folder, 2), n_processes)
         assert code == 0, err
-        assert "steps of 8 sequences" in out and "going on after step 60" in out
+        assert "steps of 8 sequences" in out and "resuming after step 60" in out
         assert losses(folder / "run") == pytest.approx(losses(two / "run"), abs=1e-4)
         assert_weights_close(folder / "run", two / "run")
 
@@ -303,7 +303,7 @@ def test_a_run_resumes_with_another_number_of_processes(two, one, tmp_path):
     ):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     code, out, err = launch(flags_of(folder, 2), 4)
-    assert code == 0 and "going on after step 70" in out, err
+    assert code == 0 and "resuming after step 70" in out, err
     assert result(folder / "run") == expected
 
 

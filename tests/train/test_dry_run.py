@@ -1,4 +1,4 @@
-"""--dry-run tells what the run would do, ends as it would end, and writes nothing."""
+"""--dry-run prints what the run would do, exits as it would, and writes nothing."""
 
 import collections
 import json
@@ -14,9 +14,12 @@ import microbert.train.dry_run
 
 @pytest.fixture
 def dry(monkeypatch, capfd, tmp_path):
-    """Tells the plan of the flags: the exit code, what it printed, its last line, its errors. Fails where a file or a folder changes."""
+    """Print the plan of the flags. Return its exit code, output, errors and last line.
 
-    def tell(folder, flags):
+    Fails if a file or folder changes.
+    """
+
+    def plan(folder, flags):
         before = everything(folder)
         capfd.readouterr()
         code = run_here([*flags, "--dry-run"], monkeypatch)
@@ -27,11 +30,11 @@ def dry(monkeypatch, capfd, tmp_path):
             code=code, out=out, err=err, plan=json.loads(out.splitlines()[-1]) if code == 0 else None
         )
 
-    return tell
+    return plan
 
 
 def everything(folder):
-    """Every path below, folders as well, with size and time of change."""
+    """Return every path below, including folders, with size and time of modification."""
     return {
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns, path.is_dir())
         for path in folder.rglob("*")
@@ -40,7 +43,7 @@ def everything(folder):
 
 @pytest.fixture
 def copy(finished_run, tmp_path):
-    """The finished run in a folder of its own."""
+    """Return a copy of the finished run."""
     shutil.copytree(finished_run, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -53,8 +56,8 @@ def newest(folder):
     return max((folder / "run").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
 
 
-def test_before_preparing_it_tells_everything_and_writes_nothing(tmp_path):
-    """In a process of its own, with an empty HF_HOME and an empty home."""
+def test_before_preparation_it_prints_the_whole_plan_and_writes_nothing(tmp_path):
+    """In a separate process, with an empty HF_HOME and an empty home."""
     import os
 
     home = tmp_path / "home"
@@ -64,7 +67,7 @@ def test_before_preparing_it_tells_everything_and_writes_nothing(tmp_path):
     done = run([*flags, "--dry-run"], cwd=home, env={**os.environ, "HF_HOME": str(home), "HOME": str(home)})
     assert done.returncode == 0, done.stderr
     assert everything(tmp_path) == before
-    assert "to be prepared from" in done.stdout and "twice that meanwhile" in done.stdout
+    assert "to be prepared from" in done.stdout and "twice that during preparation" in done.stdout
     assert str(tmp_path / "cache") in done.stdout and str(tmp_path / "run") in done.stdout
     plan = json.loads(done.stdout.splitlines()[-1])
     assert {
@@ -82,7 +85,7 @@ def test_before_preparing_it_tells_everything_and_writes_nothing(tmp_path):
     assert 0 < plan["planned_peak_gb"] < 2 and plan["planned_seconds"] > 0
 
 
-def test_the_steps_are_about_right_before_and_exact_after_preparing(dry, copy, reference):
+def test_the_steps_are_estimated_before_preparation_and_exact_after_it(dry, copy, reference):
     flags = small_flags(copy)
     steps = int(reference["checkpoint"][11:])
     shutil.rmtree(copy / "run")
@@ -93,36 +96,36 @@ def test_the_steps_are_about_right_before_and_exact_after_preparing(dry, copy, r
     assert not before.plan["tokens_known"] and before.plan["steps"] == pytest.approx(steps, rel=0.1)
 
 
-def test_of_a_finished_run_nothing_is_left_to_do(dry, copy, reference):
+def test_a_finished_run_has_no_steps_left(dry, copy, reference):
     told = dry(copy, small_flags(copy))
     steps = int(reference["checkpoint"][11:])
     assert told.code == 0 and "is finished" in told.out and "training:" not in told.out
     assert (told.plan["steps"], told.plan["steps_done"], told.plan["planned_seconds"]) == (steps, steps, 0)
     overwritten = dry(copy, [*small_flags(copy), "--overwrite"])
     assert (
-        "would be removed" in overwritten.out
+        "removes the earlier run" in overwritten.out
         and overwritten.plan["steps_done"] == 0
         and overwritten.plan["steps"] == steps
     )
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
-def test_a_run_with_a_checkpoint_would_go_on_from_there(is_prepared, dry, copy, reference):
+def test_a_run_with_a_checkpoint_would_resume_from_it(is_prepared, dry, copy, reference):
     steps = int(reference["checkpoint"][11:])
     interrupt(copy)
     shutil.rmtree(newest(copy))
     done = int(newest(copy).name[11:])
-    (copy / "run" / ".checkpoint.tmp").mkdir()  # of a kill inside a save
+    (copy / "run" / ".checkpoint.tmp").mkdir()  # left by a kill during a save
     if not is_prepared:
         shutil.rmtree(copy / "cache")
     told = dry(copy, small_flags(copy))
     assert told.plan["steps_done"] == done
-    assert f"going on after step {done}: " in told.out and str(newest(copy)) in told.out
+    assert f"resuming after step {done}: " in told.out and str(newest(copy)) in told.out
     if is_prepared:
         assert told.plan["steps"] == steps and f": {steps - done} steps remain" in told.out
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_stays(dry, copy):
+def test_a_damaged_checkpoint_is_skipped_and_kept(dry, copy):
     interrupt(copy)
     bad = newest(copy)
     (bad / "model.safetensors").write_bytes(b"")
@@ -136,7 +139,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_stays(dry, copy):
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
-def test_changed_constants_are_refused_as_by_the_run(is_finished, dry, copy, monkeypatch, capfd):
+def test_changed_constants_are_rejected_as_by_the_run(is_finished, dry, copy, monkeypatch, capfd):
     if not is_finished:
         interrupt(copy)
     flags = small_flags(copy, n_layers=2, epochs=5)
@@ -146,7 +149,7 @@ def test_changed_constants_are_refused_as_by_the_run(is_finished, dry, copy, mon
     assert capfd.readouterr().err == told.err
 
 
-def test_other_tokens_than_the_checkpoints_are_refused_where_they_are_known(dry, copy, monkeypatch, capfd):
+def test_tokens_that_differ_from_the_checkpoint_are_rejected(dry, copy, monkeypatch, capfd):
     interrupt(copy)
     with open(copy / "corpus.jsonl", "a") as file:
         file.write('{"text": "one more document"}\n')
@@ -155,7 +158,7 @@ def test_other_tokens_than_the_checkpoints_are_refused_where_they_are_known(dry,
     assert told.code == 2 and "other tokens" in told.err
 
 
-def test_a_folder_that_is_none_for_a_run_is_refused(dry, tmp_path):
+def test_a_folder_with_other_files_is_rejected(dry, tmp_path):
     flags = small_flags(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("")
@@ -165,7 +168,7 @@ def test_a_folder_that_is_none_for_a_run_is_refused(dry, tmp_path):
     assert told.code == 2 and "not a folder" in told.err
 
 
-def test_a_run_that_holds_the_folder_is_not_disturbed(dry, copy):
+def test_a_locked_folder_can_be_planned(dry, copy):
     import filelock
 
     interrupt(copy)
@@ -174,7 +177,7 @@ def test_a_run_that_holds_the_folder_is_not_disturbed(dry, copy):
 
 
 @pytest.mark.parametrize("full", ["cache", "run"])
-def test_a_disk_too_small_is_warned_of_for_either_folder(full, dry, tmp_path, monkeypatch):
+def test_a_full_disk_of_either_folder_is_a_warning(full, dry, tmp_path, monkeypatch):
     flags = small_flags(tmp_path)
     for name in ("cache", "run"):
         (tmp_path / name).mkdir()
@@ -187,7 +190,7 @@ def test_a_disk_too_small_is_warned_of_for_either_folder(full, dry, tmp_path, mo
 
 
 @pytest.mark.parametrize("recorded, n_slow", [(False, 1), (True, 3)])
-def test_steps_that_compile_and_record_are_left_out_of_the_time(recorded, n_slow, dry, tmp_path, monkeypatch):
+def test_steps_that_compile_and_capture_are_not_timed(recorded, n_slow, dry, tmp_path, monkeypatch):
     real, calls = microbert.train.dry_run.Learner.step, []
 
     def step(self, *arguments):

@@ -1,4 +1,4 @@
-"""What a run learns, and what it warns of."""
+"""What a run learns, and what it warns about."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import transformers
-from configs import configure
+from configs import configure, resolve
 from helpers import ROOT, TIME_LIMIT, corpus_from, result, run_here, small_flags, write_corpus
 from models import as_sequences, noisy_model
 
@@ -20,7 +20,7 @@ import microbert.train.step
 from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
 from microbert.errors import Failed
 from microbert.runtime.run import Run
-from microbert.train.loop import evaluate
+from microbert.train.held_out import evaluate
 from microbert.train.step import Learner
 
 
@@ -30,7 +30,7 @@ def evaluations(folder):
 
 
 def alternating_corpus(folder):
-    """Text in which each word follows from its neighbours: three words in a fixed round."""
+    """Write text in which each word follows from its neighbours: three words in a fixed cycle."""
     words = ["alpha", "beta", "gamma"]
     lines = [
         json.dumps({"text": " ".join(words[(start + i) % 3] for i in range(25 + start % 4))}) for start in range(300)
@@ -39,7 +39,7 @@ def alternating_corpus(folder):
 
 
 @pytest.mark.slow
-def test_a_run_learns_what_there_is_to_learn(tmp_path, monkeypatch, capfd):
+def test_a_run_learns_a_predictable_text(tmp_path, monkeypatch, capfd):
     alternating_corpus(tmp_path)
     flags = small_flags(tmp_path, n_embed=16, n_layers=2, epochs=60, vocab_size=40, eval_every=500, save_every=1000)
     assert run_here(flags, monkeypatch) == 0
@@ -49,7 +49,7 @@ def test_a_run_learns_what_there_is_to_learn(tmp_path, monkeypatch, capfd):
     assert "warning" not in capfd.readouterr().out
 
 
-def test_a_rate_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, monkeypatch, capfd):
+def test_a_learning_rate_too_low_to_learn_is_a_warning(tmp_path, monkeypatch, capfd):
     alternating_corpus(tmp_path)
     assert run_here([*small_flags(tmp_path), "--lr-scaling", "none"], monkeypatch) == 0
     out = capfd.readouterr().out
@@ -58,7 +58,7 @@ def test_a_rate_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_first_step_that_compiles_is_left_out_of_the_time_that_is_told_for_the_rest(tmp_path, monkeypatch, capfd):
+def test_the_remaining_time_does_not_include_a_slow_first_step(tmp_path, monkeypatch, capfd):
     real, ends = microbert.train.step.Learner.step, []
 
     def slow_at_first(self, masked, number, *others):
@@ -74,7 +74,7 @@ def test_a_first_step_that_compiles_is_left_out_of_the_time_that_is_told_for_the
 
 
 @pytest.mark.slow
-def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transformers_loads(tmp_path):
+def test_version_2_trains_on_compressed_files_and_writes_a_folder_that_transformers_loads(tmp_path):
     lines = write_corpus(tmp_path / "plain.txt", n_documents=400).read_bytes().splitlines(keepends=True)
     (tmp_path / "plain.txt").unlink()
     for number in range(4):
@@ -88,7 +88,7 @@ def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transform
     assert done.returncode == 0, done.stderr
     assert "documents: 400 read" in done.stdout
     (path,) = tmp_path.glob("cache/*/tokens-*/train.bin")
-    assert (np.fromfile(path, np.uint16).reshape(-1, 32)[:-1] != PAD_ID).all()  # only the last sequence has room left
+    assert (np.fromfile(path, np.uint16).reshape(-1, 32)[:-1] != PAD_ID).all()  # only the last one has padding
     losses = evaluations(tmp_path / "run")
     assert losses[-1] < losses[0]
 
@@ -100,7 +100,7 @@ def test_version_2_trains_on_compressed_files_and_leaves_a_folder_that_transform
     assert logits.shape == (1, batch["input_ids"].shape[1], len(tokenizer)) and logits.isfinite().all()
 
 
-def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(reference, finished_run, tmp_path, monkeypatch):
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(reference, finished_run, tmp_path, monkeypatch):
     corpus_from(finished_run, tmp_path)
     assert run_here(small_flags(tmp_path), monkeypatch) == 0
     assert result(tmp_path / "run") == reference
@@ -108,14 +108,15 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(reference, finis
     assert result(tmp_path / "other")["hashes"] != reference["hashes"]
 
 
-def test_held_out_text_without_a_token_to_mask_is_no_evaluation(tmp_path):
+def test_held_out_text_without_a_token_to_mask_cannot_be_evaluated(tmp_path):
     run = Run(configure(), tmp_path)
+    run.config = resolve(run.given)
     rows = np.array([[CLS_ID, UNK_ID, SEP_ID, PAD_ID]] * 3)
-    with pytest.raises(Failed, match="no held-out token can be masked"):
+    with pytest.raises(Failed, match="the held-out text has no token to mask"):
         evaluate(Learner(noisy_model(), run.config, run.world), as_sequences(rows), run)
 
 
-def test_overwrite_starts_anew(finished_run, reference, tmp_path, monkeypatch):
+def test_overwrite_starts_again(finished_run, reference, tmp_path, monkeypatch):
     shutil.copytree(finished_run, tmp_path / "copy")
     flags = small_flags(tmp_path / "copy", n_layers=2)
     assert run_here([*flags, "--overwrite"], monkeypatch) == 0

@@ -1,4 +1,4 @@
-"""The planned memory is what a training step takes; tiers, micro-batches and the budget follow from it."""
+"""The memory plan of a training step, and the tiers, micro-batches and budget that follow from it."""
 
 import dataclasses
 import random
@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from configs import configure, configure_v4
+from configs import configure, configure_v4, resolve
 from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,19 +22,12 @@ from microbert.errors import InputError
 from microbert.model.build import count_parameters, new_model
 from microbert.model.layers import ModelConfig
 from microbert.model.loss import CHUNK_ELEMENTS, masked_loss
-from microbert.runtime.device import autocast
+from microbert.runtime.device import GIB, autocast
 from microbert.runtime.run import Run
-from microbert.train.memory import (
-    CPU_TIER,
-    GB,
-    GIB,
-    TIERS,
-    Hardware,
-    apply_memory_budget,
-    plan_memory,
-    planned_training_bytes,
-)
+from microbert.train.hardware import CPU_TIER, GB, TIERS, Hardware
+from microbert.train.memory import OUTSIDE_GRAPHS, apply_memory_budget, plan_memory
 from microbert.train.optim import Optimizer
+from microbert.train.step_memory import planned_training_bytes
 
 SHAPES = {
     "v1": (10_000, 2, 2, 4, 128, 32),
@@ -49,17 +42,15 @@ SHAPES = {
     "long": (1_000, 2, 2, 64, 1024, 8),
 }
 PRODUCTION = ("a 140 GB GPU", "an 80 GB GPU", "a 24 GB GPU", "large")
-AT_LEAST, AT_MOST = 1.0, 1.25  # of what the step takes
+AT_LEAST, AT_MOST = 1.0, 1.25  # of the tracked peak
 CPU = Hardware("cpu", None)
-NARROW = Hardware(
-    "mps", None
-)  # which takes bf16 as a GPU does, and logits in the chunks of a CPU, where this is computed
-# by the rows of docs/memory.md
+NARROW = Hardware("mps", None)  # bf16 as on a GPU, but logits in the chunks of a CPU, on which this is computed
+# by row of docs/memory.md
 VERSION_4 = {
-    f"auto, {tier.name.removeprefix('GPUs of ').removeprefix('the ')}": fill_in(configure_v4(), tier.values())
+    f"auto, {tier.name.removeprefix('GPUs of ').removeprefix('the ')}": resolve(configure_v4(), **tier.values())
     for tier in (*TIERS, CPU_TIER)
 }
-VERSION_4["large"] = configure_v4("--preset", "large")
+VERSION_4["large"] = resolve(configure_v4("--preset", "large"))
 RECIPES = {
     "v4": {name: getattr(VERSION_4["large"], name) for name in ("arch", "optimizer", "mlm_probability")},
     "modern with AdamW": {"arch": "modern"},
@@ -69,7 +60,7 @@ RECIPES = {
 
 def constants(shape, **others):
     _, n_layers, n_heads, n_embed, max_seq_len, batch_size = shape
-    return configure(
+    config = configure(
         **{
             "n_layers": n_layers,
             "n_heads": n_heads,
@@ -80,16 +71,20 @@ def constants(shape, **others):
             **others,
         }
     )
+    return resolve(config)
 
 
-def taken_by_a_step(shape, n_parts=1, dropout=0.0, dtype=None, mlm_probability=0.15, **recipe):
-    """Bytes of the tensors that are alive at the peak of a training step of micro-batches. Nothing is computed: the tensors are fake."""
+def tracked_peak(shape, n_parts=1, dropout=0.0, dtype=None, mlm_probability=0.15, **recipe):
+    """Return the peak memory of the tensors of a training step of micro-batches, in bytes.
+
+    Nothing is computed: the tensors are fake.
+    """
     vocab_size, n_layers, n_heads, n_embed, T, batch_size = shape
     M = n_slots(T, mlm_probability)
     with FakeTensorMode():
         model = new_model(ModelConfig(vocab_size, n_layers, n_heads, n_embed, T, dropout, recipe.get("arch", "bert")))
         optimizer = Optimizer(model, configure(optimizer=recipe.get("optimizer", "adamw")))
-        optimizer.begin_after(1)  # the moments are there from the second step on
+        optimizer.begin_after(1)  # so that the moments exist, as from the second step on
         ids, positions, labels, keys = (
             torch.zeros(size, dtype=torch.long)
             for size in ((batch_size, T), (batch_size, M), batch_size * M, batch_size)
@@ -124,31 +119,31 @@ def random_shapes(n):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(50)], ids=str)
-def test_the_plan_is_what_a_training_step_takes(shape):
+def test_the_plan_matches_the_tracked_peak_of_a_training_step(shape):
     planned = planned_training_bytes(constants(shape), shape[0])
-    assert AT_LEAST <= planned / taken_by_a_step(shape) <= AT_MOST
+    assert AT_LEAST <= planned / tracked_peak(shape) <= AT_MOST
 
 
 @pytest.mark.parametrize("n_parts, dropout", [(2, 0.0), (1, 0.1), (2, 0.1)])
 @pytest.mark.parametrize(
     "shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["one sequence"], SHAPES["long"], *random_shapes(2)], ids=str
 )
-def test_so_it_is_with_micro_batches_and_with_dropout(shape, n_parts, dropout):
+def test_the_plan_matches_with_micro_batches_and_dropout(shape, n_parts, dropout):
     config = constants(shape, batch_size=n_parts * shape[-1], micro_batch_size=shape[-1], dropout=dropout)
-    assert AT_LEAST <= planned_training_bytes(config, shape[0]) / taken_by_a_step(shape, n_parts, dropout) <= AT_MOST
+    assert AT_LEAST <= planned_training_bytes(config, shape[0]) / tracked_peak(shape, n_parts, dropout) <= AT_MOST
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(4)], ids=str)
-def test_so_it_is_in_bf16(shape):
+def test_the_plan_matches_in_bf16(shape):
     planned = planned_training_bytes(constants(shape, dtype="bfloat16"), shape[0], NARROW)
-    assert AT_LEAST <= planned / taken_by_a_step(shape, dtype=torch.bfloat16) <= AT_MOST
+    assert AT_LEAST <= planned / tracked_peak(shape, dtype=torch.bfloat16) <= AT_MOST
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(10)], ids=str)
-def test_so_it_is_with_each_architecture_and_optimizer(shape, recipe):
+def test_the_plan_matches_with_each_architecture_and_optimizer(shape, recipe):
     planned = planned_training_bytes(constants(shape, **recipe), shape[0])
-    assert AT_LEAST <= planned / taken_by_a_step(shape, **recipe) <= AT_MOST
+    assert AT_LEAST <= planned / tracked_peak(shape, **recipe) <= AT_MOST
 
 
 @pytest.mark.parametrize(
@@ -158,7 +153,7 @@ def test_so_it_is_with_each_architecture_and_optimizer(shape, recipe):
     "shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["large"], SHAPES["one sequence"], SHAPES["long"]], ids=str
 )
 @pytest.mark.slow
-def test_so_it_is_with_all_of_that_together(shape, n_parts, dropout, dtype):
+def test_the_plan_matches_with_all_of_these_together(shape, n_parts, dropout, dtype):
     config = constants(
         shape,
         batch_size=n_parts * shape[-1],
@@ -170,7 +165,7 @@ def test_so_it_is_with_all_of_that_together(shape, n_parts, dropout, dtype):
     assert (
         AT_LEAST
         <= planned_training_bytes(config, shape[0], NARROW if dtype else CPU)
-        / taken_by_a_step(shape, n_parts, dropout, dtype, **RECIPES["v4"])
+        / tracked_peak(shape, n_parts, dropout, dtype, **RECIPES["v4"])
         <= AT_MOST
     )
 
@@ -178,15 +173,15 @@ def test_so_it_is_with_all_of_that_together(shape, n_parts, dropout, dtype):
 @pytest.mark.parametrize("chunks_of", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("config", VERSION_4.values(), ids=VERSION_4)
-def test_so_it_is_with_each_size_of_version_4_also_with_the_chunks_of_a_gpu(config, dtype, chunks_of, monkeypatch):
+def test_the_plan_matches_for_each_size_of_version_4(config, dtype, chunks_of, monkeypatch):
     assert (config.arch, config.optimizer, config.mlm_probability) == ("modern", "muon", 0.4)
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", CHUNK_ELEMENTS[chunks_of])  # of the step, which is followed on a CPU
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", CHUNK_ELEMENTS[chunks_of])  # of the tracked step, which runs on a CPU
     shape = (config.vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.batch_size)
     hardware = Hardware("cuda", None) if chunks_of == "cuda" else NARROW if dtype else CPU
     planned = planned_training_bytes(
         dataclasses.replace(config, dtype="bfloat16" if dtype else "float32"), config.vocab_size, hardware
     )
-    assert AT_LEAST <= planned / taken_by_a_step(shape, dtype=dtype, **RECIPES["v4"]) <= AT_MOST
+    assert AT_LEAST <= planned / tracked_peak(shape, dtype=dtype, **RECIPES["v4"]) <= AT_MOST
 
 
 def test_the_table_in_the_docs_has_the_tiers_and_the_plan():
@@ -227,7 +222,7 @@ def test_the_table_in_the_docs_has_the_tiers_and_the_plan():
         (15.8, 4, 8),
     ],
 )
-def test_the_tier_goes_by_the_gpus_memory(gib, n_layers, batch_size):
+def test_the_tier_depends_on_the_memory_of_the_gpu(gib, n_layers, batch_size):
     hardware = Hardware("cuda", round(gib * GIB))
     assert hardware.tier().values() == {"n_layers": n_layers, "batch_size": batch_size}
     assert hardware.is_below_tiers() == (gib < 21.5)
@@ -244,7 +239,7 @@ def test_the_cpu_has_a_tier_of_its_own():
 @pytest.mark.parametrize("name", PRODUCTION)
 @pytest.mark.parametrize("gib", [24, 80, 141])
 @pytest.mark.parametrize("has_bf16", [False, True])
-def test_every_tier_and_the_large_preset_stay_under_24_gb_in_one_piece(name, gib, has_bf16):
+def test_every_tier_and_the_large_preset_fit_into_24_gb_without_micro_batches(name, gib, has_bf16):
     vocab_size, batch_size = SHAPES[name][0], SHAPES[name][-1]
     plan = plan_memory(
         constants(SHAPES[name], memory_budget_gb=24.0, dtype="auto"),
@@ -272,8 +267,8 @@ def test_the_micro_batches_are_the_fewest_that_fit(budget, batch_size, kind):
 
 
 @pytest.mark.parametrize("batch_size, between", [(32, 16), (8, None)])
-def test_a_batch_that_fits_in_one_piece_is_taken_so_also_where_less_does_not_fit(batch_size, between):
-    """Micro-batches need room for the gradients of those before, a whole batch does not."""
+def test_a_whole_batch_is_chosen_even_if_a_smaller_micro_batch_does_not_fit(batch_size, between):
+    """Micro-batches need memory for the gradients of earlier ones, a whole batch does not."""
     shape = (50_000, 4, 8, 128, 128, batch_size)
 
     def total(size):
@@ -302,7 +297,7 @@ def test_without_bf16_a_gpu_is_planned_in_fp32():
     assert old == plan_memory(constants(shape), shape[0], Hardware("cuda", 80 * GIB, 1, True)).total
 
 
-def test_the_smaller_of_budget_and_device_counts():
+def test_the_budget_is_the_smaller_of_constant_and_device():
     for budget, gib, expected in (
         (24, 141, 24 * GB),
         (24, 16, 16 * GIB),
@@ -318,56 +313,57 @@ def test_the_smaller_of_budget_and_device_counts():
         )
 
 
-def test_a_model_that_does_not_fit_at_all_is_refused():
-    with pytest.raises(InputError, match="one sequence of 128 tokens takes .* GB with its model, and 1.0 GB are there"):
+def test_a_model_that_does_not_fit_is_rejected():
+    with pytest.raises(InputError, match="one sequence of 128 tokens needs .* GB with its model, and 1.0 GB are"):
         plan_memory(constants((50_000, 4, 8, 512, 128, 8), memory_budget_gb=1.0), 50_000, CPU)
 
 
 @pytest.mark.parametrize("kind, budget", [("cuda", 1.0), ("cpu", 0.5)])
-def test_a_budget_that_leaves_nothing_for_tensors_is_refused_whatever_is_asked_for(kind, budget):
+def test_a_budget_that_leaves_nothing_for_tensors_is_rejected(kind, budget):
     with pytest.raises(InputError, match=f"memory_budget_gb = {budget:g}"):
         plan_memory(
             constants(SHAPES["v1"], memory_budget_gb=budget, micro_batch_size=1), 10_000, Hardware(kind, 24 * GIB)
         )
 
 
-def test_what_cuda_graphs_keep_is_planned_on_gpus_alone():
+def test_memory_outside_cuda_graphs_is_planned_on_gpus_only():
     def plan(kind, cuda_graphs):
         return plan_memory(constants(SHAPES["large"], cuda_graphs=cuda_graphs), 25_000, Hardware(kind, 80 * GIB))
 
     graphs, without = plan("cuda", True), plan("cuda", False)
-    beside = graphs.parts.pop("beside CUDA graphs")
+    beside = graphs.parts.pop(OUTSIDE_GRAPHS)
     assert graphs == without and plan("cpu", True) == plan("cpu", False)
     parameters = count_parameters(ModelConfig(*SHAPES["large"][:5]))
     assert 4 * (parameters + 2 * 25_000 * 2684) < beside < 1.5e9  # gradients, and twice the logits of a chunk
 
 
-def test_a_micro_batch_that_is_asked_for_is_planned_as_it_is():
+def test_a_micro_batch_that_is_set_is_planned_unchanged():
     plan = plan_memory(constants(SHAPES["large"], memory_budget_gb=2.0, micro_batch_size=96), 25_000, CPU)
     assert plan.micro_batch_size == 96 and not plan.fits
     assert plan_memory(constants(SHAPES["v1"], micro_batch_size=100), 10_000, CPU).micro_batch_size == 32
 
 
-def test_several_processes_hold_their_gradients_twice_for_a_moment():
-    shape = (300, 4, 8, 512, 16, 1)  # nothing but weights
+def test_several_processes_need_twice_the_gradients():
+    shape = (300, 4, 8, 512, 16, 1)  # hardly anything but weights
     one, two = (planned_training_bytes(constants(shape), 300, Hardware("cpu", None, n)) for n in (1, 2))
     parameters = count_parameters(ModelConfig(300, 4, 8, 512, 16))
     assert 5 * 4 * parameters <= two <= 1.05 * 5 * 4 * parameters and two > one
 
 
-def test_what_a_tier_gives_is_filled_in_and_nothing_else():
+def test_a_tier_sets_only_what_is_none():
     config = fill_in(configure(preset="auto", n_layers=None, batch_size=7), TIERS[1].values())
     assert (config.n_layers, config.batch_size) == (6, 7)
 
 
 @pytest.fixture
-def holds(monkeypatch, tmp_path, capsys):
-    """apply_memory_budget on a GPU of 80 GiB that is not there: the settled Config, the caps that were set, and what was printed."""
+def budgeted(monkeypatch, tmp_path, capsys):
+    """Call apply_memory_budget for a GPU of 80 GiB. Return the resolved Config, the caps and the output."""
 
-    def hold(given, kept=None):
+    def apply(given, kept=None):
         run = Run(given, tmp_path)
+        run.config = resolve(given)
         if kept is not None:
-            run.config = dataclasses.replace(given, micro_batch_size=kept)
+            run.config = dataclasses.replace(run.config, micro_batch_size=kept)
         caps = []
         monkeypatch.setattr(microbert.train.memory, "hardware_of", lambda device, world: Hardware("cuda", 80 * GIB))
         monkeypatch.setattr(microbert.train.memory, "limit_memory", lambda device, n_bytes: caps.append(n_bytes))
@@ -375,26 +371,26 @@ def holds(monkeypatch, tmp_path, capsys):
         apply_memory_budget(run, tokens, torch.device("cuda"))
         return run.config, caps, capsys.readouterr().out
 
-    return hold
+    return apply
 
 
-def test_a_run_is_held_to_the_budget_and_says_so(holds):
-    config, caps, out = holds(constants(SHAPES["large"], preset="large", memory_budget_gb=4.5))
+def test_the_budget_sets_micro_batch_and_cap(budgeted):
+    config, caps, out = budgeted(constants(SHAPES["large"], preset="large", memory_budget_gb=4.5))
     assert config.micro_batch_size == 48 and caps == [3.5 * GB]
     assert (
         'preset "large": 8 layers, batch 96' in out
-        and "48 sequences of 256 tokens at a time, 2 times a step" in out
+        and "48 sequences of 256 tokens at a time, 2 times per step" in out
         and "of 4.5" in out
     )
 
 
-def test_without_a_budget_there_is_no_cap(holds):
-    config, caps, _ = holds(constants(SHAPES["large"]))
+def test_without_a_budget_there_is_no_cap(budgeted):
+    config, caps, _ = budgeted(constants(SHAPES["large"]))
     assert config.micro_batch_size == 96 and not caps
 
 
-@pytest.mark.parametrize("asked, kept, settled", [(None, 12, 12), (None, None, 48), (96, 12, 12), (96, None, 96)])
-def test_what_is_left_of_a_micro_batch_is_kept_where_less_than_planned(asked, kept, settled, holds):
-    config, _, out = holds(constants(SHAPES["large"], memory_budget_gb=4.5, micro_batch_size=asked), kept or asked)
-    assert config.micro_batch_size == settled
-    assert ("warning: that is more than there is" in out) == (settled == 96)
+@pytest.mark.parametrize("asked, kept, resolved", [(None, 12, 12), (None, None, 48), (96, 12, 12), (96, None, 96)])
+def test_a_smaller_micro_batch_of_the_checkpoint_is_kept(asked, kept, resolved, budgeted):
+    config, _, out = budgeted(constants(SHAPES["large"], memory_budget_gb=4.5, micro_batch_size=asked), kept or asked)
+    assert config.micro_batch_size == resolved
+    assert ("warning: that is more than available" in out) == (resolved == 96)

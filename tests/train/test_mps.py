@@ -1,6 +1,6 @@
-"""Apple's GPUs have no float64, and torch's fused AdamW ignores `found_inf` there.
+"""Apple's GPUs have no float64, and torch's fused AdamW ignores `found_inf` on them.
 
-A CPU without our kernels takes the place of one.
+These tests run on a CPU without our kernels instead.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from configs import configure
+from configs import configure, resolve
 from models import VOCAB_SIZE, as_batch, as_sequences, noisy_model, token_rows
 from test_optim import BROKEN, FINE, parameters_after, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ import microbert.train.optim
 from microbert.data.masking import mask_batch
 from microbert.runtime.distributed import World
 from microbert.runtime.run import Run
-from microbert.train.loop import evaluate
+from microbert.train.held_out import evaluate
 from microbert.train.optim import GuardedAdamW, Optimizer
 from microbert.train.step import Learner
 
@@ -25,7 +25,7 @@ RECIPES = [(arch, optimizer) for arch in ("bert", "modern") for optimizer in ("a
 
 
 class NoFloat64(TorchDispatchMode):
-    """Fails where an operation returns float64. `torch.tensor` may: it is used for numbers that stay on the CPU."""
+    """Fail if an operation returns float64, except `torch.tensor`, which is used for numbers that stay on the CPU."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -38,7 +38,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def on_apple(monkeypatch):
     monkeypatch.setattr(microbert.train.optim, "FUSED", ())
-    for module in ("loss", "norm", "gelu", "attention"):
+    for module in ("model.loss", "kernels.norm", "kernels.gelu", "kernels.attention"):
         monkeypatch.setattr(f"microbert.{module}.is_for_kernels", lambda *_: False)
 
 
@@ -48,10 +48,10 @@ def optimizer_of(name):
 
 
 @pytest.mark.parametrize("arch, optimizer", RECIPES)
-def test_training_and_evaluation_make_no_float64_on_the_device(arch, optimizer, on_apple, monkeypatch, tmp_path):
-    # which works on the CPU
+def test_training_and_evaluation_create_no_float64_on_the_device(arch, optimizer, on_apple, monkeypatch, tmp_path):
+    # try_gather works on the CPU
     monkeypatch.setattr(World, "try_gather", lambda _, *values: (np.array([values], np.float64), []))
-    config = configure(optimizer=optimizer, arch=arch, dropout=0.1, batch_size=8)
+    config = resolve(configure(optimizer=optimizer, arch=arch, dropout=0.1, batch_size=8))
     learner = Learner(noisy_model(arch=arch, dropout=0.1), config, World.alone())
     rows = token_rows(8)
     with NoFloat64():
@@ -59,12 +59,14 @@ def test_training_and_evaluation_make_no_float64_on_the_device(arch, optimizer, 
             masked = mask_batch(as_batch(rows), seed=number, probability=0.3, vocab_size=VOCAB_SIZE)
             loss, _ = learner.step(masked, number, 1e-2).read()
             assert math.isfinite(loss)
-        result, _ = evaluate(learner, as_sequences(rows), Run(config, tmp_path))
+        run = Run(config, tmp_path)
+        run.config = config
+        result, _ = evaluate(learner, as_sequences(rows), run)
     assert math.isfinite(result.loss)
     assert isinstance(learner.optimizer.members[0], GuardedAdamW)
 
 
-def test_adamw_there_allocates_before_it_changes_anything(on_apple, monkeypatch):
+def test_guarded_adamw_allocates_before_it_changes_anything(on_apple, monkeypatch):
     model, optimizer = optimizer_of("adamw")
     with_gradients(model, 0)
     (member,) = optimizer.members
@@ -79,7 +81,7 @@ def test_adamw_there_allocates_before_it_changes_anything(on_apple, monkeypatch)
     assert not any(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_adamw_there_does_what_torchs_adamw_does(on_apple, monkeypatch):
+def test_guarded_adamw_matches_torchs_adamw(on_apple, monkeypatch):
     ours, guarded = optimizer_of("adamw")
     monkeypatch.undo()
     theirs, fused = optimizer_of("adamw")
@@ -98,7 +100,7 @@ def test_adamw_there_does_what_torchs_adamw_does(on_apple, monkeypatch):
 
 @pytest.mark.parametrize("n_steps", [0, 1])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_broken_step_changes_nothing_there_and_the_next_one_is_as_if_it_had_not_been(name, n_steps, on_apple):
+def test_a_broken_step_changes_nothing_and_does_not_affect_the_next_one(name, n_steps, on_apple):
     (model, optimizer), (other, undisturbed) = optimizer_of(name), optimizer_of(name)
     for _ in range(n_steps):
         for one, its in ((model, optimizer), (other, undisturbed)):

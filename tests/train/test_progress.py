@@ -1,4 +1,4 @@
-"""How far a run is, by its steps or by the clock, and what is due on the way."""
+"""The position of a run, by its steps or by the clock, and what is due there."""
 
 import pytest
 from configs import configure
@@ -7,28 +7,28 @@ from hypothesis import strategies as st
 from models import many_examples
 
 from microbert.errors import InputError
-from microbert.train.progress import EXPORT_SECONDS, EXPORT_SHARE, POINTS_PER_RUN, Course
+from microbert.train.progress import EXPORT_SECONDS, EXPORT_SHARE, POINTS_PER_RUN, Progress
 
 
-def course_of(config, steps, prepared_seconds=0.0, loading_seconds=0.0):
-    return Course(config, steps, 0, prepared_seconds, loading_seconds)
+def progress_of(config, steps, prepared_seconds=0.0, loading_seconds=0.0):
+    return Progress(config, steps, 0, prepared_seconds, loading_seconds)
 
 
-def walk(course, seconds_a_step=0.0, every=None, n_points=POINTS_PER_RUN):
-    """The steps after which something is due, and how many there were."""
+def walk(progress, seconds_a_step=0.0, every=None, n_points=POINTS_PER_RUN):
+    """Return the steps after which something is due, and the number of steps."""
     due, step = [], 0
-    while not course.is_over:
+    while not progress.is_over:
         step += 1
-        course.move(step, course.time_used(step * seconds_a_step))
-        if course.is_due(step, every, n_points):
+        progress.move(step, progress.time_used(step * seconds_a_step))
+        if progress.is_due(step, every, n_points):
             due.append(step)
     return due, step
 
 
 @many_examples
 @given(st.integers(1, 500), st.integers(1, 120))
-def test_without_a_limit_a_run_has_all_its_steps_and_its_points_at_equal_distances_and_one_at_its_end(steps, n_points):
-    due, n_steps = walk(course_of(configure(), steps, 1e9), 1e9, n_points=n_points)
+def test_without_a_limit_the_points_have_equal_distances_and_one_is_at_the_end(steps, n_points):
+    due, n_steps = walk(progress_of(configure(), steps, 1e9), 1e9, n_points=n_points)
     interval = -(-steps // n_points)
     assert n_steps == steps and due == [
         *(step for step in range(interval, steps, interval) if steps - step >= interval / 2),
@@ -39,61 +39,61 @@ def test_without_a_limit_a_run_has_all_its_steps_and_its_points_at_equal_distanc
 
 @many_examples
 @given(st.integers(1, 500), st.integers(1, 120))
-def test_what_comes_every_so_many_steps_comes_at_the_end_too(steps, every):
-    assert walk(course_of(configure(), steps), every=every)[0] == sorted({*range(every, steps, every), steps})
+def test_what_is_due_every_n_steps_is_also_due_at_the_end(steps, every):
+    assert walk(progress_of(configure(), steps), every=every)[0] == sorted({*range(every, steps, every), steps})
 
 
-def test_with_a_limit_the_run_ends_with_the_time_and_has_as_many_points():
-    course = course_of(configure(max_minutes=2), 100_000, prepared_seconds=8.0)
-    course.eval_seconds = 10.0
-    due, n_steps = walk(course, seconds_a_step=0.5)
+def test_with_a_limit_the_run_ends_in_time_with_as_many_points():
+    progress = progress_of(configure(max_minutes=2), 100_000, prepared_seconds=8.0)
+    progress.eval_seconds = 10.0
+    due, n_steps = walk(progress, seconds_a_step=0.5)
     assert n_steps == (120 - 8 - EXPORT_SECONDS - 10) / 0.5 and len(due) == POINTS_PER_RUN and due[-1] == n_steps
 
 
-def test_a_limit_that_all_steps_keep_changes_nothing():
-    assert walk(course_of(configure(max_minutes=60), 50, 8.0), 0.5) == walk(course_of(configure(), 50, 8.0))
+def test_a_limit_longer_than_all_steps_changes_nothing():
+    assert walk(progress_of(configure(max_minutes=60), 50, 8.0), 0.5) == walk(progress_of(configure(), 50, 8.0))
 
 
-def test_all_processes_go_by_the_first_ones_clock():
-    first, second = (course_of(configure(max_minutes=2), 100) for _ in range(2))
+def test_all_processes_use_the_clock_of_the_first_one():
+    first, second = (progress_of(configure(max_minutes=2), 100) for _ in range(2))
     used = first.time_used(20.0)
-    for course in (first, second):
-        course.move(3, used)
+    for progress in (first, second):
+        progress.move(3, used)
     assert first.position == second.position == pytest.approx(100 * 20 / (120 - EXPORT_SECONDS))
 
 
 @pytest.mark.parametrize("eval_seconds, evaluations", [(0.0, 10), (1.0, 8), (5.0, 1), (1000.0, 1), (0.01, 10)])
-def test_evaluations_take_a_small_share_of_the_time(eval_seconds, evaluations):
-    course = course_of(configure(max_minutes=(80 + EXPORT_SECONDS) / 60), 100)
-    course.eval_seconds = eval_seconds
-    assert course.evaluations() == evaluations
+def test_evaluations_use_a_small_share_of_the_time(eval_seconds, evaluations):
+    progress = progress_of(configure(max_minutes=(80 + EXPORT_SECONDS) / 60), 100)
+    progress.eval_seconds = eval_seconds
+    assert progress.evaluations() == evaluations
 
 
-def test_time_that_the_preparation_has_used_up_is_told():
+def test_a_limit_used_up_by_the_preparation_is_an_error():
     with pytest.raises(InputError, match="max_minutes = 1: the preparation took 55 s"):
-        course_of(configure(max_minutes=1), 100, 55.0)
+        progress_of(configure(max_minutes=1), 100, 55.0)
 
 
 def simulate(minutes, step_seconds, eval_seconds, prepared_seconds=2.0, loading_seconds=2.0):
-    """A run by a simulated clock: seconds in steps, seconds from its start to the export, positions of its steps."""
-    course = course_of(configure(max_minutes=minutes), 10_000, prepared_seconds, loading_seconds)
+    """Simulate a run. Return the seconds in steps, those from start to export, and the positions of its steps."""
+    progress = progress_of(configure(max_minutes=minutes), 10_000, prepared_seconds, loading_seconds)
     clock, in_steps, positions = 0.0, 0.0, []
-    course.reserve_evaluation(eval_seconds, clock)
-    if course.is_due(0, None, course.evaluations()):
+    progress.reserve_evaluation(eval_seconds, clock)
+    if progress.is_due(0, None, progress.evaluations()):
         clock += eval_seconds
-    course.begin(0, clock)
-    while not course.is_over:
-        positions.append(course.position)
+    progress.begin(0, clock)
+    while not progress.is_over:
+        positions.append(progress.position)
         clock, in_steps = clock + step_seconds, in_steps + step_seconds
-        course.move(len(positions), course.time_used(clock))
-        if course.is_due(len(positions), None, course.evaluations()):
+        progress.move(len(positions), progress.time_used(clock))
+        if progress.is_due(len(positions), None, progress.evaluations()):
             clock += eval_seconds
     return in_steps, prepared_seconds + clock, positions
 
 
 @pytest.mark.parametrize("eval_seconds", [0.01, 0.3, 2.5, 5.0])
 @pytest.mark.parametrize("minutes", [0.5, 1, 5])
-def test_most_of_the_time_is_spent_on_steps_and_what_is_left_is_enough_for_the_export(minutes, eval_seconds):
+def test_most_of_the_time_is_for_steps_and_enough_remains_for_the_export(minutes, eval_seconds):
     in_steps, ended, positions = simulate(minutes, 0.02, eval_seconds)
     reserved = min(EXPORT_SECONDS, EXPORT_SHARE * 60 * minutes)
     time_left = 60 * minutes - 2.0 - reserved
@@ -102,17 +102,17 @@ def test_most_of_the_time_is_spent_on_steps_and_what_is_left_is_enough_for_the_e
     assert positions[0] == 0  # so that the learning rate has its whole warm-up
 
 
-def test_a_slow_machine_has_more_time_for_the_export():
+def test_a_slow_machine_reserves_more_time_for_the_export():
     ends = [simulate(1, 0.02, 0.1, loading_seconds=seconds)[1] for seconds in (3, 36, 1000)]
     assert ends == pytest.approx([45, 42, 40], abs=0.1)
 
 
-def test_an_evaluation_that_leaves_no_time_to_train_is_told_before_it_is_begun():
-    course = course_of(configure(max_minutes=0.5), 100, 2.0)
-    course.reserve_evaluation(15.0, 5.0)
+def test_an_evaluation_that_leaves_no_time_to_train_is_an_error():
+    progress = progress_of(configure(max_minutes=0.5), 100, 2.0)
+    progress.reserve_evaluation(15.0, 5.0)
     with pytest.raises(InputError, match="max_minutes = 0.5: 16 s are left .* evaluation takes about 17 s"):
-        course.reserve_evaluation(17.0, 5.0)
-    resumed = Course(configure(max_minutes=0.5), 100, 3, 2.0, 0.0)
+        progress.reserve_evaluation(17.0, 5.0)
+    resumed = Progress(configure(max_minutes=0.5), 100, 3, 2.0, 0.0)
     resumed.reserve_evaluation(17.0, 20.0)
     resumed.begin(3, 20.0)
     assert resumed.is_over

@@ -1,4 +1,4 @@
-"""Processes begin alike, or say in what they differ."""
+"""Processes begin with the same state, or report how they differ."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from microbert.train.resume import resume_together
 
 
 class Second(World):
-    """The second of two processes, which hears from the first what `said` makes of what this one would have found."""
+    """The second of two processes. `said` turns its own answer into that of the first one."""
 
     def __init__(self, said):
         super().__init__({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
@@ -34,7 +34,7 @@ class Second(World):
 
 @pytest.fixture
 def prepared(finished_run, tmp_path):
-    """The finished run's flags as a Config, its tokens, and a copy of its newest checkpoint in another folder."""
+    """Return the finished run's Config, its tokens, and a copy of its newest checkpoint in another folder."""
     from microbert.data.prepare import find_tokens
     from microbert.data.sources import open_corpus
     from microbert.data.tokenizer import find_tokenizer
@@ -54,7 +54,7 @@ def begin(config, tokens, checkpoint, world):
     return run, model, Optimizer(model, run.config), found
 
 
-def test_a_process_that_is_alone_starts_as_the_checkpoint_is(prepared):
+def test_a_single_process_loads_the_checkpoint(prepared):
     config, tokens, checkpoint = prepared
     run, model, optimizer, found = begin(*prepared, World.alone())
     state = resume_together(run, found, model, optimizer, tokens)
@@ -81,7 +81,7 @@ def test_a_process_that_is_alone_starts_as_the_checkpoint_is(prepared):
         (lambda first: first["state"].update(step=5), "is newer than what the first process has found (step 5)"),
     ],
 )
-def test_a_process_that_differs_says_in_what(change, told, prepared):
+def test_a_process_that_differs_reports_how(change, told, prepared):
     config, tokens, checkpoint = prepared
     run, model, optimizer, found = begin(*prepared, World.alone())
 
@@ -95,12 +95,12 @@ def test_a_process_that_differs_says_in_what(change, told, prepared):
     assert told in str(caught.value)
 
 
-def test_what_belongs_to_a_machine_is_not_compared(prepared):
+def test_constants_of_a_machine_are_not_compared(prepared):
     config, tokens, checkpoint = prepared
     run, model, optimizer, found = begin(*prepared, World.alone())
     facts = {}
     run.world = Second(lambda first: facts.update(first["facts"]) or first)
-    with pytest.raises(AssertionError, match="group"):  # all was well up to there
+    with pytest.raises(AssertionError, match="group"):  # reached after all comparisons
         resume_together(run, found, model, optimizer, tokens)
     assert not {"dataset", "output_dir", "cache_dir"} & set(facts)
     assert facts["device"] == "cpu" and facts["seed"] == config.seed

@@ -1,4 +1,4 @@
-"""One update: out of memory halves the micro-batch and loses nothing; numbers that break down leave the weights alone."""
+"""One update: running out of memory halves the micro-batch; non-finite numbers leave the weights unchanged."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def new_learner(**constants):
 
 
 def run_short(monkeypatch, capacity, message=NO_MEMORY, after=0):
-    """Lets memory run out when a micro-batch has more than `capacity` rows of 5 slots, from the call number `after` on."""
+    """Make micro-batches of more than `capacity` rows (of 5 slots) run out of memory, after `after` calls."""
     real, calls = microbert.train.step.masked_loss, []
 
     def masked_loss(hidden, *others):
@@ -58,15 +58,15 @@ def test_a_step_without_a_masked_token_changes_nothing(recwarn):
     assert not [warning for warning in recwarn if "divide" in str(warning.message)]
 
 
-def test_the_micro_batch_is_halved_until_it_fits_and_the_step_is_the_same(monkeypatch, capsys):
+def test_the_micro_batch_is_halved_until_it_fits_with_the_same_result(monkeypatch, capsys):
     expected = new_learner(micro_batch_size=2, dropout=0.1)
     numbers = [expected.step(masked_rows(seed=n), n, 1e-2).read() for n in range(3)]
     calls = run_short(monkeypatch, 2, after=4)
     learner = new_learner(dropout=0.1, micro_batch_size=4)
-    calls += [0, 0, 0, 0]  # as if the first step were behind it
+    calls += [0, 0, 0, 0]  # as if this were after the first step
     assert [learner.step(masked_rows(seed=n), n, 1e-2).read() for n in range(3)] == numbers
     assert calls[4:] == [4, 2, 2, 2, 2] + [2, 2, 2, 2] * 2
-    assert (learner.micro_batch_size, learner.ran_short) == (2, True)
+    assert (learner.sizes.micro_batch, learner.sizes.ran_short) == (2, True)
     for parameter, other in zip(learner.model.parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(parameter, other)
     told = capsys.readouterr().err
@@ -85,18 +85,19 @@ def test_without_memory_for_one_sequence_the_error_names_batch_length_and_bytes(
     with pytest.raises(Failed) as caught:
         learner.step(masked_rows(), 3, 1e-2)
     assert all(word in str(caught.value) for word in ("step 3", "one sequence of 128 tokens", "0.0", " GB", "2.00 GiB"))
-    assert all(torch.equal(*pair) for pair in zip(before, learner.model.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(before, learner.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        "[enforce fail at alloc_cpu.cpp:122] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+        "[enforce fail at alloc_cpu.cpp:122] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 9 bytes.",
         "MPS backend out of memory (MPS allocated: 1.00 GB)",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     ],
 )
-def test_every_device_has_its_words_for_it(message, monkeypatch):
+def test_the_messages_of_every_device_are_recognised(message, monkeypatch):
     real = microbert.train.step.masked_loss
 
     def masked_loss(hidden, *others):
@@ -107,10 +108,10 @@ def test_every_device_has_its_words_for_it(message, monkeypatch):
     monkeypatch.setattr(microbert.train.step, "masked_loss", masked_loss)
     learner = new_learner()
     learner.step(masked_rows(), 0, 1e-2)
-    assert learner.micro_batch_size == 4
+    assert learner.sizes.micro_batch == 4
 
 
-def test_another_error_is_raised_as_it_is(monkeypatch):
+def test_another_error_is_raised_unchanged(monkeypatch):
     def masked_loss(*_):
         raise RuntimeError("shapes cannot be multiplied")
 
@@ -120,7 +121,7 @@ def test_another_error_is_raised_as_it_is(monkeypatch):
 
 
 @pytest.mark.fault(row=24)
-def test_after_numbers_that_are_not_finite_no_step_is_applied_whenever_that_is_noticed(monkeypatch):
+def test_after_non_finite_numbers_no_step_is_applied(monkeypatch):
     learner = new_learner()
     learner.step(masked_rows(), 0, 1e-2).read()
     before = [tensor.clone() for tensor in (*learner.model.parameters(), *learner.optimizer.tensors().values())]
@@ -136,7 +137,7 @@ def test_after_numbers_that_are_not_finite_no_step_is_applied_whenever_that_is_n
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
-def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for():
+def test_the_gradient_is_clipped_to_grad_clip():
     learner, free = new_learner(grad_clip=0.01), new_learner(grad_clip=None)
     numbers = [one.step(masked_rows(), 0, 0.0).read() for one in (learner, free)]
     assert numbers[0] == numbers[1] and numbers[0][1] > 0.01
@@ -163,7 +164,7 @@ def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(cons
     assert list(compiled.model.state_dict()) == list(eager.model.state_dict())
 
 
-def test_every_part_of_a_batch_has_one_shape_where_it_is_compiled(monkeypatch):
+def test_all_micro_batches_have_one_shape_if_compiled(monkeypatch):
     shapes, eager = [], new_learner(micro_batch_size=3)
     real = torch.compile
 
@@ -185,8 +186,12 @@ def test_every_part_of_a_batch_has_one_shape_where_it_is_compiled(monkeypatch):
 @pytest.mark.parametrize(
     "constants", [{}, {"dropout": 0.1, "micro_batch_size": 3}, {"arch": "modern", "optimizer": "muon", "packing": True}]
 )
-def test_steps_that_are_played_back_are_the_same(monkeypatch, constants):
-    """But for fp32 where there were numbers of Python. Instead of a CUDA graph the function is called again; all that a graph would read and write stays where it is."""
+def test_replayed_steps_are_the_same(monkeypatch, constants):
+    """Up to fp32 instead of Python numbers.
+
+    In place of a CUDA graph, the function is called again, and all that a graph would read and write must stay where
+    it is in memory.
+    """
     plain, made = new_learner(**constants), []
     monkeypatch.setattr(microbert.train.step, "is_captured", lambda *_: True)
     monkeypatch.setattr(microbert.runtime.cuda_graph, "record", lambda function: made.append(function) or function)
@@ -197,32 +202,32 @@ def test_steps_that_are_played_back_are_the_same(monkeypatch, constants):
             *learner.model.parameters(),
             *(parameter.grad for parameter in learner.model.parameters()),
             *learner.optimizer.tensors().values(),
-            learner._broken,
+            learner._is_broken,
             *(state["step"] for state in learner.optimizer.members[0].state.values()),
         ]
         return [tensor.data_ptr() for tensor in tensors]
 
     for number in range(8):
         masked = masked_rows(seed=number)
-        if number == 4:  # a batch that is not full comes between
+        if number == 4:  # one smaller batch
             masked = dataclasses.replace(
                 masked, **{name: getattr(masked, name)[:5] for name in ("input_ids", "positions", "labels")}
             )
         numbers = [one.step(masked, number, (number + 1) * 2e-3).read() for one in (plain, learner)]
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-4)
-        if number == 1:  # before anything is recorded
+        if number == 1:  # before anything is captured
             stayed = places()
     assert places() == stayed
     rates = [group["lr"] for member in learner.optimizer.members for group in member.param_groups]
     assert all(
         rate.data_ptr() == learner._update._places[1][1].data_ptr() for rate in rates
-    )  # what is played back reads the rate of the step
+    )  # a graph reads the rate of the step from there
     for parameter, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
-    assert len(made) == 3 and learner._learn.has_recording
+    assert len(made) == 3 and learner._backward.has_recording
 
 
-def test_after_memory_has_run_out_nothing_is_recorded(monkeypatch, capsys):
+def test_after_running_out_of_memory_nothing_is_captured(monkeypatch, capsys):
     monkeypatch.setattr(microbert.train.step, "is_captured", lambda *_: True)
     made = []
     monkeypatch.setattr(microbert.runtime.cuda_graph, "record", lambda function: made.append(function) or function)
@@ -234,15 +239,15 @@ def test_after_memory_has_run_out_nothing_is_recorded(monkeypatch, capsys):
     for number in range(4, 8):
         learner.step(masked_rows(seed=number), number, 1e-3).read()
     assert (
-        learner.micro_batch_size == 4
-        and not learner._learn.has_recording
+        learner.sizes.micro_batch == 4
+        and not learner._backward.has_recording
         and not learner._update.has_recording
         and len(made) == 2
     )
 
 
 def short_of_memory(folder, name, text):
-    """v4 with 4 sequences at a time in steps, into which `text` is put before the second part of each; `number` is the step's, `rank` the process's."""
+    """Return v4 with `text` run before the second micro-batch of each step. It may use `number` (step) and `rank`."""
     return faulty_script(
         folder / name,
         f"""import signal, torch
@@ -265,7 +270,7 @@ step.Learner.step, step.masked_loss = counted, masked_loss""",
 @pytest.mark.parametrize("n_processes", [1, 2])
 @pytest.mark.fault(row=26)
 @pytest.mark.slow
-def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_micro_batch(n_processes, tmp_path):
+def test_running_out_of_memory_equals_resuming_with_the_smaller_micro_batch(n_processes, tmp_path):
     runs_out = short_of_memory(
         tmp_path,
         "runs_out.py",
@@ -273,7 +278,7 @@ def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_
     )
     stops = short_of_memory(
         tmp_path, "stops.py", "if number == 23: os.kill(os.getpid(), signal.SIGTERM)"
-    )  # heard at the next step, the 25th
+    )  # noticed at the next step, the 25th
 
     def begin(name, script, **constants):
         flags = flags_of(
@@ -302,10 +307,10 @@ def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_
     begin("stopped", stops)
     assert (tmp_path / "stopped" / "checkpoint-25").exists()
     code, out, err = begin("stopped", V4, micro_batch_size=2 // n_processes)
-    assert code == 0 and "going on after step 25" in out, err
+    assert code == 0 and "resuming after step 25" in out, err
     assert result(tmp_path / "short") == result(tmp_path / "stopped")
 
-    # what is left of the micro-batch is kept: the run goes on with it by the first command
+    # the halved micro-batch is saved: the first command resumes with it
     state = json.loads((tmp_path / "short" / "checkpoint-60" / "state.json").read_text())
     assert (
         state["state"]["micro_batch_size"] == 2 // n_processes
@@ -315,9 +320,6 @@ def test_a_run_that_runs_out_of_memory_is_the_run_that_goes_on_with_the_smaller_
     shutil.copytree(tmp_path / "short" / "checkpoint-60", tmp_path / "again" / "checkpoint-60")
     shutil.copy(tmp_path / "short" / "metrics.jsonl", tmp_path / "again")
     code, out, err = begin("again", V4)
-    assert (
-        code == 0
-        and f"going on after step 60, from {tmp_path / 'again' / 'checkpoint-60'}, with {2 // n_processes} sequences at a time"
-        in out
-    ), err
+    told = f"from {tmp_path / 'again' / 'checkpoint-60'}, with {2 // n_processes} sequences at a time"
+    assert code == 0 and f"resuming after step 60, {told}" in out, err
     assert result(tmp_path / "again") == result(tmp_path / "short")

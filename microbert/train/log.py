@@ -1,0 +1,96 @@
+"""What a run reports while it trains: the lines of metrics.jsonl and the progress bar."""
+
+import time
+
+from tqdm import tqdm
+
+from microbert.runtime.metrics import Metrics
+from microbert.runtime.run import Run
+from microbert.train.checkpoint import State
+from microbert.train.held_out import Evaluation
+from microbert.train.progress import Progress
+
+
+class TrainingLog:
+    """Measures the training time of a run, and writes its metrics. Only the first process writes.
+
+    Between two lines of training metrics, the losses accumulate in `state`.
+    """
+
+    def __init__(self, run: Run, state: State, progress: Progress, n_sequences: int, bar: tqdm) -> None:
+        """n_sequences: to train on. bar: of the steps."""
+        self._config, self._state, self._progress = run.config, state, progress
+        self._n_sequences, self._bar = n_sequences, bar
+        self.metrics = Metrics(
+            run.folder, state.step, writes=run.world.is_first, for_tensorboard=run.config.report_to == "tensorboard"
+        )
+        self._seconds_before, self._start = state.seconds, time.perf_counter()
+        self._first_step = self._logged_step = state.step
+        self._grad_norm = self._step_start = self._step_seconds = 0.0
+
+    def seconds(self) -> float:
+        """Return the training time of the run, over all its starts, and update `state` with it."""
+        self._state.seconds = self._seconds_before + time.perf_counter() - self._start
+        return self._state.seconds
+
+    def begin_step(self) -> None:
+        self._step_start = time.perf_counter()
+
+    def add(self, loss: float, grad_norm: float) -> None:
+        """Add the numbers of a step to the next line."""
+        self._state.loss_sum += loss
+        self._state.loss_steps += 1
+        self._grad_norm = grad_norm
+
+    def end_step(self) -> None:
+        self._step_seconds += time.perf_counter() - self._step_start
+        if self._state.step == self._first_step + 1:
+            self._bar.unpause()  # leave evaluation and compilation out of the estimate of the remaining time
+        self._bar.update(1)
+
+    def write_training(self, learning_rate: float, peak_gb: float) -> None:
+        """Write a line of training metrics, over the steps since the last one."""
+        state = self._state
+        samples_per_second = (state.step - self._logged_step) * self._config.global_batch_size / self._step_seconds
+        tokens_per_second = samples_per_second * self._config.max_seq_len
+        mean_loss = state.loss_sum / state.loss_steps
+        self._write(
+            {
+                "train/loss": mean_loss,
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": self._grad_norm,
+                "train/samples_per_second": round(samples_per_second, 1),
+                "train/tokens_per_second": round(tokens_per_second),
+                "train/peak_memory_gb": round(peak_gb, 3),
+            }
+        )
+        share = ""
+        if self._config.max_minutes is not None:
+            share = f"{self._progress.position / self._progress.steps:.0%} of the time, "
+        self._bar.set_postfix_str(
+            f"{share}loss {mean_loss:.3f}, {tokens_per_second / 1000:.0f}k tokens/s", refresh=False
+        )
+        self._logged_step, self._step_seconds = state.step, 0.0
+        state.loss_sum, state.loss_steps = 0.0, 0
+
+    def write_evaluation(self, result: Evaluation) -> None:
+        """Write a line of metrics of an evaluation, and print it."""
+        self._write({"eval/loss": result.loss, "eval/accuracy": result.accuracy})
+        of_steps = f"/{self._progress.steps}" if self._config.max_minutes is None else ""
+        self._bar.write(
+            f"step {self._state.step:>6}{of_steps}  held-out loss {result.loss:.4f}  accuracy {result.accuracy:.1%}"
+        )
+
+    def close(self) -> None:
+        """Close the progress bar."""
+        self._bar.close()
+
+    def _write(self, values: dict[str, float]) -> None:
+        n_seen = min(self._state.step * self._config.global_batch_size, self._n_sequences * self._config.epochs)
+        position = {
+            "step": self._state.step,
+            "epoch": round(n_seen / self._n_sequences, 4),
+            "tokens": n_seen * self._config.max_seq_len,
+            "seconds": round(self.seconds(), 3),
+        }
+        self.metrics.write(position | values)
