@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from microbert.config.constants import Config
+from microbert.config.constants import ResolvedConfig
 from microbert.data.shards import Tokens
 from microbert.errors import InputError
 from microbert.model.bert import Bert
@@ -72,14 +72,14 @@ def count_parameters(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in new_model(config).parameters())
 
 
-def shape_of(config: Config, vocab_size: int) -> ModelConfig:
+def shape_of(config: ResolvedConfig, vocab_size: int) -> ModelConfig:
     """Return the shape of the run's model. vocab_size: of the trained tokenizer."""
     return ModelConfig(
         vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout, config.arch
     )
 
 
-def model_for_tokens(config: Config, tokens: Tokens) -> MaskedLanguageModel:
+def model_for_tokens(config: ResolvedConfig, tokens: Tokens) -> MaskedLanguageModel:
     """Return the new model of these constants and tokens, on the CPU."""
     counts = torch.from_numpy(tokens.token_counts)
     return build_model(shape_of(config, len(counts)), config.seed, counts)

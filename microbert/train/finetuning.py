@@ -19,7 +19,8 @@ from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.counter_rng import random_bits
 from microbert.runtime.device import NARROWEST_IN_BF16, autocast, fastest_dtype
 from microbert.runtime.metrics import progress_bar
-from microbert.train.optim import ADAMW, NO_DECAY, learning_rate_share, parameter_groups
+from microbert.train.optim import ADAMW, NO_DECAY, parameter_groups
+from microbert.train.schedule import learning_rate_share
 
 EPOCHS = 3
 MIN_STEPS = 300  # fewer steps are too few to learn from a small set (Mosbach et al. 2021, arXiv:2006.04884)

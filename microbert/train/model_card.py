@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from microbert.config.constants import Config
+from microbert.config.constants import ResolvedConfig
 from microbert.config.learning_rate import peak_learning_rate
 from microbert.data.shards import Tokens
 from microbert.model.examples import Example
@@ -11,7 +11,7 @@ from microbert.runtime.files import write_text
 from microbert.train.checkpoint import State
 
 
-def model_card_facts(config: Config, tokens: Tokens, state: State) -> dict[str, str]:
+def model_card_facts(config: ResolvedConfig, tokens: Tokens, state: State) -> dict[str, str]:
     """Return the rows of the model card's table for a finished run."""
     epochs = min(config.epochs, state.step * config.global_batch_size / len(tokens.train))
     bits_per_byte = tokens.corpus_counts.bits_per_byte(state.last_eval_loss)
