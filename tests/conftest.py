@@ -12,18 +12,18 @@ settings.load_profile("suite")
 
 LONGEST = ("test_commands", "test_crash_and_resume", "test_version_4")  # files by their names
 
-# before torch is loaded, for this process and those that it starts: on few cores, more threads than tests mostly wait for each other
+# set before torch is loaded, also for subprocesses: with more threads than cores, tests wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take minutes come first, so that no worker has one of them left when the other has nothing more to do."""
+    """Run the files that take minutes first, so that both workers end at about the same time."""
     items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """A folder with a small corpus and the uninterrupted run on it, the reference for every interrupted one."""
+    """Return a folder with a small corpus and an uninterrupted run on it, the reference for interrupted ones."""
     folder = tmp_path_factory.mktemp("reference")
     done = run(small_flags(folder))
     assert done.returncode == 0, done.stderr
@@ -54,5 +54,5 @@ def hub_environment(clone):
 
 @pytest.fixture(scope="module")
 def ran():
-    """The commands that pages before have run."""
+    """Return the commands that earlier pages have run."""
     return set()

@@ -1,4 +1,4 @@
-"""Runs of the real script on a small corpus, as a user starts them: how to start, watch and end them."""
+"""Start, watch and end runs of the real scripts on a small corpus."""
 
 import contextlib
 import hashlib
@@ -21,8 +21,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "mlm_pretrain_v1.py"
-TIME_LIMIT = 240  # seconds for one run, many times what it takes: a hang is a failure, and a busy machine is none
-LARGEST_FILE = 60_000  # bytes: less than the training curve takes, and more than any kernel, so that a run is computed and not told
+TIME_LIMIT = 240  # seconds for one run, many times what it takes: only a hang reaches it
+LARGEST_FILE = 60_000  # bytes: more than any compiled kernel, less than a training curve
 TIMES = {
     "seconds",
     "train/samples_per_second",
@@ -68,7 +68,7 @@ def corpus_from(finished_run: Path, folder: Path) -> None:
 
 
 def interrupted_copy(finished_run: Path, folder: Path) -> Path:
-    """A copy of the finished run and its corpus as a kill before its end would have left it, with two checkpoints."""
+    """Copy the finished run and its corpus, in the state of a kill before the end, with two checkpoints."""
     copy = folder / "copy"
     shutil.copytree(finished_run, copy)
     for name in ("README.md", "model.safetensors", "config.json"):
@@ -77,7 +77,7 @@ def interrupted_copy(finished_run: Path, folder: Path) -> Path:
 
 
 def small_flags(folder: Path, **constants: object) -> list[str]:
-    """Flags for a run of seconds on the corpus in `folder`, which is written if missing."""
+    """Return the flags for a run of a few seconds on the corpus in `folder`. Write the corpus if it is missing."""
     corpus = folder / "corpus.jsonl"
     if "dataset" not in constants and not corpus.exists():
         write_corpus(corpus)
@@ -104,9 +104,10 @@ def start(flags: list[str], script: Path = SCRIPT, **options: object) -> subproc
 
 
 def run(flags: list[str], script: Path = SCRIPT, **options: object) -> subprocess.CompletedProcess:
-    """The script to its end. With options as a user starts it; without, in a process that has its libraries loaded when it begins, which takes half the time.
+    """Run the script to its end and return its exit code and output.
 
-    The latter has the environment of the first of them, and does not see what Python does at its end.
+    With options, start it as a user does. Without, fork a process that has its libraries loaded, which takes half the
+    time; it has the environment of the first fork, and its output lacks what Python prints at exit.
     """
     if options:
         return subprocess.run(
@@ -119,7 +120,7 @@ def run(flags: list[str], script: Path = SCRIPT, **options: object) -> subproces
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen, limit: float = TIME_LIMIT) -> None:
-    """Polls until the condition holds, and fails where the process ends, or the limit is reached, before it does."""
+    """Poll until the condition is true. Fail if the process ends first, or after `limit` seconds."""
     deadline = time.monotonic() + limit
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -134,7 +135,7 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
 
 
 def newest_step(folder: Path) -> int:
-    """Of the checkpoints in the folder; 0 where there are none."""
+    """Return the step of the newest checkpoint in the folder, 0 without one."""
     return max((int(path.name[11:]) for path in folder.glob("checkpoint-*")), default=0)
 
 
@@ -149,7 +150,7 @@ def end_tree(process: subprocess.Popen) -> None:
 
 
 def run_here(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The script in this process, which has its libraries loaded. Returns the exit code."""
+    """Run the script in this process, which has its libraries loaded, and return the exit code."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
     try:
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -163,10 +164,10 @@ real_step = microbert.train.step.Learner.step
 def slow(*arguments, **options):
     time.sleep(0.05)
     return real_step(*arguments, **options)
-microbert.train.step.Learner.step = slow"""  # a patch: so that what is done to a run after its first checkpoint does not come too late
+microbert.train.step.Learner.step = slow"""  # a patch: leaves time to act on a run after its first checkpoint
 
 
-# processes that have their libraries loaded when they begin: a run costs its own time alone, and a kill at a random time falls on what the run does
+# forked processes have their libraries loaded: a run takes less time, and a kill at a random time hits the run itself
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["matplotlib.figure", "pyarrow", "tokenizers", "torch._dynamo", "transformers.models.bert.modeling_bert"]
@@ -176,7 +177,7 @@ FORKS.set_forkserver_preload(
 def fork(
     flags: list[str], log: Path, patch: Callable[..., None] | None = None, *arguments: object
 ) -> multiprocessing.Process:
-    """Starts the script in a process of its own, after a call of patch(*arguments) there, with its output in a file."""
+    """Start the script in a forked process, after calling patch(*arguments) there, with its output in a file."""
     return _fork(SCRIPT, flags, log, None, patch, *arguments)
 
 
@@ -194,7 +195,7 @@ def _run_script(
     patch: Callable[..., None] | None = None,
     *arguments: object,
 ) -> None:
-    """errors: None where they go to the log too."""
+    """errors: the file for stderr, or None to write it to the log."""
     sys.argv = [str(script), *flags]
     with open(log, "w") as out, open(errors, "w") if errors else contextlib.nullcontext(out) as err:
         os.dup2(out.fileno(), 1)
@@ -205,7 +206,7 @@ def _run_script(
 
 
 def end_of(process: multiprocessing.Process, limit: float = TIME_LIMIT) -> int:
-    """The exit code; below 0 the signal that ended it. A process that does not end in time is killed, and fails the test."""
+    """Return the exit code, negative after a signal. Kill a process that does not end in time, and fail the test."""
     process.join(limit)
     if process.is_alive():
         process.kill()
@@ -215,20 +216,21 @@ def end_of(process: multiprocessing.Process, limit: float = TIME_LIMIT) -> int:
 
 
 def patched_script(path: Path, patch: str, script: Path = SCRIPT) -> Path:
-    """A script that runs another one after some lines of Python; and, where it is not run but read, has the other one's constants."""
+    """Write a script that runs lines of Python and then another script. Imported, it has the latter's constants."""
     path.write_text(f"""import os, runpy, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 if __name__ == "__main__":
 {textwrap.indent(patch, "    ")}
     runpy.run_path({str(script)!r}, run_name="__main__")
 else:
-    globals().update({{name: value for name, value in runpy.run_path({str(script)!r}).items() if not name.startswith("__")}})
+    block = runpy.run_path({str(script)!r})
+    globals().update({{name: value for name, value in block.items() if not name.startswith("__")}})
 """)
     return path
 
 
 def result(folder: Path) -> dict[str, object]:
-    """Everything that must be bitwise the same between a run and the same run interrupted: weights, optimizer, metrics."""
+    """Return what must be bitwise identical after an interruption: hashes of weights and optimizer, and the metrics."""
     checkpoint = folder / f"checkpoint-{newest_step(folder)}"
     files = [folder / "model.safetensors", checkpoint / "model.safetensors", checkpoint / "optimizer.safetensors"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -240,7 +242,7 @@ def result(folder: Path) -> dict[str, object]:
 
 
 def listing(folder: Path) -> dict[str, str]:
-    """Every file below the folder and its hash."""
+    """Return the hash of every file in the folder and its subfolders."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
