@@ -36,8 +36,8 @@ class Example:
     def lines(self) -> tuple[str, str]:
         """Return the text, and a line with the masked word and the guesses."""
         probability = f"{self.probability:.1%}" if self.probability >= 0.0005 else "below 0.1%"
-        guesses = "  ".join(f"{token} {share:.1%}" for token, share in self.guesses)
-        return self.text, f"   was: {self.word} {probability}   guesses: {guesses}"
+        guesses = ", ".join(f'"{token}" {share:.1%}' for token, share in self.guesses)
+        return self.text, f'   answer: "{self.word}" {probability}   guesses: {guesses}'
 
 
 @dataclasses.dataclass(frozen=True)

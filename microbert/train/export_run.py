@@ -45,7 +45,7 @@ def export_run(
         examples = []
     write_model_card(folder, folder.name, model_card_facts(config, tokens, state), examples)
     run.is_done = True
-    print(f"model: {folder}, loads in transformers with the same logits (largest difference {difference:.1e})")
+    print(f"model: {folder}; transformers loads it and computes the same logits (largest difference {difference:.1e})")
     _print_examples(examples, folder / "README.md")
 
 
