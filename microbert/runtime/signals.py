@@ -1,15 +1,18 @@
-"""The signals that stop a run."""
+"""Call a handler on Ctrl-C, SIGTERM and SIGHUP.
+
+`Run.note_stop` records the signal; the loop (train/loop.py) then saves a checkpoint and stops.
+"""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # the last when a terminal closes; Windows has none
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # SIGHUP: the terminal was closed; Windows has no SIGHUP
 
 
 def handled_signals() -> list[str]:
-    """Return those of STOP_SIGNALS that this process handles: not those it ignores, as it does SIGHUP under nohup.
+    """Return those of STOP_SIGNALS that this process handles, without ignored ones, such as SIGHUP under nohup.
 
     Python handles signals in the main thread only.
     """

@@ -1,4 +1,7 @@
-"""How the processes of a run stop together before training, and agree on how the run ended."""
+"""Let the processes of a run stop together before training, and agree on how the run ended.
+
+During training, `gather` (collectives.py) tells every process which of them received a signal.
+"""
 
 import contextlib
 import dataclasses
@@ -21,9 +24,9 @@ STOP, TRAIN = "stop", "train"  # values of the key "phase", which is set once: e
 
 
 class Stopping:
-    """The messages about stopping and ending. A single process has no store, and needs no messages.
+    """Exchanges messages about stopping and ending. A single process has no store, and needs no messages.
 
-    store: of this attempt. launch_store: of all attempts of the launch.
+    store: the store of this attempt. launch_store: the store of all attempts of the launch.
     """
 
     def __init__(self, rank: int, size: int) -> None:

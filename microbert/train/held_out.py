@@ -20,7 +20,7 @@ TIMES = 3  # timings of a batch; the fastest is the least disturbed by other pro
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per masked token. accuracy: share of masked tokens predicted correctly. seconds: it took."""
+    """loss: nats per masked token. accuracy: share of masked tokens predicted correctly. seconds: duration."""
 
     loss: float
     accuracy: float

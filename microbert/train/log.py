@@ -1,4 +1,5 @@
-"""What a run reports while it trains: the lines of metrics.jsonl and the progress bar."""
+"""What a run reports while it trains: the lines of metrics.jsonl, the held-out loss
+on the terminal, and the progress bar."""
 
 import time
 
@@ -18,7 +19,7 @@ class TrainingLog:
     """
 
     def __init__(self, run: Run, state: State, progress: Progress, n_sequences: int, bar: tqdm) -> None:
-        """n_sequences: to train on. bar: of the steps."""
+        """n_sequences: number of training sequences. bar: the progress bar of the steps."""
         self._config, self._state, self._progress = run.config, state, progress
         self._n_sequences, self._bar = n_sequences, bar
         self.metrics = Metrics(
@@ -37,7 +38,7 @@ class TrainingLog:
         self._step_start = time.perf_counter()
 
     def add(self, loss: float, grad_norm: float) -> None:
-        """Add the numbers of a step to the next line."""
+        """Add the loss to the mean of the next line, and keep the gradient norm for it."""
         self._state.loss_sum += loss
         self._state.loss_steps += 1
         self._grad_norm = grad_norm

@@ -1,7 +1,7 @@
 """The training loop.
 
-Each process trains on its share of every batch. All decisions follow from numbers that the processes share, so all of
-them do the same at the same step.
+Each process trains on its share of every batch. Every decision is made from numbers that all processes have,
+so all of them do the same at the same step.
 """
 
 import collections
@@ -45,7 +45,7 @@ NEAR_UNIGRAM = 0.05  # nats
 def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens: Tokens, tokenizer: Tokenizer) -> State:
     """Train from the checkpoint, or from scratch if it is None, to the last step. Return the state at the end.
 
-    Raises Stopped after a signal, with everything saved; Diverged if loss or gradient are not finite, before that step
+    Raises Stopped after a signal, with everything saved; Diverged if the loss or the gradient is not finite, before that step
     is applied; Failed if another process ends or hangs, or memory runs out.
     """
     config, world = run.config, run.world
@@ -80,7 +80,7 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
 
 @dataclasses.dataclass
 class _Training:
-    """A run that trains: the loop, and what it does now and then."""
+    """The loop, and its evaluations, checkpoints and stop."""
 
     run: Run
     state: State
@@ -131,7 +131,7 @@ class _Training:
             if is_save_due:
                 self.save()
         if stopping:
-            self.stop()
+            self.save_and_stop()
 
     def begin(self) -> list[int]:
         """Evaluate before the first step, if that is due, and set the position. Return the ranks to stop."""
@@ -173,10 +173,10 @@ class _Training:
             self.state.micro_batch_size = self.learner.sizes.micro_batch if self.learner.sizes.ran_short else None
             save_checkpoint(self.run, self.state, self.learner.model, self.learner.optimizer, self.tokenizer)
 
-    def stop(self) -> None:
-        """Save, and raise Stopped in all processes.
+    def save_and_stop(self) -> None:
+        """Save a checkpoint, and raise Stopped in all processes.
 
-        They leave together, after the first process has saved: torchrun ends the others as soon as one leaves.
+        The processes leave together, after the first process has saved: torchrun ends the others as soon as one leaves.
         """
         self.save()
         self.log.close()

@@ -22,7 +22,7 @@ class Progress:
     """
 
     def __init__(self, config: Config, steps: int, step: int, prepared_seconds: float, loading_seconds: float) -> None:
-        """Raises InputError if max_minutes leaves no time to train."""
+        """Raise InputError if max_minutes leaves no time to train."""
         self.steps, self.position = steps, float(step)
         self._before = float(step) - 1  # so that what was due at this step still is
         self._config, self.eval_seconds = config, 0.0
@@ -40,7 +40,7 @@ class Progress:
                 )
 
     def reserve_evaluation(self, eval_seconds: float, seconds: float) -> None:
-        """Reserve the time for the evaluation at the end. seconds: of the run so far, without its preparation.
+        """Reserve the time for the evaluation at the end. seconds: time of the run so far, without the preparation.
 
         Raises InputError if that leaves a new run no time to train.
         """
@@ -67,7 +67,7 @@ class Progress:
         self.move(step, self.time_used(seconds))
 
     def move(self, step: int, time_used: float) -> None:
-        """Advance to the position after `step` steps. time_used: by the first process's clock."""
+        """Advance to the position after `step` steps. time_used: as the first process measures it."""
         self._before, self.position = self.position, min(float(self.steps), max(float(step), self.steps * time_used))
 
     @property
