@@ -21,6 +21,7 @@ import torch
 
 from microbert.config.constants import Config, local_data_files
 from microbert.config.flags import Parser, read_script, whole_number
+from microbert.config.terminal import counted
 from microbert.data.corpus import Estimate
 from microbert.data.hub import choose_dataset
 from microbert.data.prepare import estimated_megabytes
@@ -64,10 +65,10 @@ class Machine:
     def __str__(self) -> str:
         gpus = "no GPU"
         if self.gpu_memory is not None:
-            gpus = f"{_counted(self.n_gpus, 'GPU')} of {self.gpu_memory / GIB:.0f} GiB"
+            gpus = f"{counted(self.n_gpus, 'GPU')} of {self.gpu_memory / GIB:.0f} GiB"
         network = "can be reached" if self.has_network else "cannot be reached"
         return (
-            f"{_counted(self.n_cores, 'core')}, {gpus}, {self.free_disk / 1e9:,.0f} GB of disk free, "
+            f"{counted(self.n_cores, 'core')}, {gpus}, {self.free_disk / 1e9:,.0f} GB of disk free, "
             f"the Hugging Face Hub {network}"
         )
 
@@ -96,7 +97,7 @@ def advise(machine: Machine, dataset: str, estimate: Estimate, use: str | None =
     version = min(max(largest, 3) if machine.n_gpus > 1 else largest, highest)
     version = max(version, lowest)
     suited = f"v{lowest}" if lowest == highest else f"v{lowest} or v{highest}"
-    reasons = [f"{'' if estimate.is_exact else 'about '}{_counted(estimate.documents, 'document')}: {suited}"]
+    reasons = [f"{'' if estimate.is_exact else 'about '}{counted(estimate.documents, 'document')}: {suited}"]
     if machine.gpu_memory is None:
         reasons.append("no GPU: a smaller model trains sooner")
     else:
@@ -115,10 +116,6 @@ def advise(machine: Machine, dataset: str, estimate: Estimate, use: str | None =
     return Advice(version, flags, _command(version, machine, flags), tuple(reasons), (*warnings, *obstacles))
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> tuple[tuple[str, ...], list[str]]:
     """Return the flags of the version's script, and warnings about the disk and the network, one line each."""
     warnings: list[str] = []
@@ -130,7 +127,7 @@ def _flags(version: int, machine: Machine, dataset: str, estimate: Estimate) -> 
     if needed > machine.free_disk:
         documents = max(2, int(0.9 * documents * machine.free_disk / needed))
         warnings.append(
-            f"the disk has room for the tokens of {_counted(documents, 'document')} only: "
+            f"the disk has room for the tokens of {counted(documents, 'document')} only: "
             "set --cache-dir to a larger disk to use more"
         )
     if dataset == "hf" or documents < estimate.documents:
@@ -226,7 +223,7 @@ def _dataset_and_estimate(names: list[str] | None, samples: str | None) -> tuple
     """Return the value of the constant `dataset`, and the size of the dataset: the given one, or else measured."""
     if samples is None:
         dataset = ",".join(names or ["imdb"])
-        return dataset, open_corpus(_config(1, ["--dataset", dataset]), lambda: None).estimate
+        return dataset, open_corpus(_config(1, ["--dataset", dataset])).estimate
     documents = whole_number("--samples", samples)
     if documents < 1:
         raise InputError("--samples must be at least 1")

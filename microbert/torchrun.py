@@ -107,7 +107,7 @@ def _check_machines(arguments: argparse.Namespace, config: Config) -> bool:
 
 
 def _run(arguments: argparse.Namespace) -> tuple[int, str]:
-    """Run torchrun. Return the exit code that its end implies, and the reason if no process may have reported it."""
+    """Run torchrun. Return the exit code that its end implies, and the reason unless the processes reported it."""
     try:
         run(arguments)
     except ChildFailedError as error:
@@ -121,7 +121,7 @@ def _run(arguments: argparse.Namespace) -> tuple[int, str]:
     except (RendezvousError, OSError, RuntimeError, ValueError) as error:
         hint = ""
         if arguments.rdzv_backend == SEVERAL_MACHINES:
-            hint = ". Another machine may have left, or could not be reached"
+            hint = ". Another machine may have left, or may be unreachable"
         return FAILED, f"torchrun failed ({type(error).__name__}: {error}){hint}"
     return DONE, ""
 

@@ -102,7 +102,7 @@ def _with_preset(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
 
 
 def _read_flags(script: str, defaults: Mapping[str, object], argv: Sequence[str] | None) -> dict[str, object]:
-    source = Path(script).read_text(encoding="utf-8")
+    source = Path(script).read_text(encoding="utf-8-sig")  # Windows editors may add a byte-order mark
     parser = Parser(
         prog=f"python {Path(script).name}",
         usage="%(prog)s [--flag VALUE ...]",
@@ -157,11 +157,12 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             hint = ""
-            if flag.removeprefix("--").replace("-", "_") in elsewhere:
+            if flag.startswith("-") and flag.removeprefix("--").replace("-", "_") in elsewhere:
                 hint = ": this constant belongs to another version, and this script's block does not have it"
             elif flag.startswith("-"):
                 hint = _suggestion(flag, [*map(_flag, self._hints), "--lr"])
-            raise InputError(f"unknown flag {unknown[0]}{hint} (--help lists every flag)")
+            kind = "flag" if flag.startswith("-") else "argument"
+            raise InputError(f"unknown {kind} {unknown[0]}{hint} (--help lists every flag)")
         values = vars(parsed)
         if isinstance(values.get("dataset"), list):
             values["dataset"] = ",".join(values["dataset"])

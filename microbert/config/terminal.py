@@ -61,9 +61,8 @@ def safe_output() -> Iterator[None]:
 
     Other errors, such as a full disk, are raised. The streams may be of any type, and are restored afterwards.
     """
-    streams = [
-        stream and _SafeStream(stream) for stream in (sys.stdout, sys.stderr)
-    ]  # None if it was closed before the start
+    # a stream is None if it was closed before the start
+    streams = [stream and _SafeStream(stream) for stream in (sys.stdout, sys.stderr)]
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
             yield
@@ -71,6 +70,11 @@ def safe_output() -> Iterator[None]:
             for stream in filter(None, streams):
                 with contextlib.suppress(OSError):  # Python reports it at exit; here it would hide another error
                     stream.flush()
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 step" or "2,000 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def flush_or_discard() -> None:

@@ -22,7 +22,7 @@ from microbert.data.hub_stream import HubStream
 from microbert.data.local_files import EXPANSION, PARQUET_EXPANSION
 from microbert.errors import Failed, InputError, Stopped
 from microbert.runtime.files import fingerprint, read_json, write_json
-from microbert.runtime.waiting import in_background
+from microbert.runtime.waiting import in_background, never_stop
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetInfo
@@ -47,7 +47,7 @@ def choose_dataset(config: Config) -> tuple[str, str | None, bool]:
     return *found, streaming
 
 
-def open_hub(config: Config, check_stop: Callable[[], None] = lambda: None) -> Corpus:
+def open_hub(config: Config, check_stop: Callable[[], None] = never_stop) -> Corpus:
     """Return the dataset as a corpus, without reading rows yet.
 
     Raises InputError if the dataset does not exist, is restricted, or cannot be reached within seconds.

@@ -17,6 +17,7 @@ from microbert.data.hub_errors import explain, retry
 from microbert.data.tables import table_rows, table_text_column
 from microbert.errors import InputError
 from microbert.runtime.child_process import call_in_child
+from microbert.runtime.waiting import never_stop
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -25,7 +26,7 @@ TABLE_PARTS = 100  # of a downloaded dataset, so that the tokenizer's sample cov
 
 
 def downloaded_parts(
-    dataset: HubDataset, text_column: TextColumn, check_stop: Callable[[], None] = lambda: None
+    dataset: HubDataset, text_column: TextColumn, check_stop: Callable[[], None] = never_stop
 ) -> list[Part]:
     """Return slices of the dataset's table, after downloading what HF_HOME lacks."""
     table = retry(

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from microbert.errors import Failed, InputError, Stopped
 from microbert.runtime.files import find_shortage
+from microbert.runtime.waiting import never_stop
 
 MAX_TRIES = 8  # in a row without a single row read; each wait is twice the one before it
 LONGEST_WAIT = 60.0  # seconds
@@ -18,7 +19,7 @@ class NetworkError(Exception):
     """An error that may pass: a lost connection, a time-out or a server error. The message is one line."""
 
 
-def retry(call: Callable[[], T], where: str, check_stop: Callable[[], None] = lambda: None) -> T:
+def retry(call: Callable[[], T], where: str, check_stop: Callable[[], None] = never_stop) -> T:
     """Return what `call` returns. Retry after a network error; report any other error as one of the dataset."""
     attempt = 0
     while True:
@@ -66,7 +67,7 @@ def explain(error: Exception, where: str, is_of_dataset: bool) -> Exception:
     return InputError(f"{where}: {first_line(error.__cause__ or error)}") if is_of_dataset else error
 
 
-def wait(seconds: float, check_stop: Callable[[], None] = lambda: None) -> None:
+def wait(seconds: float, check_stop: Callable[[], None] = never_stop) -> None:
     """Sleep, calling `check_stop` at least every 0.2 seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -17,7 +17,7 @@ from microbert.data.hub_dataset import HubDataset, TextColumn
 from microbert.data.hub_errors import retry, wait_or_raise
 from microbert.data.tables import parquet_text_column, read_parquet
 from microbert.errors import InputError
-from microbert.runtime.waiting import in_background
+from microbert.runtime.waiting import in_background, never_stop
 
 SMALL_FILE = 8_000_000  # bytes: transferred whole, in one request
 
@@ -30,7 +30,7 @@ class HubStream:
         dataset: HubDataset,
         text_column: TextColumn,
         copies: Path,
-        check_stop: Callable[[], None] = lambda: None,
+        check_stop: Callable[[], None] = never_stop,
     ) -> None:
         self.dataset, self.text_column = dataset, text_column
         self.copies, self.check_stop = copies, check_stop

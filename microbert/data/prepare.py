@@ -48,6 +48,7 @@ from microbert.errors import InputError
 from microbert.runtime.files import fingerprint, open_atomic, refuse_link, remove_stale, write_atomic, write_json
 from microbert.runtime.metrics import progress_bar
 from microbert.runtime.run import Run
+from microbert.runtime.waiting import never_stop
 from microbert.runtime.workers import n_workers, open_pool
 
 BLOCK_ROWS = 100_000
@@ -71,7 +72,7 @@ def prepare_corpus(run: Run) -> tuple[Corpus, Tokenizer, Tokens]:
 
 def prepare_quietly(config: Config) -> tuple[Corpus, Tokenizer, Tokens]:
     """Do the same as `prepare_corpus` in one process, without a run and without printing."""
-    return _prepare(config, lambda: None, lambda text: None)
+    return _prepare(config, never_stop, lambda text: None)
 
 
 def _prepare(
@@ -102,7 +103,7 @@ def _prepare(
 
 
 def prepare_tokens(
-    corpus: Corpus, tokenizer: Tokenizer, config: Config, check_stop: Callable[[], None] = lambda: None
+    corpus: Corpus, tokenizer: Tokenizer, config: Config, check_stop: Callable[[], None] = never_stop
 ) -> Tokens:
     """Open the tokens of the corpus in the cache, or write them. The caller holds the lock of the corpus's cache.
 

@@ -17,12 +17,13 @@ from microbert.data.hub import open_hub
 from microbert.data.local_files import open_files
 from microbert.errors import InputError
 from microbert.runtime.files import find_shortage, fingerprint, refuse_link, sha256
+from microbert.runtime.waiting import never_stop
 
 IMDB_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 IMDB_DOCUMENTS, IMDB_MEGABYTES = 25_000, 32.6
 
 
-def open_corpus(config: Config, check_stop: Callable[[], None] = lambda: None) -> Corpus:
+def open_corpus(config: Config, check_stop: Callable[[], None] = never_stop) -> Corpus:
     """Return the corpus, without reading its rows. Its `summary` is for the user.
 
     check_stop: called while the Hub is awaited; an exception that it raises ends the wait. Raises InputError if the
@@ -36,7 +37,7 @@ def open_corpus(config: Config, check_stop: Callable[[], None] = lambda: None) -
 
 
 @contextlib.contextmanager
-def lock_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None] = lambda: None) -> Iterator[None]:
+def lock_cache(corpus: Corpus, config: Config, check_stop: Callable[[], None] = never_stop) -> Iterator[None]:
     """Lock the corpus's cache folder: a second run on the same corpus waits here, then uses what the first prepared.
 
     After an InputError, remove a folder that is new. A cache that is read-only is used as it is, without a lock.

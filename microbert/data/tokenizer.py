@@ -12,6 +12,7 @@ from microbert.config.constants import Config
 from microbert.data.corpus import HELD_OUT_SHARE, Corpus, clean, split_hash
 from microbert.errors import InputError
 from microbert.runtime.files import fingerprint, system_trouble, write_json, write_text
+from microbert.runtime.waiting import never_stop
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
@@ -25,7 +26,7 @@ LONGEST_REASON = 300  # characters of a library error that a message quotes
 FORMAT = 4  # increase it whenever the same corpus would produce another tokenizer
 
 
-def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None] = lambda: None) -> Tokenizer:
+def get_tokenizer(corpus: Corpus, config: Config, check_stop: Callable[[], None] = never_stop) -> Tokenizer:
     """Load the tokenizer of this corpus and configuration from the cache, or train it and save it there.
 
     Raises InputError if the corpus has no text.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from microbert.config.constants import ResolvedConfig
+from microbert.config.terminal import counted
 from microbert.data.shards import Tokens
 from microbert.errors import InputError
 from microbert.model.bert import Bert
@@ -90,7 +91,7 @@ def create_model(run: Run, tokens: Tokens, device: torch.device) -> MaskedLangua
     model = model_for_tokens(run.config, tokens)
     shape = model.config
     print(
-        f"model: {shape.n_layers} layer{'s' * (shape.n_layers > 1)}, {shape.n_heads} head{'s' * (shape.n_heads > 1)}, "
+        f"model: {counted(shape.n_layers, 'layer')}, {counted(shape.n_heads, 'head')}, "
         f"{shape.n_embed}-dim, {count_parameters(shape):,} parameters"
     )
     return model.to(device)

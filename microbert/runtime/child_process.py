@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from microbert.config.terminal import safe_output
 from microbert.errors import Failed
+from microbert.runtime.waiting import never_stop
 
 POLL_SECONDS = 0.1
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # a terminal or a scheduler may send them to the child as well
@@ -18,7 +20,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # a terminal or a scheduler may send 
 T = TypeVar("T")
 
 
-def call_in_child(call: Callable[..., T], *arguments: object, check_stop: Callable[[], None] = lambda: None) -> T:
+def call_in_child(call: Callable[..., T], *arguments: object, check_stop: Callable[[], None] = never_stop) -> T:
     """Return what `call(*arguments)` returns in a child process, or raise what it raises.
 
     Use it for a long call that starts threads which Python joins at exit: they end with the child, which is killed.
@@ -65,11 +67,15 @@ def _start(child: multiprocessing.process.BaseProcess) -> None:
 def _run(sender: multiprocessing.connection.Connection, call: Callable[..., object], arguments: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it is not blocked
     threading.Thread(target=end_with_parent, daemon=True).start()
+    with safe_output():
+        try:
+            outcome: tuple[bool, object] = True, call(*arguments)
+        except BaseException as error:
+            outcome = False, error
     try:
-        outcome: tuple[bool, object] = True, call(*arguments)
-    except BaseException as error:
-        outcome = False, error
-    sender.send(outcome)
+        sender.send(outcome)
+    except Exception:  # pickle raises errors of many types
+        sender.send((False, RuntimeError(f"cannot be sent to the parent process: {outcome[1]!r}")))
 
 
 def end_with_parent() -> None:

@@ -46,7 +46,7 @@ class Collectives:
                 dist.broadcast(tensor, src=0)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Replace the tensor by its sum over all ranks: bitwise identical on every rank and for equal values."""
+        """Replace the tensor by its sum over all ranks: bitwise identical on every rank, and at each call."""
         if self.size > 1:
             dist.all_reduce(tensor)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from microbert.config.constants import Config
+from microbert.config.terminal import counted
 from microbert.errors import InputError
 from microbert.runtime.distributed import World
 
@@ -30,7 +31,7 @@ PROCESS_STATUS = Path("/proc/self/status")
 
 def n_cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpucounted() or 1
 
 
 def choose_device(name: str, world: World) -> torch.device:
@@ -61,21 +62,17 @@ def choose_device(name: str, world: World) -> torch.device:
 def _choose_gpu(device: torch.device, world: World) -> torch.device:
     if not torch.cuda.is_available():
         raise InputError('device = "cuda", but PyTorch finds no CUDA GPU here: use device = "auto" or "cpu"')
-    n_gpus = torch.cuda.device_count()
+    n_gpus = torch.cuda.devicecounted()
     if world.size > 1 and world.local_size > n_gpus:
         raise InputError(
-            f"{world.local_size} processes on a machine where PyTorch finds {_count(n_gpus, 'GPU')}: start one per GPU"
+            f"{world.local_size} processes on a machine where PyTorch finds {counted(n_gpus, 'GPU')}: start one per GPU"
         )
     # an explicit number, because PyTorch's settings of a device require it
     chosen = torch.device("cuda", world.local_rank if world.size > 1 else device.index or 0)
     if chosen.index >= n_gpus:
-        raise InputError(f'device = "{device}", but PyTorch finds {_count(n_gpus, "GPU")} here, numbered from 0')
+        raise InputError(f'device = "{device}", but PyTorch finds {counted(n_gpus, "GPU")} here, numbered from 0')
     torch.cuda.set_device(chosen)
     return chosen
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def describe_device(device: torch.device, world: World) -> str:
@@ -84,7 +81,7 @@ def describe_device(device: torch.device, world: World) -> str:
         gpu = torch.cuda.get_device_name(device)
         described = f"{device} ({gpu})" if world.size == 1 else f"{gpu} each"
     elif device.type == "cpu":
-        described = f"cpu ({_count(torch.get_num_threads(), 'thread')})"
+        described = f"cpu ({counted(torch.get_num_threads(), 'thread')})"
     else:
         described = str(device)
     return described if world.size == 1 else f"{world.size} processes, {described}"

@@ -50,6 +50,7 @@ class World(Collectives):
         )
         self.launch = variables.get("TORCHELASTIC_RUN_ID", "")
         self.has_one_thread = variables.get("OMP_NUM_THREADS") == "1"
+        self.parent = os.getppid()  # read at once: it changes when the parent ends
         self.stopping = Stopping(self.rank, self.size)
         self._store: Store | None = None
         self._give_up: Callable[[], None] = never_stop

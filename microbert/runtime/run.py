@@ -118,7 +118,7 @@ def open_run(config: Config) -> Iterator[Run]:
         try:
             with explain_shortages(config), _print_on_rank_0_only(world):
                 if world.launch:
-                    watch_parent(lambda: run.note_stop("the end of torchrun"))
+                    watch_parent(world.parent, lambda: run.note_stop("the end of torchrun"))
                 world.meet(run.check_stop, run.give_up)
                 world.on_rank_0("folder", lambda: _take_folder(run, lock), run.check_stop)
                 has_folder = True

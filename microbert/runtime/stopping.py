@@ -80,9 +80,11 @@ class Stopping:
         return self.store is not None and self.store.check("phase") and self.store.get("phase") == phase
 
 
-def watch_parent(on_loss: Callable[[], None]) -> None:
-    """Call `on_loss` when the parent process has ended, and end this process at most ORPHAN_SECONDS later."""
-    parent = os.getppid()
+def watch_parent(parent: int, on_loss: Callable[[], None]) -> None:
+    """Call `on_loss` when the parent process has ended, and end this process at most ORPHAN_SECONDS later.
+
+    parent: its process id.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -141,7 +141,7 @@ def open_attempt(store: Store, name: str, size: int, check_stop: Callable[[], No
     attempt = store.with_prefix(name)
 
     def have_all_joined() -> bool:
-        if attempt.add("joined", 0) == size - 1:
+        if attempt.add("joined", 0) >= size - 1:
             return True
         for greeting in (f"hello/{rank}" for rank in range(1, size)):
             if store.check(greeting):

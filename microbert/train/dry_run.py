@@ -13,6 +13,7 @@ import torch
 from microbert.config.constants import Config, ResolvedConfig, fill_in, resolve_batch_size
 from microbert.config.environment import hub_folder
 from microbert.config.learning_rate import explain_learning_rate, peak_learning_rate
+from microbert.config.terminal import counted
 from microbert.data.batches import random_batch, steps_in_run
 from microbert.data.corpus import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from microbert.data.hub import choose_dataset
@@ -115,7 +116,7 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
         print("--prepare-only: stops when the tokens are prepared; the rest of this plan is for a run without it")
     print(
         f"training: {about}{steps:,} steps of {resolved.global_batch_size} sequences on {machine.description}, "
-        f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+        f"{counted(config.epochs, 'epoch')}"
     )
     if checkpoint:
         print(f"resuming after step {steps_done}: {about}{remaining:,} steps remain, from {checkpoint}")
@@ -137,7 +138,7 @@ def _machine(config: Config, world: World) -> _Machine:
         return _Machine(hardware_of(device, world), device, describe_device(device, world))
     # assume an Ampere GPU or later; its tier depends on the size that it is sold under
     hardware = Hardware("cuda", round(config.gpu_memory_gb * GIB), world.size, has_bf16=True)
-    gpus = f"{world.size} GPU{'s' if world.size > 1 else ''} of {config.gpu_memory_gb:g} GB"
+    gpus = f"{counted(world.size, 'GPU')} of {config.gpu_memory_gb:g} GB"
     return _Machine(hardware, None, f"{gpus} (not at hand)")
 
 
@@ -248,7 +249,7 @@ def _facts(
 def _describe_model(model: ModelConfig, text: _Text) -> str:
     limit = "" if text.has_tokenizer else "at most "
     return (
-        f"model: {model.n_layers} layer{'s' if model.n_layers > 1 else ''}, {model.n_heads} heads, "
+        f"model: {counted(model.n_layers, 'layer')}, {counted(model.n_heads, 'head')}, "
         f"{model.n_embed}-dim, vocabulary of {limit}{model.vocab_size:,}, {count_parameters(model):,} parameters"
     )
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from microbert.config import COMMAND_STARTED
 from microbert.config.learning_rate import explain_learning_rate, peak_learning_rate
+from microbert.config.terminal import counted
 from microbert.data.batches import steps_in_run, training_batch
 from microbert.data.masking import EVALUATION_PROBABILITY, mask_batch
 from microbert.data.shards import Tokens
@@ -45,8 +46,8 @@ NEAR_UNIGRAM = 0.05  # nats
 def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens: Tokens, tokenizer: Tokenizer) -> State:
     """Train from the checkpoint, or from scratch if it is None, to the last step. Return the state at the end.
 
-    Raises Stopped after a signal, with everything saved; Diverged if the loss or the gradient is not finite, before that step
-    is applied; Failed if another process ends or hangs, or memory runs out.
+    Raises Stopped after a signal, with everything saved; Diverged if the loss or the gradient is not finite, before
+    that step is applied; Failed if another process ends or hangs, or memory runs out.
     """
     config, world = run.config, run.world
     steps = steps_in_run(len(tokens.train), config.epochs, config.global_batch_size)
@@ -202,7 +203,7 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
     limit = "" if config.max_minutes is None else f", or fewer within {config.max_minutes:g} minutes"
     print(
         f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}"
-        f"{describe_compute(config, device)}, {config.epochs} epoch{'s' if config.epochs > 1 else ''}{limit}"
+        f"{describe_compute(config, device)}, {counted(config.epochs, 'epoch')}{limit}"
     )
     if is_compiled(config, device) and device.type == "cuda":
         print(

@@ -6,6 +6,7 @@ import dataclasses
 import torch
 
 from microbert.config.constants import BY_TIER, Config, ResolvedConfig
+from microbert.config.terminal import counted
 from microbert.data.shards import Tokens
 from microbert.errors import InputError
 from microbert.runtime.device import GIB, limit_memory
@@ -99,7 +100,7 @@ def describe_memory_plan(plan: Plan, config: ResolvedConfig, hardware: Hardware)
     n_parts = -(-config.batch_size // size)
     repeated = f", {n_parts} times per step" if n_parts > 1 else ""
     lines = [
-        f"peak memory of {owner}, with {size} sequence{'s' if size > 1 else ''} of {config.max_seq_len} tokens "
+        f"peak memory of {owner}, with {counted(size, 'sequence')} of {config.max_seq_len} tokens "
         f"at a time{', in bf16' if is_planned_in_bf16(config, hardware) else ''}{repeated}:"
     ]
     lines += [f"  {name:<22}{n_bytes / GB:>8.2f} GB" for name, n_bytes in plan.parts.items() if n_bytes]

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from microbert.config.constants import ResolvedConfig
+from microbert.config.terminal import counted
 from microbert.errors import Failed
 from microbert.runtime.device import free_memory, out_of_memory
 from microbert.runtime.distributed import World
@@ -80,7 +81,7 @@ class BatchSizes:
         self._on_shortage()
         if self._world.rank == ranks[0]:  # this process has torch's message
             print(
-                f"\nstep {self.step}: out of memory {where}with {size} sequence{'s' if size > 1 else ''} of {length} "
+                f"\nstep {self.step}: out of memory {where}with {counted(size, 'sequence')} of {length} "
                 f"({reason}); repeating it, and continuing, with {half} at a time",
                 file=sys.stderr,
             )
