@@ -31,7 +31,7 @@ PROCESS_STATUS = Path("/proc/self/status")
 
 def n_cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpucounted() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str, world: World) -> torch.device:
@@ -62,7 +62,7 @@ def choose_device(name: str, world: World) -> torch.device:
 def _choose_gpu(device: torch.device, world: World) -> torch.device:
     if not torch.cuda.is_available():
         raise InputError('device = "cuda", but PyTorch finds no CUDA GPU here: use device = "auto" or "cpu"')
-    n_gpus = torch.cuda.devicecounted()
+    n_gpus = torch.cuda.device_count()
     if world.size > 1 and world.local_size > n_gpus:
         raise InputError(
             f"{world.local_size} processes on a machine where PyTorch finds {counted(n_gpus, 'GPU')}: start one per GPU"

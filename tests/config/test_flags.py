@@ -13,6 +13,12 @@ from microbert.config.flags import comments_of_constants, read_config, whole_num
 from microbert.errors import InputError
 
 
+def test_a_script_saved_with_a_byte_order_mark_is_read(tmp_path):
+    script = tmp_path / SCRIPT.name
+    script.write_bytes(b"\xef\xbb\xbf" + SCRIPT.read_bytes())
+    assert read_config(str(script), constants(), ["--n-layers", "3"]).n_layers == 3
+
+
 def test_a_flag_overrides_the_constant():
     assert configure("--n-layers", "3").n_layers == 3
     assert configure("--n-layers", "3", n_layers=7).n_layers == 3
