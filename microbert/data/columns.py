@@ -67,10 +67,8 @@ class Column:
     holds: str
 
     def __str__(self) -> str:
-        """The name for a message, in one line."""
-        return " ".join(self.name.split())[:MAX_NAME_LENGTH] + (
-            f" ({self.holds})" if self.holds in (A_LIST, OTHER) else ""
-        )
+        """The name for a message, in one line, with its content unless that is text."""
+        return " ".join(self.name.split())[:MAX_NAME_LENGTH] + (f" ({self.holds})" if self.holds != TEXT else "")
 
 
 class WrittenNumber(str):
@@ -103,8 +101,11 @@ def choose_text_column(
     if usable:
         return "text" if "text" in usable else usable[0]
     if len(texts) != 1:
-        problem = "no column with text" if not texts else "several columns with text"
-        raise InputError(f"{where} has {problem}; set text_column to the one to train on: {listed(columns)}")
+        if not texts:
+            raise InputError(f"{where} has no column with text; it has: {listed(columns)}")
+        raise InputError(
+            f"{where} has several columns with text; set text_column to the one to train on: {listed(columns)}"
+        )
     if SEVERAL_NAMES.search(texts[0]):
         raise InputError(
             f'{where}: the header, "{texts[0]}", looks like several names with an unsupported separator. Save the file '
@@ -140,7 +141,8 @@ def as_text(value: object, where: str, column: str, row: int) -> str | None:
     if value is None or type(value) is str:
         return value
     raise InputError(
-        f'{where}: row {row:,}: column "{column}" holds {_shown(value)}, not text; set text_column to another one'
+        f'{where}: row {row:,}: column "{column}" holds {_shown(value)}, not text; correct this row, or set '
+        "text_column to another column"
     )
 
 

@@ -32,7 +32,7 @@ SMALL_CHOICE_SAMPLES = 1_000_000  # the largest max_samples for the first of the
 PROBE_SECONDS = 5.0
 PROBES = 5
 BYTES_A_DOCUMENT = 1000  # if nothing is known
-MANY_TIMES = 4  # if a dataset has so many times the documents you want, streaming saves most of the download
+MANY_TIMES = 4  # if a dataset has this many times the documents you want, streaming saves most of the download
 
 
 def choose_dataset(config: Config) -> tuple[str, str | None, bool]:
@@ -165,8 +165,8 @@ def _ask(
                 lambda: api.dataset_info(repo_id, revision=revision, files_metadata=True, timeout=PROBE_SECONDS),
                 check_stop,
             )
-            return info.sha or "", _estimate(info, name)
-        except Stopped:
+            return _commit(info), _estimate(info, name)
+        except (Stopped, Failed):
             raise
         except OfflineModeIsEnabled:
             return _find_in_cache(repo_id, name, config)
@@ -191,6 +191,12 @@ def _ask(
                 ) from None
             print(f"warning: the Hub has trouble ({first_line(error)}); asking again", file=sys.stderr)
         wait(2.0 ** (attempt - 1), check_stop)
+
+
+def _commit(info: "DatasetInfo") -> str:
+    if info.sha is None:
+        raise Failed(f"the Hugging Face Hub names no commit of {info.id}")
+    return info.sha
 
 
 def _check_settings() -> None:

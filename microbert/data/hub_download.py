@@ -2,7 +2,7 @@
 
 The download runs in a child process, because `datasets` downloads with a pool of threads that Python joins at exit: in
 this process, a transfer that hangs would delay a stop without limit. The child is killed. It costs about 2 seconds of
-imports, little beside a download. Calls that only read metadata start no such threads and use `in_background`.
+imports, little beside a download.
 """
 
 import threading

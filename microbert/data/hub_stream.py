@@ -2,8 +2,9 @@
 
 Parquet files are read by row group, the text column alone; other files one after another from a temporary copy.
 `datasets` would transfer the beginning of the first of them twice, and a parquet stream that it leaves unfinished can
-abort the process at exit. Each request runs in a daemon thread (`in_background`), which a stop abandons: a request
-starts no threads that Python joins at exit, and a child process for each would take longer than the request.
+abort the process at exit. The files are listed in a child process, because that starts threads which Python joins at
+exit: a listing that hangs would delay a stop without limit. Each later request runs in a daemon thread
+(`in_background`), which a stop abandons; a child process for each would take longer than the request.
 """
 
 import functools
@@ -14,9 +15,10 @@ from typing import BinaryIO, cast
 from microbert.data.corpus import Part
 from microbert.data.file_formats import find_text_column, read_rows
 from microbert.data.hub_dataset import HubDataset, TextColumn
-from microbert.data.hub_errors import retry, wait_or_raise
+from microbert.data.hub_errors import explain, retry, wait_or_raise
 from microbert.data.tables import parquet_text_column, read_parquet
 from microbert.errors import InputError
+from microbert.runtime.child_process import call_in_child
 from microbert.runtime.waiting import in_background, never_stop
 
 SMALL_FILE = 8_000_000  # bytes: transferred whole, in one request
@@ -41,11 +43,11 @@ class HubStream:
         Raises InputError for a dataset that only `datasets` reads as its card defines.
         """
 
-        def list_files() -> list[str]:
-            return self.dataset.train_files(self.dataset.load_builder())
-
-        paths = retry(lambda: in_background(list_files, self.check_stop), self.dataset.label, self.check_stop)
-        return [Part(1, functools.partial(self._read, path)) for path in paths]
+        list_files = functools.partial(call_in_child, _list_files, self.dataset, check_stop=self.check_stop)
+        return [
+            Part(1, functools.partial(self._read, path))
+            for path in retry(list_files, self.dataset.label, self.check_stop)
+        ]
 
     def _read(self, path: str, row: int) -> Iterator[list[str | None]]:
         """Yield the text column of a file from `row` on. After a network error, resume after the last row."""
@@ -98,6 +100,14 @@ class HubStream:
         except InputError as error:
             raise InputError(str(error).replace(copy, f"{self.dataset.repo_id}/{path}")) from None
         Path(copy).unlink()
+
+
+def _list_files(dataset: HubDataset) -> list[str]:
+    """Return the paths of the train split's files. Runs in a child process."""
+    try:
+        return dataset.train_files(dataset.load_builder())
+    except Exception as error:  # explained here, because an error loses its causes on the way to the parent
+        raise explain(error, dataset.label, is_of_dataset=True) from None
 
 
 class _InterruptibleFile:

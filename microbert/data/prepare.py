@@ -71,7 +71,7 @@ def prepare_corpus(run: Run) -> tuple[Corpus, Tokenizer, Tokens]:
 
 
 def prepare_quietly(config: Config) -> tuple[Corpus, Tokenizer, Tokens]:
-    """Do the same as `prepare_corpus` in one process, without a run and without printing."""
+    """Do the same as `prepare_corpus` in one process, without a run and without printing its counts."""
     return _prepare(config, never_stop, lambda text: None)
 
 
@@ -83,9 +83,10 @@ def _prepare(
     show(corpus.summary)
     with lock_cache(corpus, config, check_stop):
         if not tokenizer_path(corpus, config).exists():
-            show(f"tokenizer: training WordPiece on at most {SAMPLE_CHARACTERS / 1e6:.0f}M characters ...")
+            show(f"tokenizer: reading up to {SAMPLE_CHARACTERS / 1e6:.0f}M characters, then training WordPiece ...")
         tokenizer = get_tokenizer(corpus, config, check_stop)
         _, folder = _key_and_folder(corpus, tokenizer, config)
+        refuse_link(folder)
         is_new = not (folder / MANIFEST).exists()
         if is_new:
             show(preparation_plan(corpus.estimate, estimated_megabytes(corpus.estimate, config), folder))

@@ -26,10 +26,11 @@ def call_in_child(call: Callable[..., T], *arguments: object, check_stop: Callab
     Use it for a long call that starts threads which Python joins at exit: they end with the child, which is killed.
     The child is spawned, not forked, because a fork copies locks that other threads hold. It has to import the module
     of `call`, so make a short call with `in_background` instead. `call`, its arguments, its result and its errors must
-    be picklable. `call` should create no semaphores of multiprocessing: Python reports them as leaked after a kill.
+    be picklable, and the script that runs must have an `if __name__ == "__main__":` guard, because the child imports
+    it. `call` should create no semaphores of multiprocessing: Python reports them as leaked after a kill.
 
     check_stop: called every POLL_SECONDS; an exception that it raises ends the child. Raises Failed if something else
-    kills the child.
+    kills the child, or it cannot start.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -41,7 +42,15 @@ def call_in_child(call: Callable[..., T], *arguments: object, check_stop: Callab
             check_stop()
         has_returned, outcome = receiver.recv()
     except EOFError:
-        raise Failed("a child process was killed, perhaps because memory ran out; run the same command again") from None
+        child.join()
+        if child.exitcode is not None and child.exitcode < 0:
+            reason = "a child process was killed, perhaps because memory ran out; run the same command again"
+        else:
+            reason = (
+                "a child process ended before its work, with the error above; a script of your own needs "
+                '`if __name__ == "__main__":` around what it runs'
+            )
+        raise Failed(reason) from None
     finally:
         child.kill()
         child.join()
@@ -74,8 +83,8 @@ def _run(sender: multiprocessing.connection.Connection, call: Callable[..., obje
             outcome = False, error
     try:
         sender.send(outcome)
-    except Exception:  # pickle raises errors of many types
-        sender.send((False, RuntimeError(f"cannot be sent to the parent process: {outcome[1]!r}")))
+    except Exception:  # what cannot be sent raises errors of many types
+        sender.send((False, Failed(f"{type(outcome[1]).__name__}: {outcome[1]}")))
 
 
 def end_with_parent() -> None:

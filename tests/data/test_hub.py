@@ -34,6 +34,9 @@ from microbert.runtime.waiting import in_background
 NO_TIME_OUTS = {"HF_HUB_ETAG_TIMEOUT": "100000", "HF_HUB_DOWNLOAD_TIMEOUT": "100000"}
 rng = random.Random(5)
 TEXTS = [f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for number in range(600)]
+README_OF_A_PATTERN = (
+    b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '**/*.parquet'\n---\n"
+)
 README = """---
 dataset_info:
 - config_name: main
@@ -290,7 +293,7 @@ def test_a_chosen_text_column_is_recorded(tmp_path):
     assert TextColumn("text", tmp_path / "corpus", "org/name").known() == "text"
 
 
-@pytest.mark.parametrize("kind", ["downloaded", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["downloaded", "jsonl", "parquet", "listing"])
 @pytest.mark.slow
 def test_a_signal_ends_a_hanging_transfer(kind, hub, tmp_path):
     n_files = 20 if kind == "downloaded" else 1  # `datasets` downloads so many with a pool of threads
@@ -302,13 +305,16 @@ def test_a_signal_ends_a_hanging_transfer(kind, hub, tmp_path):
         {
             f"data/train-{n:02d}.{name}": lines(part) if kind == "jsonl" else parquet(part)
             for n, part in enumerate(parts)
-        },
+        }
+        # a recursive pattern is listed by a pool of threads, which Python joins at exit
+        | ({"README.md": README_OF_A_PATTERN} if kind == "listing" else {}),
     )
-    hub.fail("GET .*/resolve/.*train-", "timeout", times=100)
+    hanging = "/tree/" if kind == "listing" else "train-"
+    hub.fail("GET .*/tree/" if kind == "listing" else "GET .*/resolve/.*train-", "timeout", times=100)
     command = flags(tmp_path / "run", dataset="org/slow", streaming=kind != "downloaded")
     options = {"cwd": tmp_path / "run", "env": hub.env(tmp_path / "home") | NO_TIME_OUTS}
     process = start(command, **options)
-    wait_until(lambda: any(request.method == "GET" and "train-" in request.path for request in hub.log), process)
+    wait_until(lambda: any(request.method == "GET" and hanging in request.path for request in hub.log), process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=TIME_LIMIT)
     assert process.returncode == 75 and "Traceback" not in errors and "resource_tracker" not in errors, errors
