@@ -5,7 +5,7 @@
     python mlm_pretrain_v2.py --dataset hf                           WikiText-103 from the Hub
     python mlm_pretrain_v2.py --dataset allenai/c4:en --streaming --max-samples 1M
     python mlm_pretrain_v2.py --prepare-only                         stop when the tokens are prepared
-    python mlm_pretrain_v2.py --dry-run                              print the plan, write nothing
+    python mlm_pretrain_v2.py --dry-run                              print the plan, do not run
     python mlm_pretrain_v2.py --help                                 every constant below is a flag too
 
 It adds to v1: twice the layers and heads, packing (running text fills every sequence), and half a million documents by
@@ -60,7 +60,7 @@ output_dir = "runs/v2"  # folder of the run
 cache_dir = "cache"  # folder of prepared tokens, used again by later runs
 overwrite = False  # True removes an earlier run in output_dir and starts again
 prepare_only = False  # True stops when the tokens are prepared
-dry_run = False  # True prints the plan and writes nothing
+dry_run = False  # True prints the plan; writes neither to output_dir nor to cache_dir
 
 
 def main() -> None:

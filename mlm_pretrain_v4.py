@@ -71,7 +71,7 @@ output_dir = "runs/v4"  # folder of the run
 cache_dir = "cache"  # folder of prepared tokens, used again by later runs
 overwrite = False  # True removes an earlier run in output_dir and starts again
 prepare_only = False  # True stops when the tokens are prepared
-dry_run = False  # True prints the plan and writes nothing
+dry_run = False  # True prints the plan; writes neither to output_dir nor to cache_dir
 gpu_memory_gb = None  # with dry_run: plan for GPUs of this size
 num_gpus = None  # with dry_run: plan for this many processes
 

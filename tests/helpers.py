@@ -223,8 +223,8 @@ if __name__ == "__main__":
 {textwrap.indent(patch, "    ")}
     runpy.run_path({str(script)!r}, run_name="__main__")
 else:
-    block = runpy.run_path({str(script)!r})
-    globals().update({{name: value for name, value in block.items() if not name.startswith("__")}})
+    _block = runpy.run_path({str(script)!r})
+    globals().update({{name: value for name, value in _block.items() if not name.startswith("__")}})
 """)
     return path
 

@@ -4,7 +4,7 @@ import json
 import random
 
 import numpy as np
-from configs import configure
+from configs import configure, resolve
 from helpers import write_corpus
 
 from microbert.data import prepare as prepare_module
@@ -43,7 +43,9 @@ def prepare(folder, cache="cache", check_stop=lambda: None, **constants):
 def prepare_as_in_a_run(folder, **constants):
     """Prepare the corpus in `folder` with the output of a run. Returns the same as `prepare`."""
     config = small_config(folder, **constants)
-    return config, *prepare_corpus(Run(config, folder / "run"))
+    run = Run(config, folder / "run")
+    run.config = resolve(config)
+    return config, *prepare_corpus(run)
 
 
 def all_rows(sequences):

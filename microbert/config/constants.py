@@ -10,7 +10,7 @@ from microbert.errors import InputError
 
 RATIO_ROUNDING = 1e-9  # tolerance for a sum of two ratios that should be at most 1, such as 0.8 + 0.2
 MIN_VOCAB_SIZE = 6  # five special tokens and one other
-# values for constants that are None; "auto" leaves those of BY_TIER to the device (train/memory.py)
+# values for constants that are None; "auto" leaves those of BY_TIER to the device (train/hardware.py)
 PRESETS: dict[str, dict[str, int]] = {
     "auto": {"n_heads": 8, "n_embed": 128, "max_seq_len": 128, "vocab_size": 50_000},
     "large": {"n_layers": 8, "n_heads": 8, "n_embed": 256, "max_seq_len": 256, "vocab_size": 25_000, "batch_size": 96},

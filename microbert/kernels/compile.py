@@ -1,9 +1,10 @@
-"""Compile and load the C kernels. Each .c file lies beside the module that calls it.
+"""Compile and load the C kernels. Their .c files are in this folder; model/loss.py calls loss.c.
 
 A kernel is compiled at its first use, in one to three seconds, and saved in the user's cache for later processes. The
 name of the saved file is a fingerprint of the sources, flags, constants, compiler and processor, because the code runs
 only on the kind of processor that compiled it. The folder must be writable by its owner only; otherwise nothing is
-saved. Without a compiler, PyTorch computes the same.
+saved, and each process compiles again. You can delete the folder at any time. Without a compiler, PyTorch computes the
+same.
 """
 
 import contextlib

@@ -51,7 +51,7 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
     """
     config, world = run.config, run.world
     steps = steps_in_run(len(tokens.train), config.epochs, config.global_batch_size)
-    uniform_loss, unigram_loss = reference_losses(model, tokens)
+    uniform_loss, unigram_loss = _reference_losses(model, tokens)
     _announce(run, model.output_bias.device, steps, uniform_loss, unigram_loss)
     loading_seconds = load_libraries(model.config) if config.max_minutes is not None and world.is_first else 0.0
     learner = Learner(model, config, world)
@@ -188,7 +188,7 @@ class _Training:
         raise Stopped(stopped_by(own or f"a signal to process {ranks[0]} of {world.size}"))
 
 
-def reference_losses(model: MaskedLanguageModel, tokens: Tokens) -> tuple[float, float]:
+def _reference_losses(model: MaskedLanguageModel, tokens: Tokens) -> tuple[float, float]:
     """Return the losses of a uniform guess and of a guess by word frequency, in nats per masked token."""
     return math.log(model.config.vocab_size), unigram_entropy(torch.from_numpy(tokens.token_counts))
 

@@ -333,7 +333,7 @@ def test_the_text_column_may_have_any_name(tmp_path):
 
 HOSTILE = {
     "nulls.jsonl": (b'{"text": null}\n{"text": null}\n', ["--text-column", "text"], "no text found"),
-    "unknown.txt": (b"[UNK]\n[UNK] [UNK]\n", [], "knows no token"),
+    "unknown.txt": (b"[UNK]\n[UNK] [UNK]\n", [], "a token that the tokenizer knows"),
     "empty.txt": (b"", [], "is empty"),
     "spaces.txt": (b"  \n\n\t\n", [], "no text found"),
     "latin.txt": (b"fine\nbroken \xff\xfe line\n", [], "line 2 is not UTF-8"),

@@ -55,7 +55,7 @@ TEXTS = {
         2,
         "line 4",
     ),
-    "everything filtered out": ("corpus.txt", b"[UNK]\n[UNK] [UNK]\n", [], 2, "knows no token"),
+    "everything filtered out": ("corpus.txt", b"[UNK]\n[UNK] [UNK]\n", [], 2, "a token that the tokenizer knows"),
     "half a compressed file": ("corpus.jsonl.gz", gzip.compress(FINE * 99)[:-9], [], 2, "cannot be read"),
 }
 

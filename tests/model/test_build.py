@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from configs import configure
+from configs import configure, resolve
 from hypothesis import given
 from hypothesis import strategies as st
 from models import VOCAB_SIZE, as_batch, few_examples, noisy_model, token_rows
@@ -103,7 +103,9 @@ def test_more_positions_than_a_model_has_weights_for_are_refused():
 def test_a_run_prints_the_size_of_its_model(capsys):
     config = configure(n_layers=1, n_heads=2, n_embed=4)
     tokens = types.SimpleNamespace(token_counts=zipf_counts().numpy())
-    model = create_model(Run(config, Path("unused")), tokens, torch.device("cpu"))
+    run = Run(config, Path("unused"))
+    run.config = resolve(config)
+    model = create_model(run, tokens, torch.device("cpu"))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     assert capsys.readouterr().out == f"model: 1 layer, 2 heads, 4-dim, {n_parameters:,} parameters\n"
 

@@ -40,6 +40,14 @@ def refuse(message):
     raise InputError(message)
 
 
+def kill_itself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_a_function():
+    return lambda: None
+
+
 def is_running(pid):
     try:
         os.kill(pid, 0)
@@ -69,9 +77,17 @@ def test_the_result_and_the_error_of_a_call_are_returned():
         call_in_child(refuse, "no such dataset")
 
 
-def test_a_child_that_is_killed_is_an_error():
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to kill with")
+def test_a_child_that_is_killed_or_ends_early_is_an_error():
     with pytest.raises(Failed, match="was killed"):
+        call_in_child(kill_itself)
+    with pytest.raises(Failed, match="ended before its work"):
         call_in_child(os._exit, 9)
+
+
+def test_a_result_that_cannot_be_sent_is_an_error():
+    with pytest.raises(Failed, match="function"):
+        call_in_child(make_a_function)
 
 
 def test_a_stop_ends_a_call_that_hangs():

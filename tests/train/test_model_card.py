@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import pytest
-from configs import configure
+from configs import configure, resolve
 
 from microbert.model.examples import Example
 from microbert.train.checkpoint import State
@@ -14,9 +14,9 @@ from microbert.train.model_card import model_card_facts, write_model_card
 
 @pytest.mark.parametrize("steps, passed", [(25, "0.5 epochs"), (50, "1 epoch"), (90, "1 epoch")])
 def test_the_facts_are_those_of_the_run(steps, passed):
-    config = configure(global_batch_size=2, epochs=1, seed=7)
-    report = types.SimpleNamespace(bits_per_byte=lambda loss: loss / 2)
-    tokens = types.SimpleNamespace(train=np.zeros((100, 16)), token_counts=np.zeros(300), report=report)
+    config = resolve(configure(global_batch_size=2, epochs=1, seed=7))
+    counts = types.SimpleNamespace(bits_per_byte=lambda loss: loss / 2)
+    tokens = types.SimpleNamespace(train=np.zeros((100, 16)), token_counts=np.zeros(300), corpus_counts=counts)
     facts = model_card_facts(config, tokens, State("key", step=steps, last_eval_loss=3.0, last_eval_accuracy=0.25))
     assert facts["trained on"] == f"imdb, 100 sequences of {config.max_seq_len} tokens, {passed}"
     assert "300 tokens in the vocabulary" in facts["shape"] and facts["steps"].startswith(f"{steps} of 2 sequences")

@@ -220,7 +220,7 @@ def test_replayed_steps_are_the_same(monkeypatch, constants):
     assert places() == stayed
     rates = [group["lr"] for member in learner.optimizer.members for group in member.param_groups]
     assert all(
-        rate.data_ptr() == learner._update._places[1][1].data_ptr() for rate in rates
+        rate.data_ptr() == learner._update._inputs[1][1].data_ptr() for rate in rates
     )  # a graph reads the rate of the step from there
     for parameter, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
