@@ -125,6 +125,7 @@ def test_on_this_machine_with_files_it_prints_a_valid_command_and_a_plan(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["a b.jsonl"]
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_not_replaced(tmp_path):
     (tmp_path / "runs" / "v1").mkdir(parents=True)
     (tmp_path / "runs" / "v1-2").mkdir()
@@ -134,6 +135,7 @@ def test_an_earlier_run_is_not_replaced(tmp_path):
     assert "--output-dir runs/v1-3" in done.stdout and "time: about" in done.stdout
 
 
+@pytest.mark.slow
 def test_another_machine_and_dataset():
     done = run_advise("--samples", "20M", "--gpu-memory-gb", "24", "--num-gpus", "8")
     assert done.returncode == 0, done.stderr
@@ -145,6 +147,7 @@ def test_another_machine_and_dataset():
     assert "without a network" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -82,6 +82,7 @@ def test_few_texts_get_more_epochs():
     assert epochs_for(Settings(batch_size=8), 1000) == 3 and epochs_for(Settings(epochs=1), 10) == 1
 
 
+@pytest.mark.slow
 def test_in_bf16_it_learns_as_well_and_is_tested_in_fp32(folder, labels, tmp_path, monkeypatch):
     assert matmul_dtype(16, torch.device("cuda")) == torch.float32
     monkeypatch.setattr("microbert.train.finetuning.matmul_dtype", lambda n_embed, device: torch.bfloat16)
@@ -166,6 +167,7 @@ def test_only_pretrained_matrices_of_trained_layers_are_scaled_down(trainable, n
         assert all(torch.equal(model.encoder.state_dict()[name], 0.25 * pretrained[name]) for name in shrunk)
 
 
+@pytest.mark.slow
 def test_it_reads_more_of_a_text_if_positions_are_rotary(folder, labels, tmp_path):
     """The word that decides comes after the run's 32 tokens."""
     path, output = tmp_path / "long.jsonl", tmp_path / "classifier"
@@ -279,6 +281,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, words, finished_run, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     done = command(str(tmp_path), "--max-samples", "100", "--output-dir", str(tmp_path / "out"))
     assert done.returncode == 2 and "holds no model yet" in done.stderr

@@ -31,6 +31,7 @@ from microbert.runtime.device import GIB
 from microbert.train.checkpoint import look_for_checkpoint
 from microbert.train.hardware import Hardware
 
+pytestmark = pytest.mark.slow
 V4 = ROOT / "mlm_pretrain_v4.py"
 TABLE = ("weights", "optimizer's moments", "gradients", "activations", "context and margin", "total")
 
@@ -104,7 +105,6 @@ def test_the_dry_run_prints_what_the_run_does_and_writes_nothing(finished, tmp_p
 
 
 @pytest.mark.parametrize("gb, n_layers, batch_size", [(141, 4, 16), (80, 6, 32), (24, 4, 8)])
-@pytest.mark.slow
 def test_a_plan_for_gpus_that_are_not_at_hand(gb, n_layers, batch_size, finished, tmp_path):
     copy_text(finished, tmp_path)
     done = run(
@@ -148,7 +148,6 @@ def test_muons_momentum_is_in_the_checkpoint(finished):
     assert kinds == {"exp_avg", "exp_avg_sq", "momentum"}
 
 
-@pytest.mark.slow
 def test_max_minutes_ends_the_run_in_time_also_after_a_kill(finished, tmp_path):
     copy_text(finished, tmp_path)
     minutes = 0.8
@@ -167,7 +166,6 @@ def test_max_minutes_ends_the_run_in_time_also_after_a_kill(finished, tmp_path):
 
 
 @pytest.mark.fault(row=1)
-@pytest.mark.slow
 def test_killed_and_stopped_runs_end_with_the_same_model(finished, tmp_path):
     copy_text(finished, tmp_path)
     flags, rng = flags_of(tmp_path), random.Random(4)
@@ -184,7 +182,6 @@ def test_killed_and_stopped_runs_end_with_the_same_model(finished, tmp_path):
     assert result(tmp_path / "run") == result(finished / "run")
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_and_resume(finished, tmp_path):
     copy_text(finished, tmp_path)
     whole, stopped = (flags_of(tmp_path, batch_size=16, output_dir=tmp_path / name) for name in ("whole", "stopped"))
@@ -222,7 +219,6 @@ def test_a_budget_that_is_too_small_is_rejected_at_once(finished, tmp_path):
     assert done.returncode == 2 and "memory_budget_gb = 0.5" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_a_small_budget_uses_smaller_micro_batches_of_the_same_batch(finished, tmp_path):
     copy_text(finished, tmp_path)
     done = run(flags_of(tmp_path, memory_budget_gb=0.84), V4)

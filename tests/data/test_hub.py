@@ -374,6 +374,7 @@ def test_without_a_network_the_error_comes_within_seconds_and_says_what_to_do(hu
     assert not {"transformers", "matplotlib", "torch._dynamo"} & loaded  # their imports would take more seconds
 
 
+@pytest.mark.slow
 def test_an_invalid_card_is_ignored(hub, tmp_path):
     files = {"main/train-0.parquet": parquet(TEXTS[:99]), "main/test-0.parquet": parquet(TEXTS[:9])}
     hub.add("org/many", {"README.md": README.replace("600", "many").encode(), **files})
@@ -385,6 +386,7 @@ def test_an_invalid_card_is_ignored(hub, tmp_path):
         assert "Hub: org/" in one.stdout and "trouble" not in one.stdout + one.stderr
 
 
+@pytest.mark.slow
 def test_reading_settings_of_a_card_are_followed_or_refused(hub, tmp_path, local_shards):
     """Streaming would read each line as a single column."""
     table = "id;text\n" + "".join(f"{number};{text}\n" for number, text in enumerate(TEXTS))
@@ -466,6 +468,7 @@ def test_unreadable_files_are_plain_errors(hub, tmp_path):
         assert is_plain(done[name], words), (name, done[name].stderr)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported(hub, tmp_path):
     hub.add("org/big", {"train.parquet": parquet(TEXTS, noise=[random.Random(n).randbytes(2000) for n in range(600)])})
     done = run(
@@ -521,6 +524,7 @@ def test_missing_names_and_restricted_datasets_are_plain_errors(hub, tmp_path):
         assert not (tmp_path / name / "cache").exists(), name
 
 
+@pytest.mark.slow
 def test_restricted_files_of_an_open_dataset_are_plain_errors(hub, tmp_path):
     hub.add("org/lines", {"data/train-0.jsonl": lines(TEXTS)})
     hub.fail("/resolve/.*train", "401", times=1000)
@@ -532,6 +536,7 @@ def test_restricted_files_of_an_open_dataset_are_plain_errors(hub, tmp_path):
     assert is_plain(launch(hub, tmp_path), "HF_TOKEN")
 
 
+@pytest.mark.slow
 def test_the_token_of_the_environment_is_sent(hub, tmp_path):
     assert launch(hub, tmp_path, environment={"HF_TOKEN": "hf_secret"}).returncode == 0
     assert all(

@@ -169,6 +169,7 @@ def test_kills_at_random_times_do_not_change_the_result(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_second_of_two_simultaneous_runs_waits_and_uses_what_the_first_prepares(tmp_path):
     """The first run pauses while it prepares, until the second has started."""
     begun, go_on = tmp_path / "begun", tmp_path / "go on"

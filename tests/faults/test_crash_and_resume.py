@@ -166,6 +166,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_resumes(name, finished
     assert result(tmp_path / "run") == reference
 
 
+@pytest.mark.slow
 def test_a_script_that_is_not_in_the_main_thread_trains_without_handling_signals(
     finished_run, reference, tmp_path, monkeypatch
 ):
@@ -267,6 +268,7 @@ def test_a_kill_at_every_point_inside_a_save_changes_nothing(tmp_path):
         assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1, (number, name)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(row=3)
 def test_a_kill_between_the_micro_batches_of_a_step_changes_nothing(tmp_path):
     flags = small_flags(tmp_path, max_samples=120, micro_batch_size=3, save_every=5, epochs=2)
@@ -281,6 +283,7 @@ def test_a_kill_between_the_micro_batches_of_a_step_changes_nothing(tmp_path):
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(row=6)
 def test_a_stop_during_a_save_completes_it_and_the_same_command_resumes(tmp_path, reference, finished_run):
     corpus_from(finished_run, tmp_path)
@@ -297,6 +300,7 @@ def test_a_stop_during_a_save_completes_it_and_the_same_command_resumes(tmp_path
     assert result(tmp_path / "run") == reference
 
 
+@pytest.mark.slow
 @pytest.mark.fault(row=9)
 @pytest.mark.parametrize("keep_checkpoints", [1, 2])
 def test_incomplete_folders_do_not_displace_valid_checkpoints(keep_checkpoints, tmp_path, reference, finished_run):

@@ -130,6 +130,7 @@ def test_a_read_only_folder_is_reported_before_preparation(small_disk, tmp_path)
     assert not list(small_disk.path.iterdir()) and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault(row=23)
 def test_a_run_in_a_folder_that_became_read_only_is_refused_and_unchanged(small_disk, finished_run, tmp_path):
     corpus_from(finished_run, tmp_path)

@@ -122,6 +122,7 @@ def gradients(rank, size, port, micro_batch_size):
     return numbers, [parameter.grad.numpy().copy() for parameter in model.parameters()], masked.n_masked
 
 
+@pytest.mark.slow
 @pytest.mark.fault(row=17)
 def test_one_process_of_32_four_micro_batches_of_8_and_two_processes_of_16_give_the_same_gradients():
     numbers, whole, n_masked = gradients(0, 1, None, None)
@@ -218,6 +219,7 @@ def test_a_killed_process_ends_the_run_with_an_error(rank, two, tmp_path):
     assert "step " in found["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(row=11)
 def test_a_restart_after_a_kill_ends_with_the_same_model(two, tmp_path):
     """With --overwrite, which must not remove the checkpoints of the first attempt."""
@@ -249,6 +251,7 @@ def test_a_process_that_hangs_ends_the_run_after_the_time_limit_naming_the_step(
     assert status(tmp_path / "run")["reason"].startswith("step ")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(row=13)
 def test_two_agents_as_two_machines_end_with_the_weights_of_one(two, tmp_path):
     """A process is killed on one of them, and both restart theirs."""
@@ -307,6 +310,7 @@ def test_a_run_resumes_with_another_number_of_processes(two, one, tmp_path):
     assert result(folder / "run") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.fault(row=15)
 def test_a_batch_that_the_processes_cannot_split_is_refused_before_training(two, tmp_path):
     copy_prepared(two, tmp_path)
@@ -337,6 +341,7 @@ prepare.prepare_tokens = slow"""
     assert result(tmp_path / "run") == result(two / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(row=18)
 def test_preparation_that_crashes_ends_every_process(two, tmp_path):
     shutil.copy(two / "corpus.jsonl", tmp_path)

@@ -60,6 +60,7 @@ def test_a_kernel_is_compiled_once_for_its_constants():
     assert compiled_kernel(norm.SOURCE, D=5) is not compiled_kernel(norm.SOURCE, D=6)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("source, constants", ALL, ids=lambda x: getattr(x, "stem", ""))
 def test_sources_compile_without_warnings_also_for_older_processors(source, constants, tmp_path):
@@ -72,6 +73,7 @@ def test_sources_compile_without_warnings_also_for_older_processors(source, cons
         assert done.returncode == 0 and not done.stderr
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("source, constants", ALL, ids=lambda x: getattr(x, "stem", ""))
 def test_no_intermediate_file_is_larger_than_the_library(source, constants, tmp_path):
@@ -104,6 +106,7 @@ def results():
     yield "gelu", gelu.gelu(x := numbers(7, 21)), (x,)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of other processors")
 @pytest.mark.parametrize("processor", ["x86-64-v2", "haswell"])

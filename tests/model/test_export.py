@@ -82,6 +82,7 @@ def test_fill_mask_on_the_command_line(finished_run):
     assert done.returncode == 0 and done.stdout.count("%") == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -70,6 +70,7 @@ def test_tasks_that_have_not_started_are_cancelled_by_an_error():
     assert sum(task.cancelled() for task in tasks) > 90
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_killed_run(tmp_path):
     program = f"""
 import time

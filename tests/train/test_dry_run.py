@@ -196,6 +196,7 @@ def test_a_full_disk_of_either_folder_is_a_warning(full, dry, tmp_path, monkeypa
     assert "may be too small" in dry(tmp_path, flags).out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded, n_slow", [(False, 1), (True, 3)])
 def test_steps_that_compile_and_capture_are_not_timed(recorded, n_slow, dry, tmp_path, monkeypatch):
     real, calls = microbert.train.dry_run.Learner.step, []

@@ -118,12 +118,14 @@ def random_shapes(n):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(50)], ids=str)
 def test_the_plan_matches_the_tracked_peak_of_a_training_step(shape):
     planned = planned_training_bytes(constants(shape), shape[0])
     assert AT_LEAST <= planned / tracked_peak(shape) <= AT_MOST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_parts, dropout", [(2, 0.0), (1, 0.1), (2, 0.1)])
 @pytest.mark.parametrize(
     "shape", [SHAPES["v2"], SHAPES["a 24 GB GPU"], SHAPES["one sequence"], SHAPES["long"], *random_shapes(2)], ids=str
@@ -133,12 +135,14 @@ def test_the_plan_matches_with_micro_batches_and_dropout(shape, n_parts, dropout
     assert AT_LEAST <= planned_training_bytes(config, shape[0]) / tracked_peak(shape, n_parts, dropout) <= AT_MOST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(4)], ids=str)
 def test_the_plan_matches_in_bf16(shape):
     planned = planned_training_bytes(constants(shape, dtype="bfloat16"), shape[0], NARROW)
     assert AT_LEAST <= planned / tracked_peak(shape, dtype=torch.bfloat16) <= AT_MOST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *random_shapes(10)], ids=str)
 def test_the_plan_matches_with_each_architecture_and_optimizer(shape, recipe):
