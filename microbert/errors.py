@@ -1,5 +1,7 @@
 """Exceptions that end a run with a message for the user."""
 
+LONGEST_REASON = 300  # characters of an error that a message quotes
+
 
 class InputError(Exception):
     """An error that the user can fix. The message is one or two plain lines; the exit code is 2."""
@@ -22,3 +24,8 @@ class Failed(Exception):
 
 class Diverged(Failed):
     """The loss, the gradient or the weights are NaN or infinite."""
+
+
+def one_line(error: Exception) -> str:
+    """Return the error's message as one line, cut to LONGEST_REASON because it may quote a file."""
+    return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from microbert.config.flags import Parser
-from microbert.data.tokenizer import MASK_ID, load_tokenizer
-from microbert.errors import InputError
+from microbert.data.tokenizer import MASK_ID, load_tokenizer, token_names
+from microbert.errors import InputError, one_line
 from microbert.model.examples import N_GUESSES, likeliest, probabilities_at
-from microbert.model.hugging_face import model_from_hugging_face, one_line, read_hugging_face_config
+from microbert.model.hugging_face import model_from_hugging_face, read_hugging_face_config
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.files import read_json, system_trouble
 from microbert.runtime.outcome import plain_errors
@@ -29,7 +29,8 @@ def fill_mask(
         raise InputError(f"no [MASK] in {text!r}: write [MASK], in capitals, for the missing word")
     if len(ids) > model.config.max_seq_len:
         raise InputError(f"the text has {len(ids)} tokens; this model reads at most {model.config.max_seq_len}")
-    return [likeliest(probabilities, tokenizer, n_best) for probabilities in probabilities_at(model, ids, positions)]
+    names = token_names(tokenizer)
+    return [likeliest(probabilities, names, n_best) for probabilities in probabilities_at(model, ids, positions)]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

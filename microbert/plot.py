@@ -18,10 +18,9 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
 from microbert.config.flags import Parser
-from microbert.data.tokenizer import N_SPECIAL
+from microbert.data.tokenizer import N_SPECIAL, token_names
 from microbert.errors import Failed, InputError
 from microbert.fill_mask import encode, load_run
-from microbert.model.examples import token_names
 from microbert.model.hugging_face import RUNS_NOTHING, errors_of_loading
 from microbert.runtime.files import write_atomic
 from microbert.runtime.metrics import read_metrics, title_of

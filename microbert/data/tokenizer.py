@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from microbert.config.constants import Config
 from microbert.data.corpus import HELD_OUT_SHARE, Corpus, clean, split_hash
-from microbert.errors import InputError
+from microbert.errors import InputError, one_line
 from microbert.runtime.files import fingerprint, system_trouble, write_json, write_text
 from microbert.runtime.waiting import never_stop
 
@@ -22,7 +22,6 @@ VOCABULARY = "vocab.txt"  # one token per line, sorted by id; transformers 4's P
 SAMPLE_CHARACTERS = 16_000_000  # training sample; more text uses more memory and hardly changes the vocabulary
 PIECE_CHARACTERS = 100_000  # the library gets texts in pieces, because it uses about 50 bytes per character
 LONGEST_WORD = 100  # characters; longer words are split: the library maps them to [UNK], and its search is cubic
-LONGEST_REASON = 300  # characters of a library error that a message quotes
 FORMAT = 4  # increase it whenever the same corpus would produce another tokenizer
 
 
@@ -133,7 +132,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         if system_trouble(error):
             raise
-        raise InputError(f"{path} is not a tokenizer: {' '.join(str(error).split())[:LONGEST_REASON]}") from error
+        raise InputError(f"{path} is not a tokenizer: {one_line(error)}") from error
     for token_id, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != token_id:
             raise InputError(f"{path}: {token} must have the id {token_id}, as in this suite's tokenizers")
@@ -177,14 +176,19 @@ def _state(part: pre_tokenizers.PreTokenizer | processors.PostProcessor) -> dict
     return json.loads(part.__getstate__())
 
 
+def token_names(tokenizer: Tokenizer) -> list[str]:
+    """Return the tokens of the vocabulary by id."""
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.__getitem__)
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
     """Write the files from which transformers loads the tokenizer, with `AutoTokenizer` or with BERT's own classes.
 
     BERT's classes build their normalizer from tokenizer_config.json alone and lower-case text by default.
     """
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    ids = tokenizer.get_vocab()
-    write_text(folder / VOCABULARY, "".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)))
+    write_text(folder / VOCABULARY, "".join(token + "\n" for token in token_names(tokenizer)))
     normalizer = tokenizer.normalizer
     roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     write_json(

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from microbert.data.shards import Tokens
-from microbert.data.tokenizer import CLS_ID, MASK_ID, N_SPECIAL, SEP_ID, SPECIAL_TOKENS
+from microbert.data.tokenizer import CLS_ID, MASK_ID, N_SPECIAL, SEP_ID, SPECIAL_TOKENS, token_names
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.counter_rng import permute, random_bits
 
@@ -59,18 +59,12 @@ def probabilities_at(model: MaskedLanguageModel, ids: list[int], positions: list
     return logits.softmax(dim=1)
 
 
-def likeliest(probabilities: Tensor, tokenizer: Tokenizer, n_best: int) -> list[tuple[str, float]]:
-    """Return the n_best likeliest tokens with their probabilities. probabilities: [V]."""
-    best, names = probabilities.topk(min(n_best, len(probabilities) - N_SPECIAL)), token_names(tokenizer)
+def likeliest(probabilities: Tensor, names: list[str], n_best: int) -> list[tuple[str, float]]:
+    """Return the n_best likeliest tokens with their probabilities. probabilities: [V]. names: the tokens by id."""
+    best = probabilities.topk(min(n_best, len(probabilities) - N_SPECIAL))
     return [
         (names[token_id], share) for token_id, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-def token_names(tokenizer: Tokenizer) -> list[str]:
-    """Return the tokens of the vocabulary by id."""
-    vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def find_examples(model: MaskedLanguageModel, tokenizer: Tokenizer, tokens: Tokens, seed: int) -> list[Example]:
@@ -86,7 +80,7 @@ def find_examples(model: MaskedLanguageModel, tokenizer: Tokenizer, tokens: Toke
         [probabilities] = probabilities_at(model, ids, [span.masked + 1])
         word = span.ids[span.masked]
         text = _as_text([names[token_id] for token_id in span.ids], span.masked)
-        guesses = likeliest(probabilities, tokenizer, N_GUESSES)
+        guesses = likeliest(probabilities, names, N_GUESSES)
         examples.append(Example(text, names[word], float(probabilities[word]), guesses))
     return examples
 
@@ -104,9 +98,8 @@ def _choose_spans(names: list[str], tokens: Tokens, seed: int, max_seq_len: int)
             spans = [span for span in spans if span.rank == lowest]
             span = spans[int(random_bits(seed, STREAM, number)[0] % np.uint64(len(spans)))]
             best_of_rows.setdefault(span.ids, span)
-    return sorted(best_of_rows.values(), key=lambda span: span.rank)[
-        :N_EXAMPLES
-    ]  # stable: equal ranks stay in the order drawn
+    best = sorted(best_of_rows.values(), key=lambda span: span.rank)  # stable: equal ranks stay in the order drawn
+    return best[:N_EXAMPLES]
 
 
 def _candidates(row: list[int], names: list[str], longest: int, common: set[int]) -> Iterator[_Span]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID
-from microbert.errors import InputError
+from microbert.errors import InputError, one_line
 from microbert.model import bert, modern
 from microbert.model.build import INIT_STD, ROTARY, new_model
 from microbert.model.layers import ROTARY_BASE, MaskedLanguageModel, ModelConfig
@@ -56,7 +56,6 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
 # arguments of `from_pretrained` for an untrusted folder
 RUNS_NOTHING = {"local_files_only": True, "trust_remote_code": False}
 LEAST_WEIGHTS = 5  # stored tensors of a layer, at least
-LONGEST_REASON = 300  # characters
 LARGEST = 1_000_000  # of the sizes in a configuration
 # equal in all our models of a shape: another value would silently change the logits
 DECIDES_LOGITS = {
@@ -82,11 +81,6 @@ def errors_of_loading(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """Return the error's message as one line, cut to LONGEST_REASON because it may quote a file."""
-    return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
 def _hugging_face_names(arch: str, name: str) -> list[str]:
