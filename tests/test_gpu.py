@@ -71,14 +71,14 @@ def test_compilation_is_chosen_and_a_step_is_the_same():
     ],
 )
 def test_replayed_steps_are_the_same(constants, capsys):
-    plain, recorded = new_learner(cuda_graphs=False, **constants), new_learner(**constants)
+    plain, captured = new_learner(cuda_graphs=False, **constants), new_learner(**constants)
     for number in range(10):
         masked, rate = masked_rows(8 if number != 5 else 7, seed=number), (number + 1) * 2e-4
-        assert recorded.step(masked, number, rate).read() == pytest.approx(
+        assert captured.step(masked, number, rate).read() == pytest.approx(
             plain.step(masked, number, rate).read(), rel=5e-3
         )
-    assert recorded._backward.has_recording and recorded._update.has_recording and not capsys.readouterr().err
-    for parameter, other in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
+    assert captured._backward.has_graph and captured._update.has_graph and not capsys.readouterr().err
+    for parameter, other in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=0.02, atol=2e-3)
 
 

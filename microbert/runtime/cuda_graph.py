@@ -35,7 +35,7 @@ class Captured:
         self._inputs: tuple[Tensor | None, ...] = ()  # the tensors that the graph reads
 
     @property
-    def has_recording(self) -> bool:
+    def has_graph(self) -> bool:
         return self._replay is not None
 
     def __call__(self, tensors: tuple[Tensor | None, ...], *constants: Hashable) -> Tensors:
@@ -57,7 +57,7 @@ class Captured:
     def _capture(self, tensors: tuple[Tensor | None, ...], constants: tuple[Hashable, ...]) -> None:
         self._inputs = tuple(None if tensor is None else tensor.clone() for tensor in tensors)
         try:
-            self._replay = record(lambda: self._function(*self._inputs, *constants))
+            self._replay = capture(lambda: self._function(*self._inputs, *constants))
         except RuntimeError as error:
             self.turn_off()
             print(
@@ -81,7 +81,7 @@ class Captured:
         self.is_on = False
 
 
-def record(function: Callable[[], Tensors]) -> Callable[[], Tensors]:
+def capture(function: Callable[[], Tensors]) -> Callable[[], Tensors]:
     """Capture the function without computing it. Return a function that computes it into the same tensors each time.
 
     Raises RuntimeError where CUDA cannot capture it.

@@ -16,7 +16,7 @@ ONE = torch.tensor([1.0, 2.0])
 def captures(monkeypatch):
     """Return the captured functions. A replay calls the function with the tensors that the capture owns."""
     made = []
-    monkeypatch.setattr(microbert.runtime.cuda_graph, "record", lambda function: made.append(function) or function)
+    monkeypatch.setattr(microbert.runtime.cuda_graph, "capture", lambda function: made.append(function) or function)
     return made
 
 
@@ -34,7 +34,7 @@ def test_a_function_is_captured_after_a_few_equal_calls_and_reads_its_own_tensor
     captured, calls = new_captured()
     for number in range(6):
         assert torch.equal(captured((number * ONE, ONE), 3), 3 * (number + 1) * ONE)
-        assert len(captures) == captured.has_recording == (number >= WARM_UP)
+        assert len(captures) == captured.has_graph == (number >= WARM_UP)
     assert all(x is calls[WARM_UP][0] and y is calls[WARM_UP][1] for x, y, _ in calls[WARM_UP:])
 
 
@@ -51,16 +51,16 @@ def test_other_arguments_are_computed_directly_and_discard_the_capture(captures,
     for n_captures in (1, 2):
         for _ in range(WARM_UP + 1):
             assert torch.equal(captured((ONE, ONE), 3), 6 * ONE)
-        assert captured.has_recording and len(captures) == n_captures
+        assert captured.has_graph and len(captures) == n_captures
         assert torch.equal(captured(*other), factor * (x if y is None else x + y)) and calls[-1][0] is x
-        assert not captured.has_recording
+        assert not captured.has_graph
 
 
 def test_a_discarded_function_is_captured_again(captures):
     captured, _ = new_captured()
     for n_captures in (1, 2):
         for _ in range(WARM_UP + 1):
-            assert not captured.has_recording
+            assert not captured.has_graph
             captured((ONE, ONE), 3)
         assert len(captures) == n_captures
         captured.forget()
@@ -72,7 +72,7 @@ def test_a_function_that_is_off_or_cannot_be_captured_is_called_directly(monkeyp
     def fails(_):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(microbert.runtime.cuda_graph, "record", fails)
+    monkeypatch.setattr(microbert.runtime.cuda_graph, "capture", fails)
     failing, calls = new_captured()
     for one in (off, failing):
         assert all(torch.equal(one((ONE, ONE), 2), 4 * ONE) for _ in range(2 * WARM_UP + 2))

@@ -127,17 +127,17 @@ def test_an_update_that_never_fits_ends_the_run_and_changes_nothing(monkeypatch)
 
 def test_cuda_graphs_are_dropped_after_running_out_of_memory(monkeypatch):
     monkeypatch.setattr(microbert.train.step, "is_captured", lambda *_: True)
-    monkeypatch.setattr(microbert.runtime.cuda_graph, "record", lambda function: function)
+    monkeypatch.setattr(microbert.runtime.cuda_graph, "capture", lambda function: function)
     learners = [new_learner() for _ in range(2)]
     for learner in learners:
         take_steps(learner)
-        assert learner._backward.has_recording and learner._update.has_recording
+        assert learner._backward.has_graph and learner._update.has_graph
     out_of_memory_at(monkeypatch, microbert.train.held_out, "masked_scores", {2})
     evaluate(learners[0], held_out(), run_of(learners[0]))
     out_of_memory_at(monkeypatch, microbert.train.optim, "orthogonalise", {2})
     take_steps(learners[1], range(4, 6))
     for learner in learners:
-        assert learner.sizes.ran_short and not learner._backward.has_recording and not learner._update.has_recording
+        assert learner.sizes.ran_short and not learner._backward.has_graph and not learner._update.has_graph
 
 
 @pytest.mark.fault(row=26)

@@ -194,7 +194,7 @@ def test_replayed_steps_are_the_same(monkeypatch, constants):
     """
     plain, made = new_learner(**constants), []
     monkeypatch.setattr(microbert.train.step, "is_captured", lambda *_: True)
-    monkeypatch.setattr(microbert.runtime.cuda_graph, "record", lambda function: made.append(function) or function)
+    monkeypatch.setattr(microbert.runtime.cuda_graph, "capture", lambda function: made.append(function) or function)
     learner = new_learner(**constants)
 
     def places():
@@ -224,13 +224,13 @@ def test_replayed_steps_are_the_same(monkeypatch, constants):
     )  # a graph reads the rate of the step from there
     for parameter, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
-    assert len(made) == 3 and learner._backward.has_recording
+    assert len(made) == 3 and learner._backward.has_graph
 
 
 def test_after_running_out_of_memory_nothing_is_captured(monkeypatch, capsys):
     monkeypatch.setattr(microbert.train.step, "is_captured", lambda *_: True)
     made = []
-    monkeypatch.setattr(microbert.runtime.cuda_graph, "record", lambda function: made.append(function) or function)
+    monkeypatch.setattr(microbert.runtime.cuda_graph, "capture", lambda function: made.append(function) or function)
     learner = new_learner()
     for number in range(4):
         learner.step(masked_rows(seed=number), number, 1e-3).read()
@@ -240,8 +240,8 @@ def test_after_running_out_of_memory_nothing_is_captured(monkeypatch, capsys):
         learner.step(masked_rows(seed=number), number, 1e-3).read()
     assert (
         learner.sizes.micro_batch == 4
-        and not learner._backward.has_recording
-        and not learner._update.has_recording
+        and not learner._backward.has_graph
+        and not learner._update.has_graph
         and len(made) == 2
     )
 
