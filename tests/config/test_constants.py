@@ -136,7 +136,7 @@ def test_version_4_has_the_constants_of_version_3_and_more():
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         (["--preset", "huge"], 'preset = \'huge\' must be "auto" or "large"'),
         (["--preset", "none"], "must not be None without a preset"),
@@ -150,11 +150,11 @@ def test_version_4_has_the_constants_of_version_3_and_more():
         (["--batch-size", "auto"], "batch_size"),
     ],
 )
-def test_mistakes_in_the_constants_of_version_4(flags, told, capsys):
+def test_mistakes_in_the_constants_of_version_4(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         configure_v4(*flags)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and told in error
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
 
 
 @pytest.mark.fault(row=28)
@@ -192,7 +192,7 @@ def test_the_global_batch_is_kept_on_any_number_of_processes(constants, world_si
 
 
 @pytest.mark.parametrize(
-    "constants, world_size, trained, told",
+    "constants, world_size, trained, message",
     [
         ({"batch_size": 8}, 1, TRAINED, "batch_size = 8 (was 16)"),
         ({"global_batch_size": 64}, 2, TRAINED, "global_batch_size = 64 (was 32)"),
@@ -200,7 +200,7 @@ def test_the_global_batch_is_kept_on_any_number_of_processes(constants, world_si
         ({"global_batch_size": 10}, 4, None, "4 processes"),
     ],
 )
-def test_another_batch_is_rejected(constants, world_size, trained, told):
+def test_another_batch_is_rejected(constants, world_size, trained, message):
     with pytest.raises(InputError) as caught:
         resolve_batch_size(configure(**constants), world_size, trained)
-    assert told in str(caught.value)
+    assert message in str(caught.value)

@@ -181,7 +181,7 @@ def test_help_and_errors_are_printed_in_any_encoding(command, code, variables):
 
 
 def test_a_command_prints_in_any_encoding(finished_run):
-    """fill_mask stands for all commands here."""
+    """Tested with fill_mask, for all commands."""
     command = [sys.executable, "-m", "microbert.fill_mask", str(finished_run / "run"), f"the {THAI} was [MASK]"]
     variables = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)

@@ -50,8 +50,8 @@ def test_a_column_named_text_wins():
     ],
 )
 def test_a_column_of_identifiers_or_addresses_is_not_chosen_silently(name, values):
-    told = f'"{name}", seems to hold identifiers or addresses; set text_column to the one to train on: {name}, n'
-    with pytest.raises(InputError, match=told):
+    message = f'"{name}", seems to hold identifiers or addresses; set text_column to the one to train on: {name}, n'
+    with pytest.raises(InputError, match=message):
         choose([name, "n"], holds_n=NUMBERS, **{name: values})
     assert choose([name, "n"], name, holds_n=NUMBERS, **{name: values}) == name
 
@@ -125,11 +125,11 @@ def test_a_label_is_returned_as_written(value, label):
 
 
 @pytest.mark.parametrize(
-    "value, told",
+    "value, message",
     [(["a", "b"], "only one label per row is supported"), ([], "only one label"), ({"a": 1}, "a text or a number")],
 )
-def test_several_labels_in_a_row_are_refused(value, told):
-    with pytest.raises(InputError, match=rf'a.csv: row 1,234: label column "tags" holds .*{told}'):
+def test_several_labels_in_a_row_are_refused(value, message):
+    with pytest.raises(InputError, match=rf'a.csv: row 1,234: label column "tags" holds .*{message}'):
         as_label(value, "a.csv", "tags", 1234)
 
 

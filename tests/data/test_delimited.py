@@ -58,8 +58,8 @@ def test_one_column_needs_no_separator(text):
 
 
 def test_a_separator_in_few_rows_and_a_row_with_too_many_fields_are_errors():
-    told = "a.csv: cannot detect what separates its fields: most lines have another number of semicolons"
-    with pytest.raises(InputError, match=told):
+    message = "a.csv: cannot detect what separates its fields: most lines have another number of semicolons"
+    with pytest.raises(InputError, match=message):
         rows_of("text;label\none of them\ntwo of them\nfour;bad\n")
     with pytest.raises(InputError, match="line 3 has 4 fields, but the header names 2 columns"):
         rows_of("text;label\nsix;bad\none; two; three;good\nfour;bad\nfive;bad\n")
@@ -117,16 +117,16 @@ INCHES = [f"screen number {number},good\n" for number in range(30)]
 
 
 @pytest.mark.parametrize(
-    "lines, told",
+    "lines, message",
     [
         ({10: '"12 inches,good\n'}, "line 12"),  # never closes
         ({10: '"12 inches,good\n', 20: '"15 inches,good\n'}, "line 12"),  # closes in the middle of another field
         ({10: '"12 inches,good\n', 20: 'it has 15",good\n'}, "line 12.* looks like a row"),
     ],
 )  # closes where a field may end
-def test_a_stray_quotation_mark_in_csv_is_an_error_with_its_line(lines, told):
+def test_a_stray_quotation_mark_in_csv_is_an_error_with_its_line(lines, message):
     text = "text,label\n" + "".join(lines.get(number, line) for number, line in enumerate(INCHES))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         rows_of(text)
 
 

@@ -51,7 +51,7 @@ def archive():
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         (archive(), "ZIP archive"),
         (b"%PDF-1.7 text", "PDF"),
@@ -64,8 +64,8 @@ def archive():
     ids=["zip", "pdf", "utf-16", "utf-16 without a mark", "pointer", "zip in gzip", "binary"],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a"])
-def test_an_unsupported_format_is_named(name, content, told, tmp_path):
-    with pytest.raises(InputError, match=told):
+def test_an_unsupported_format_is_named(name, content, message, tmp_path):
+    with pytest.raises(InputError, match=message):
         read(write(tmp_path / name, content))
 
 

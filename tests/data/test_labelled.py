@@ -159,8 +159,8 @@ def test_text_files_beside_a_table_are_skipped_and_named(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n")
     (tmp_path / "_SUCCESS").write_text("")
     found = read(tmp_path)
-    told = found.source.description
-    assert found.names == ["x", "y"] and "vocab.txt" in told and "_SUCCESS" in told
+    message = found.source.description
+    assert found.names == ["x", "y"] and "vocab.txt" in message and "_SUCCESS" in message
 
 
 def test_late_rows_may_look_different(tmp_path):
@@ -212,7 +212,7 @@ def test_max_samples_draws_a_sample_by_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, options, told",
+    "content, options, message",
     [
         ('{"text": "a", "stars": 1}\n', {}, "--label-column"),
         ('{"text": "a", "label": 1}\n' * 3, {}, "1 distinct label,"),
@@ -227,15 +227,15 @@ def test_max_samples_draws_a_sample_by_the_seed(tmp_path):
         ('{"text": "a", "label": ["x"]}\n', {}, 'label column "label" holds ["x"]'),
     ],
 )
-def test_errors_name_the_columns(content, options, told, tmp_path):
+def test_errors_name_the_columns(content, options, message, tmp_path):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(InputError) as caught:
         read(tmp_path / "a.jsonl", **options)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, told", [("a.txt", "a text file has no labels"), ("missing.csv", "no such file")])
-def test_a_text_file_or_a_missing_file_is_refused(name, told, tmp_path):
+@pytest.mark.parametrize("name, message", [("a.txt", "a text file has no labels"), ("missing.csv", "no such file")])
+def test_a_text_file_or_a_missing_file_is_refused(name, message, tmp_path):
     (tmp_path / "a.txt").write_text("text\n")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read(tmp_path / name)

@@ -184,16 +184,16 @@ def test_unreadable_files_of_a_folder_are_skipped_and_named(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert read(tmp_path / "data", tmp_path) == ["from 00", "from gz", "from a"]
-    told = open_dataset(tmp_path / "data", tmp_path).summary
-    assert "1 of unsupported formats" in told and "notes.md" in told
-    assert "1 without an extension" in told and "program" in told
+    message = open_dataset(tmp_path / "data", tmp_path).summary
+    assert "1 of unsupported formats" in message and "notes.md" in message
+    assert "1 without an extension" in message and "program" in message
     (tmp_path / "data" / "b.jsonl").write_text('{"text": "from b"}\n')
     assert read(tmp_path / "data", tmp_path) == ["from a", "from b"]
     assert "3 without an extension" in open_dataset(tmp_path / "data", tmp_path).summary
 
 
 @pytest.mark.parametrize(
-    "make, told",
+    "make, message",
     [
         (lambda folder: None, "contains no files. Supported are"),
         (
@@ -212,14 +212,14 @@ def test_unreadable_files_of_a_folder_are_skipped_and_named(tmp_path):
         ),
     ],
 )
-def test_an_existing_path_never_goes_to_the_hub(make, told, tmp_path, monkeypatch, capsys):
+def test_an_existing_path_never_goes_to_the_hub(make, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "org" / "name").mkdir(parents=True)
     make(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("microbert.data.sources.open_hub", lambda *_: pytest.fail("asked the Hub"))
     with pytest.raises((InputError, SystemExit)) as caught:
         read("org/name", tmp_path)
-    assert re.search(told, f"{caught.value} {capsys.readouterr().err}")
+    assert re.search(message, f"{caught.value} {capsys.readouterr().err}")
 
 
 def test_links_to_folders_are_followed_each_folder_once(tmp_path):
@@ -259,12 +259,12 @@ def test_the_key_depends_on_the_content_not_on_the_name(tmp_path):
 def test_the_summary_states_the_column_and_an_unusual_separator(tmp_path):
     (tmp_path / "a.csv").write_text("n;review\n1;so so\n2;good one\n")
     assert read(tmp_path / "a.csv", tmp_path) == ["so so", "good one"]
-    told = open_dataset(tmp_path / "a.csv", tmp_path).summary
-    assert '(text column "review", separated by semicolons), about' in told
+    message = open_dataset(tmp_path / "a.csv", tmp_path).summary
+    assert '(text column "review", separated by semicolons), about' in message
     (tmp_path / "a.txt").write_text('{"text": "one text"}\n')
     assert read(tmp_path / "a.txt", tmp_path) == ['{"text": "one text"}']
-    told = open_dataset(tmp_path / "a.txt", tmp_path).summary
-    assert re.search(r"warning: .*a.txt looks like JSON lines.*\n.*one document per line", told)
+    message = open_dataset(tmp_path / "a.txt", tmp_path).summary
+    assert re.search(r"warning: .*a.txt looks like JSON lines.*\n.*one document per line", message)
 
 
 def test_a_glob_matches_files_and_folders(tmp_path):

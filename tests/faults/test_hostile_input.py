@@ -64,11 +64,11 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.slow
 def test_text_is_read_or_is_a_plain_error(name, tmp_path):
-    file, content, flags, code, told = TEXTS[name]
+    file, content, flags, code, message = TEXTS[name]
     (tmp_path / file).write_bytes(content)
     done = run([*small_flags(tmp_path, dataset=tmp_path / file, prepare_only=True), *flags])
     assert done.returncode == code, done.stderr
-    assert told in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert message in done.stdout + done.stderr and "Traceback" not in done.stderr
     if code:
         assert (
             done.stderr.splitlines()[-1].startswith("error: ")
@@ -97,7 +97,7 @@ CONSTANTS = {
 @pytest.mark.parametrize("version", [1, 4])
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_an_invalid_constant_is_an_error_within_a_second_and_nothing_is_created(name, version, tmp_path):
-    flags, told = CONSTANTS[name]
+    flags, message = CONSTANTS[name]
     if version == 4 and name == "width that the heads do not divide":
         flags = [*flags, "--n-heads", "2"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -110,7 +110,7 @@ def test_an_invalid_constant_is_an_error_within_a_second_and_nothing_is_created(
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and told in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
     cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert cpu_seconds < 1  # not elapsed time, which is longer on a busy machine
     assert not list(tmp_path.iterdir())
@@ -139,7 +139,7 @@ def seal(checkpoint):
 
 @pytest.mark.fault(row=29)
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         (["--n-embed", "8", "--dropout", "0.5"], ["n_embed = 8 (was 4)", "dropout = 0.5 (was 0.0)"]),
         (["--vocab-size", "200"], ["vocab_size = 200 (was 300)"]),
@@ -147,11 +147,11 @@ def seal(checkpoint):
         (["--max-samples", "200"], ["max_samples = 200 (was None)"]),
     ],
 )
-def test_a_checkpoint_of_other_constants_is_an_error_that_names_them(flags, told, interrupted):
+def test_a_checkpoint_of_other_constants_is_an_error_that_names_them(flags, message, interrupted):
     before = listing(interrupted[0])
     done = resume(interrupted[0], *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert all(text in done.stderr for text in told)
+    assert all(text in done.stderr for text in message)
     after = listing(interrupted[0])
     before.pop("status.json"), after.pop("status.json")
     assert after == before

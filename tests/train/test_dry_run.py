@@ -104,10 +104,10 @@ def test_the_steps_are_estimated_before_preparation_and_exact_after_it(dry, copy
 
 
 def test_a_finished_run_has_no_steps_left(dry, copy, reference):
-    told = dry(copy, small_flags(copy))
+    outcome = dry(copy, small_flags(copy))
     steps = int(reference["checkpoint"][11:])
-    assert told.code == 0 and "is finished" in told.out and "training:" not in told.out
-    assert (told.plan["steps"], told.plan["steps_done"], told.plan["planned_seconds"]) == (steps, steps, 0)
+    assert outcome.code == 0 and "is finished" in outcome.out and "training:" not in outcome.out
+    assert (outcome.plan["steps"], outcome.plan["steps_done"], outcome.plan["planned_seconds"]) == (steps, steps, 0)
     overwritten = dry(copy, [*small_flags(copy), "--overwrite"])
     assert (
         "removes the earlier run" in overwritten.out
@@ -125,24 +125,24 @@ def test_a_run_with_a_checkpoint_would_resume_from_it(is_prepared, dry, copy, re
     (copy / "run" / ".checkpoint.tmp").mkdir()  # left by a kill during a save
     if not is_prepared:
         shutil.rmtree(copy / "cache")
-    told = dry(copy, small_flags(copy))
-    assert told.plan["steps_done"] == done
-    assert f"resuming after step {done}: " in told.out and str(newest(copy)) in told.out
+    outcome = dry(copy, small_flags(copy))
+    assert outcome.plan["steps_done"] == done
+    assert f"resuming after step {done}: " in outcome.out and str(newest(copy)) in outcome.out
     if is_prepared:
-        assert told.plan["steps"] == steps and f": {steps - done} steps remain" in told.out
+        assert outcome.plan["steps"] == steps and f": {steps - done} steps remain" in outcome.out
 
 
 def test_a_damaged_checkpoint_is_skipped_and_kept(dry, copy):
     interrupt(copy)
     bad = newest(copy)
     (bad / "model.safetensors").write_bytes(b"")
-    told = dry(copy, small_flags(copy))
-    assert "damaged" in told.err and bad.exists()
-    assert 0 < told.plan["steps_done"] < int(bad.name[11:])
+    outcome = dry(copy, small_flags(copy))
+    assert "damaged" in outcome.err and bad.exists()
+    assert 0 < outcome.plan["steps_done"] < int(bad.name[11:])
     for checkpoint in (copy / "run").glob("checkpoint-*"):
         (checkpoint / "model.safetensors").write_bytes(b"")
-    told = dry(copy, small_flags(copy))
-    assert told.code == 2 and "--overwrite" in told.err
+    outcome = dry(copy, small_flags(copy))
+    assert outcome.code == 2 and "--overwrite" in outcome.err
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -150,10 +150,10 @@ def test_changed_constants_are_rejected_as_by_the_run(is_finished, dry, copy, mo
     if not is_finished:
         interrupt(copy)
     flags = small_flags(copy, n_layers=2, epochs=5)
-    told = dry(copy, flags)
-    assert told.code == 2 and "n_layers = 2 (was 1)" in told.err and "epochs = 5 (was 2)" in told.err
+    outcome = dry(copy, flags)
+    assert outcome.code == 2 and "n_layers = 2 (was 1)" in outcome.err and "epochs = 5 (was 2)" in outcome.err
     assert run_here(flags, monkeypatch) == 2
-    assert capfd.readouterr().err == told.err
+    assert capfd.readouterr().err == outcome.err
 
 
 def test_tokens_that_differ_from_the_checkpoint_are_rejected(dry, copy, monkeypatch, capfd):
@@ -161,18 +161,18 @@ def test_tokens_that_differ_from_the_checkpoint_are_rejected(dry, copy, monkeypa
     with open(copy / "corpus.jsonl", "a") as file:
         file.write('{"text": "one more document"}\n')
     assert run_here(small_flags(copy, output_dir=copy / "other", prepare_only=True), monkeypatch) == 0
-    told = dry(copy, small_flags(copy))
-    assert told.code == 2 and "other tokens" in told.err
+    outcome = dry(copy, small_flags(copy))
+    assert outcome.code == 2 and "other tokens" in outcome.err
 
 
 def test_a_folder_with_other_files_is_rejected(dry, tmp_path):
     flags = small_flags(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("")
-    told = dry(tmp_path, flags)
-    assert told.code == 2 and "holds other files" in told.err
-    told = dry(tmp_path, small_flags(tmp_path, output_dir=tmp_path / "corpus.jsonl"))
-    assert told.code == 2 and "not a folder" in told.err
+    outcome = dry(tmp_path, flags)
+    assert outcome.code == 2 and "holds other files" in outcome.err
+    outcome = dry(tmp_path, small_flags(tmp_path, output_dir=tmp_path / "corpus.jsonl"))
+    assert outcome.code == 2 and "not a folder" in outcome.err
 
 
 def test_a_locked_folder_can_be_planned(dry, copy):

@@ -193,8 +193,8 @@ def test_the_table_in_the_docs_has_the_tiers_and_the_plan():
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", page, re.MULTILINE)
     ]
-    told = {name: figures for name, _, *figures in (row for row in rows if row[0] in VERSION_4)}
-    assert told.keys() == VERSION_4.keys()
+    documented = {name: figures for name, _, *figures in (row for row in rows if row[0] in VERSION_4)}
+    assert documented.keys() == VERSION_4.keys()
     for name, config in VERSION_4.items():
         kind = "cpu" if name == "auto, CPU" else "cuda"
         planned = [
@@ -209,7 +209,7 @@ def test_the_table_in_the_docs_has_the_tiers_and_the_plan():
             config.vocab_size,
             config.batch_size,
         )
-        assert told[name] == [*(f"{size:,}" for size in sizes), planned[0], planned[1] if kind == "cuda" else ""]
+        assert documented[name] == [*(f"{size:,}" for size in sizes), planned[0], planned[1] if kind == "cuda" else ""]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_single_process_loads_the_checkpoint(prepared):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (lambda first: first["facts"].update(epochs=7), "epochs = 2, and the first process has 7"),
         (lambda first: first["facts"].update(eval_every=None), "eval_every = 20, and the first process has None"),
@@ -81,7 +81,7 @@ def test_a_single_process_loads_the_checkpoint(prepared):
         (lambda first: first["state"].update(step=5), "is newer than what the first process has found (step 5)"),
     ],
 )
-def test_a_process_that_differs_reports_how(change, told, prepared):
+def test_a_process_that_differs_reports_how(change, message, prepared):
     config, tokens, checkpoint = prepared
     run, model, optimizer, found = begin(*prepared, World.alone())
 
@@ -92,7 +92,7 @@ def test_a_process_that_differs_reports_how(change, told, prepared):
     run.world = Second(said)
     with pytest.raises(InputError) as caught:
         resume_together(run, found, model, optimizer, tokens)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_constants_of_a_machine_are_not_compared(prepared):

@@ -97,11 +97,11 @@ def test_an_update_that_runs_out_of_memory_is_repeated_with_the_same_result(targ
     out_of_memory_at(monkeypatch, target, name, calls)
     assert take_steps(learner) == numbers and same(learner, expected)
     assert (learner.sizes.micro_batch, learner.sizes.evaluation, learner.sizes.ran_short) == (4, 4, True)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        told.count("out of memory") == 2
-        and "step 1: out of memory in the update with 8 sequences" in told
-        and "2.00 GiB" in told
+        message.count("out of memory") == 2
+        and "step 1: out of memory in the update with 8 sequences" in message
+        and "2.00 GiB" in message
     )
 
 
@@ -166,10 +166,10 @@ def test_an_evaluation_that_runs_out_of_memory_is_repeated_in_smaller_batches(mo
     )  # the masks belong to the sequences
     assert found.loss == pytest.approx(whole.loss, rel=1e-6) and found.accuracy == whole.accuracy
     assert (learner.sizes.micro_batch, learner.sizes.evaluation, learner.sizes.ran_short) == (8, 2, True)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        "out of memory in evaluation with 8 sequences" in told
-        and "out of memory in evaluation with 4 sequences" in told
+        "out of memory in evaluation with 8 sequences" in message
+        and "out of memory in evaluation with 4 sequences" in message
     )
     capacity[0] = 0
     with pytest.raises(Failed, match="out of memory in evaluation with one sequence"):

@@ -69,11 +69,11 @@ def test_the_micro_batch_is_halved_until_it_fits_with_the_same_result(monkeypatc
     assert (learner.sizes.micro_batch, learner.sizes.ran_short) == (2, True)
     for parameter, other in zip(learner.model.parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(parameter, other)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        told.count("out of memory") == 2
-        and "step 0: out of memory with 4 sequences of 128 tokens at a time" in told
-        and "2.00 GiB" in told
+        message.count("out of memory") == 2
+        and "step 0: out of memory with 4 sequences of 128 tokens at a time" in message
+        and "2.00 GiB" in message
     )
 
 
@@ -320,6 +320,6 @@ def test_running_out_of_memory_equals_resuming_with_the_smaller_micro_batch(n_pr
     shutil.copytree(tmp_path / "short" / "checkpoint-60", tmp_path / "again" / "checkpoint-60")
     shutil.copy(tmp_path / "short" / "metrics.jsonl", tmp_path / "again")
     code, out, err = begin("again", V4)
-    told = f"from {tmp_path / 'again' / 'checkpoint-60'}, with {2 // n_processes} sequences at a time"
-    assert code == 0 and f"resuming after step 60, {told}" in out, err
+    message = f"from {tmp_path / 'again' / 'checkpoint-60'}, with {2 // n_processes} sequences at a time"
+    assert code == 0 and f"resuming after step 60, {message}" in out, err
     assert result(tmp_path / "again") == result(tmp_path / "short")
