@@ -32,8 +32,8 @@ ONE_LAYER = f"{RUN} --n-layers 1 --n-embed 16 --batch-size 8"
 # machines (tests/test_commands.py starts them)
 SHORT = {
     r"install |-m venv|sbatch|train_multinode|microbert\.torchrun$": None,
-    r"pytest -m (gpu|pages)": "--collect-only -q -n 0",
-    r"pytest": "--collect-only -q -n 0 tests/faults",
+    r"pytest -m (gpu|pages)": "--collect-only -q -n 0 tests/test_gpu.py tests/test_commands.py",
+    r"pytest": "--collect-only -q -n 0 tests/faults/test_crash_and_resume.py",
     r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "",
     r"--dry-run": "--overwrite",
     r"--prepare-only": f"{SMALL} --output-dir runs/prepared",
