@@ -9,12 +9,11 @@ from pages import MADE_BY, PAGES, SHORT, SMALL, pictures, run_page, shortened, s
 
 
 def marked(page):
-    """Mark every page but README.md, because their commands take a quarter of an hour."""
-    return page if page == ROOT / "README.md" else pytest.param(page, marks=pytest.mark.pages)
+    """Mark README.md as slow, and the others as pages, because their commands take a quarter of an hour."""
+    return pytest.param(page, marks=pytest.mark.slow if page == ROOT / "README.md" else pytest.mark.pages)
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in with_commands(PAGES)], ids=lambda page: page.name)
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_commands_of_a_page_run_and_draw_its_pictures(page, clone, hub_environment, ran):
     run_page(page, clone, hub_environment, ran)
