@@ -7,7 +7,7 @@ imports, little beside a download.
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
@@ -22,6 +22,8 @@ from microbert.runtime.waiting import never_stop
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
 
+T = TypeVar("T")
+
 TABLE_PARTS = 100  # of a downloaded dataset, so that the tokenizer's sample covers all of it
 
 
@@ -29,9 +31,7 @@ def downloaded_parts(
     dataset: HubDataset, text_column: TextColumn, check_stop: Callable[[], None] = never_stop
 ) -> list[Part]:
     """Return slices of the dataset's table, after downloading what HF_HOME lacks."""
-    table = retry(
-        lambda: call_in_child(_download, dataset, check_stop=check_stop), dataset.label, check_stop
-    ).with_format("arrow")
+    table = run_in_child(_download, dataset, check_stop).with_format("arrow")
     column = text_column.known() or table_text_column(table[:READ_ROWS], None, dataset.label)
     text_column.choose(column)
     stored_name = column if column in table.column_names else column.split(".")[0]
@@ -57,13 +57,22 @@ def _part(table: "Dataset", column: str, label: str, first: int, end: int) -> Pa
     return Part(end - first, read)
 
 
-def _download(dataset: HubDataset) -> "Dataset":
-    """Return the train split, which pickles as the paths of its files. Runs in the child process."""
+def run_in_child(work: Callable[[HubDataset], T], dataset: HubDataset, check_stop: Callable[[], None]) -> T:
+    """Return what `work(dataset)` returns in a child process, which a stop kills. Retry after a network error."""
+    return retry(lambda: call_in_child(_explained, work, dataset, check_stop=check_stop), dataset.label, check_stop)
+
+
+def _explained(work: Callable[[HubDataset], T], dataset: HubDataset) -> T:
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which Python reports as leaked after a kill
     try:
-        return prepare_table(dataset.load_builder())
+        return work(dataset)
     except Exception as error:  # explained here, because an error loses its causes on the way to the parent
         raise explain(error, dataset.label, is_of_dataset=True) from None
+
+
+def _download(dataset: HubDataset) -> "Dataset":
+    """Return the train split, which pickles as the paths of its files."""
+    return prepare_table(dataset.load_builder())
 
 
 def prepare_table(builder: "DatasetBuilder") -> "Dataset":

@@ -15,10 +15,10 @@ from typing import BinaryIO, cast
 from microbert.data.corpus import Part
 from microbert.data.file_formats import find_text_column, read_rows
 from microbert.data.hub_dataset import HubDataset, TextColumn
-from microbert.data.hub_errors import explain, retry, wait_or_raise
+from microbert.data.hub_download import run_in_child
+from microbert.data.hub_errors import wait_or_raise
 from microbert.data.tables import parquet_text_column, read_parquet
 from microbert.errors import InputError
-from microbert.runtime.child_process import call_in_child
 from microbert.runtime.waiting import in_background, never_stop
 
 SMALL_FILE = 8_000_000  # bytes: transferred whole, in one request
@@ -43,11 +43,8 @@ class HubStream:
         Raises InputError for a dataset that only `datasets` reads as its card defines.
         """
 
-        list_files = functools.partial(call_in_child, _list_files, self.dataset, check_stop=self.check_stop)
-        return [
-            Part(1, functools.partial(self._read, path))
-            for path in retry(list_files, self.dataset.label, self.check_stop)
-        ]
+        paths = run_in_child(_list_files, self.dataset, self.check_stop)
+        return [Part(1, functools.partial(self._read, path)) for path in paths]
 
     def _read(self, path: str, row: int) -> Iterator[list[str | None]]:
         """Yield the text column of a file from `row` on. After a network error, resume after the last row."""
@@ -103,11 +100,8 @@ class HubStream:
 
 
 def _list_files(dataset: HubDataset) -> list[str]:
-    """Return the paths of the train split's files. Runs in a child process."""
-    try:
-        return dataset.train_files(dataset.load_builder())
-    except Exception as error:  # explained here, because an error loses its causes on the way to the parent
-        raise explain(error, dataset.label, is_of_dataset=True) from None
+    """Return the paths of the train split's files."""
+    return dataset.train_files(dataset.load_builder())
 
 
 class _InterruptibleFile:

@@ -512,7 +512,7 @@ def test_missing_names_and_restricted_datasets_are_plain_errors(hub, tmp_path):
     for name, words in {
         "missing": ["no dataset of that name"],
         "gated": ["HF_TOKEN"],
-        "column": ["id, text"],
+        "column": ["id (numbers), text"],
         "split": ["test"],
         "downloaded split": ["test"],
         "without": ["org/named:main"],
