@@ -134,7 +134,7 @@ def test_the_large_preset_sets_the_batch_and_auto_leaves_it_to_the_tier(name, ch
     [
         ({"CUDA_VISIBLE_DEVICES": ""}, [], "GPUs requested is 8, but PyTorch finds 0"),
         ({"DEVICE": "cpu"}, ["--n-layer", "2"], "did you mean --n-layers?"),
-        ({"DEVICE": "cpu", "DATASET": "nothing.txt"}, [], "no file that exists"),
+        ({"DEVICE": "cpu", "DATASET": "nothing.txt"}, [], "is not an existing file"),
         ({"DEVICE": "cpu"}, ["--output-dir", "scripts"], "holds other files"),
     ],
 )
