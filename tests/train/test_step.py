@@ -17,7 +17,6 @@ import microbert.train.step
 from microbert.data.masking import mask_batch
 from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
 from microbert.errors import Diverged, Failed
-from microbert.model.build import ARCHITECTURES
 from microbert.runtime.distributed import World
 from microbert.train.step import Learner
 
