@@ -63,8 +63,8 @@ def prepare_corpus(run: Run) -> tuple[Corpus, Tokenizer, Tokens]:
     """Open the corpus of a run, prepare its tokenizer and tokens or find them in the cache, and print its counts.
 
     On each machine, the first process prepares while the others wait, then they use its cache.
-    Raises InputError if the dataset cannot be read or has too little text, and Stopped if the run is told to stop; the
-    next call resumes.
+    Raises InputError if the dataset cannot be read or has too little text, and Stopped after a signal. The next call
+    resumes.
     """
     with run.world.local_rank_0_first("tokens", run.check_stop):
         return _prepare(run.config, run.check_stop, print)

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from helpers import WORDS
 
 from microbert.data.arrange import packed_sequences, packed_text, truncated_sequences
 from microbert.data.shards import Sequences
@@ -15,28 +16,6 @@ from microbert.model.build import build_model
 from microbert.model.examples import N_EXAMPLES, find_examples
 from microbert.model.layers import ModelConfig
 
-WORDS = [
-    "the",
-    "a",
-    "film",
-    "actor",
-    "story",
-    "was",
-    "is",
-    "great",
-    "bad",
-    "slow",
-    "and",
-    "it",
-    "of",
-    "scene",
-    "music",
-    "end",
-    "plot",
-    "never",
-    "always",
-    "funny",
-]
 THAI = [chr(0xE01 + number) for number in range(40)]
 
 
