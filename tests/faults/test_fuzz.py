@@ -205,7 +205,9 @@ def tokens_folder(place):
     return folder, load_tokenizer(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "token_counts.npy", "train.bin", "held_out.bin"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "token_counts.npy", "train.bin", "held_out.bin", "held_out_documents.bin"]
+)
 @given(data=st.data())
 def test_prepared_tokens_of_any_bytes(name, tokens_folder, data):
     folder, tokenizer = tokens_folder
