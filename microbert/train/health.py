@@ -35,6 +35,11 @@ LARGE_LOGIT = 100.0
 SHORT_IS_WORSE = 1.0  # nats; healthy runs have 0.4
 
 
+def largest_healthy_rms(n_embed: int) -> float:
+    """Return the root mean square of a layer's matrix above which models of this width were brittle."""
+    return LARGE_WEIGHTS / math.sqrt(n_embed)
+
+
 @dataclasses.dataclass(frozen=True)
 class Health:
     """A quick look at a model.
@@ -111,8 +116,7 @@ class HealthCheck:
     def warnings(self, health: Health, is_warmed_up: bool) -> list[str]:
         """Return warnings about the model that no earlier call has returned. is_warmed_up: the rate has risen."""
         found = {}
-        if health.weights.largest * math.sqrt(self._config.n_embed) > LARGE_WEIGHTS:
-            limit = LARGE_WEIGHTS / math.sqrt(self._config.n_embed)
+        if health.weights.largest > (limit := largest_healthy_rms(self._config.n_embed)):
             found["weights"] = (
                 f"warning: the weights are running away: the root mean square of a matrix is "
                 f"{health.weights.largest:.2f} (healthy at this width: below {limit:.2f}).\n  The model becomes "

@@ -14,8 +14,8 @@ from microbert.train.by_length import LengthScore, LossByLength
 TITLE = "held-out loss by input length (nats per masked token, 15 % of the tokens masked, all as [MASK])"
 COLUMNS = ("tokens", "loss", "unigram", "accuracy", "bits/byte", "change", "documents", "masked")
 LEGEND = (
-    "unigram: a guess by word frequency. change: against the length before, on the same documents; below 0, the model "
-    "uses the longer context"
+    "unigram: the loss of a guess by word frequency",
+    "change: of the loss against the length before, on the same documents; below 0 if more context helps",
 )
 
 
@@ -32,7 +32,9 @@ def table_markdown(result: LossByLength) -> str:
     if not result.scores:
         return ""
     rows = [COLUMNS, ("---:",) * len(COLUMNS), *map(_cells, result.scores)]
-    return "\n".join([f"{TITLE[0].upper()}{TITLE[1:]}; {LEGEND}.", "", *(f"| {' | '.join(row)} |" for row in rows)])
+    return "\n".join(
+        [f"{TITLE[0].upper()}{TITLE[1:]}; {'; '.join(LEGEND)}.", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    )
 
 
 def as_json(result: LossByLength) -> dict[str, object]:
