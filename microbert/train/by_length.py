@@ -8,6 +8,7 @@ Shapes: D documents, B rows of a batch, L tokens of a row, M masked slots of a r
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -197,7 +198,7 @@ def loss_by_length(
     present = [length for length in lengths if len(chosen[length])]
     scores: list[LengthScore] = []
     loss_before = None  # at the length before, on the documents of this one
-    for length, following in zip(present, [*present[1:], None], strict=True):
+    for length, following in itertools.zip_longest(present, present[1:]):
         on_length(length)
         own, of_next = chosen[length], chosen[following] if following else np.zeros(0, np.int64)
         is_in_both = np.isin(own, of_next)

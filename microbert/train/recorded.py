@@ -32,7 +32,7 @@ class Record:
         paths = {"cache_dir": cache_dir, "output_dir": str(self.folder)}
         try:
             return Config(**self.constants | NOT_OF_THE_TEXT | paths | changed)  # type: ignore[arg-type]
-        except TypeError as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{self.folder} was trained by another version of this suite ({error})") from error
 
 
