@@ -1,9 +1,11 @@
 """What a finished run or a checkpoint records about its training: the constants, and which text it was."""
 
 import dataclasses
+import typing
 from pathlib import Path
 
 from microbert.config.constants import Config
+from microbert.config.flags import convert
 from microbert.errors import InputError
 from microbert.model.export import CONSTANTS_FORMAT
 from microbert.runtime.files import read_json, system_trouble
@@ -30,10 +32,14 @@ class Record:
         Raises InputError if the dataset does not exist, or a constant is unknown.
         """
         paths = {"cache_dir": cache_dir, "output_dir": str(self.folder)}
+        hints = typing.get_type_hints(Config)
         try:
-            return Config(**self.constants | NOT_OF_THE_TEXT | paths | changed)  # type: ignore[arg-type]
-        except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{self.folder} was trained by another version of this suite ({error})") from error
+            values = {name: convert(name, value, hints[name]) for name, value in self.constants.items()}
+            return Config(**values | NOT_OF_THE_TEXT | paths | changed)  # type: ignore[arg-type]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.folder} was trained by another version of this suite: its constants differ ({error})"
+            ) from error
 
 
 def read_record(folder: Path) -> Record | None:

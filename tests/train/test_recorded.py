@@ -37,10 +37,10 @@ def test_a_damaged_record_is_an_error(content, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"unknown": 1}, {"seed": None}, {"dataset": 3}])
-def test_constants_of_another_version_are_an_error(change, finished_run, tmp_path):
+def test_constants_of_another_version_or_type_are_an_error(change, finished_run, tmp_path):
     shutil.copy(finished_run / "run" / "constants.json", tmp_path)
     stored = json.loads((tmp_path / "constants.json").read_text())
     stored["config"] |= change
     (tmp_path / "constants.json").write_text(json.dumps(stored))
-    with pytest.raises(InputError, match="another version"):
+    with pytest.raises(InputError, match="another version|must"):
         read_record(tmp_path).config("cache")
