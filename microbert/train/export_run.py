@@ -71,7 +71,10 @@ def _show_loss_by_length(run: Run, model: MaskedLanguageModel, tokens: Tokens, s
             metrics.write({"step": state.step} | values)
         return table_markdown(result)
     except Exception as error:
-        print(f"warning: no loss by length is shown ({type(error).__name__}: {error})", file=sys.stderr)
+        print(
+            f"warning: the loss by length cannot be measured or written ({type(error).__name__}: {error})",
+            file=sys.stderr,
+        )
         return ""
 
 

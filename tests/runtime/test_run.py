@@ -167,7 +167,7 @@ def test_a_run_succeeds_without_its_loss_by_length(finished_run, tmp_path, monke
     monkeypatch.setattr(microbert.train.export_run, "loss_by_length", raising(RuntimeError("a fault")))
     assert run_here(small_flags(copy), monkeypatch) == 0
     printed = capfd.readouterr()
-    assert "warning: no loss by length is shown (RuntimeError: a fault)" in printed.err
+    assert "warning: the loss by length cannot be measured or written (RuntimeError: a fault)" in printed.err
     card = (copy / "run" / "README.md").read_text()
     assert "## Loss by length" not in card and "## Examples" in card and status(copy / "run")["state"] == "done"
 
