@@ -66,9 +66,10 @@ def _show_loss_by_length(run: Run, model: MaskedLanguageModel, tokens: Tokens, s
         print(*table_lines(result), sep="\n")
         write_json(folder / LOSS_TABLE, {"step": state.step} | as_json(result))
         metrics = Metrics(folder, state.step, for_tensorboard=config.report_to == "tensorboard")
-        values = as_metrics(result)
-        if not any(values.keys() <= line.keys() for line in metrics.lines):  # a killed export has written them
-            metrics.write({"step": state.step} | values)
+        last, values = (metrics.lines or [{}])[-1], as_metrics(result)
+        if not values.keys() <= last.keys():  # an export that was killed has written them
+            position = {name: value for name, value in last.items() if "/" not in name}  # epoch, tokens, seconds
+            metrics.write(position | {"step": state.step} | values)
         return table_markdown(result)
     except Exception as error:
         print(
