@@ -1,9 +1,9 @@
 """Held-out loss by the length of the input: how good a model is at short texts and at long ones.
 
 A row is [CLS], the first L - 2 ids of a held-out document of at least L tokens, and [SEP]. 15 % of its ordinary tokens
-become [MASK], at least one: what a user's blanks look like, and about 0.3 nats harder than the masks of `held_out`, of
-which a fifth show a word. Masks depend on (seed, draw, document, position) alone, so models are compared on the same
-blanks. Logits are computed in fp32, as by the exported folder.
+become [MASK], at least one, as in the blanks of a user. That is about 0.3 nats harder than the masks of `held_out`,
+where one in ten chosen tokens stays visible. Masks depend on (seed, draw, document, position) alone, so models are
+compared on the same blanks. Logits are computed in fp32, as by the exported folder.
 Shapes: D documents, B rows of a batch, L tokens of a row, M masked slots of a row, V vocabulary.
 """
 

@@ -60,6 +60,7 @@ def test_a_large_logit_in_any_layer_and_sequence_is_found_and_the_model_does_not
     assert before == pytest.approx(max(each), rel=1e-5)
     logits = model.logits(ids(), None, torch.ones(len(ids()), 1, dtype=torch.long))
     assert torch.equal(logits, model.logits(ids(), None, torch.ones(len(ids()), 1, dtype=torch.long)))
+    assert not any(one.attention._forward_pre_hooks for one in model.layers)
     with torch.no_grad():
         model.layers[layer].attention.query_key_value.weight[:16] *= 100
     assert largest_attention_logit(model, ids()) > 50 * before
