@@ -43,7 +43,7 @@ from microbert.model.export import MODEL_FILES
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.device import choose_device, out_of_memory
 from microbert.runtime.distributed import World
-from microbert.runtime.files import read_json, system_trouble
+from microbert.runtime.files import not_writable, read_json, system_trouble
 from microbert.runtime.outcome import plain_errors
 from microbert.runtime.run_folder import HELD_OUT
 from microbert.train.finetuning import (
@@ -201,8 +201,7 @@ def tf_idf_accuracy(train: LabelledTexts, test: LabelledTexts) -> float | None:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise InputError unless a classifier may be written to this folder. Only a classifier is ever replaced."""
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    if (above := not_writable(output.absolute().parent)) is not None:
         raise InputError(f"output_dir = {str(output)!r} cannot be created: {above} is not a writable folder")
     if not output.is_symlink() and (not output.exists() or (output.is_dir() and not any(output.iterdir()))):
         return

@@ -38,6 +38,7 @@ SHORT = {
     r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "",
     r"--dry-run": "--overwrite",
     r"--prepare-only": f"{SMALL} --output-dir runs/prepared",
+    r"microbert\.evaluate": "--documents 20",
     r"microbert\.finetune": "--max-samples 200 --epochs 1 --overwrite",
     r"/train_(h200_8gpu_v4|24gb)": ONE_LAYER,
     r"/train_": RUN,
@@ -65,6 +66,7 @@ MADE_BY = {
         "mlm_pretrain_v4.py --vocab-size 10000 --max-minutes 20 --output-dir runs/first",
         "runs/first/training_curve.png",
     ),
+    "v4_loss_by_length.png": ("microbert.evaluate runs/small", "runs/small/loss_by_length.png"),
     "learning_rate.png": ("benchmarks/learning_rate.py", "learning_rate.png"),
     "time_to_loss.png": ("benchmarks/time_to_loss.py", "time_to_loss.png"),
 }

@@ -7,18 +7,21 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from configs import configure, configure_v4
 from helpers import ROOT, TIME_LIMIT, run, small_flags
 from launches import launch
-from models import VOCAB_SIZE, as_batch, token_rows
+from models import VOCAB_SIZE, as_batch, noisy_model, token_rows
 
 from microbert.data.masking import mask_batch
 from microbert.model.build import build_model, shape_of
+from microbert.model.health import largest_attention_logit
 from microbert.model.loss import masked_scores
 from microbert.runtime.device import compute_dtype, is_compiled
 from microbert.runtime.distributed import World
+from microbert.train.by_length import HeldOutText, loss_by_length, thorough
 from microbert.train.hardware import GB, GPU_CONTEXT_GB, hardware_of
 from microbert.train.memory import MARGIN, plan_memory
 from microbert.train.step import Learner
@@ -43,6 +46,18 @@ def new_learner(device=CUDA, vocab_size=VOCAB_SIZE, **constants):
 def test_a_step_matches_the_cpu():
     ours, cpus = (new_learner(device).step(masked_rows(), 0, 1e-3).read() for device in (CUDA, torch.device("cpu")))
     assert ours == pytest.approx(cpus, rel=1e-3)
+
+
+def test_the_loss_by_length_and_the_attention_logit_are_those_of_the_cpu():
+    rows = token_rows(20, 512, shortest=510)[:, 1:-1].astype("uint16")
+    text = HeldOutText(rows, np.ones(VOCAB_SIZE, np.int64), lambda loss: loss)
+    found, logits = [], []
+    for device in (CUDA, torch.device("cpu")):
+        model = noisy_model(max_seq_len=512, arch="modern").to(device)
+        found.append([one.loss for one in loss_by_length(model, text, thorough(20), 0, 65_536).scores])
+        logits.append(largest_attention_logit(model, torch.from_numpy(rows[:, :100].astype("int64")).to(device)))
+    assert len(found[0]) == 7 and found[0] == pytest.approx(found[1], rel=1e-3)
+    assert logits[0] == pytest.approx(logits[1], rel=1e-3)
 
 
 def test_bf16_is_chosen_if_the_gpu_has_it_and_a_step_is_about_the_same():

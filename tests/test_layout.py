@@ -12,7 +12,7 @@ MODULES = {str(path.relative_to(PACKAGE))[:-3].replace("/", "."): path for path 
 # each imports only itself and those before it
 FOLDERS = ["errors", "config", "runtime", "kernels", "data", "model", "train"]
 # run as `python -m microbert.NAME`, and import any folder
-COMMANDS = {"advise", "fill_mask", "finetune", "plot", "torchrun"}
+COMMANDS = {"advise", "evaluate", "fill_mask", "finetune", "plot", "torchrun"}
 READS_ENVIRONMENT = {"config.flags", "config.environment", "runtime.distributed"}
 HEAVY = {"torch", "numpy", "transformers", "datasets", "tokenizers"}
 OTHER_TESTS = {"test_shortage", "test_transformers", "test_mps"}  # of several modules of a folder

@@ -159,6 +159,8 @@ def test_max_minutes_ends_the_run_in_time_also_after_a_kill(finished, tmp_path):
     done = run(flags, V4)
     assert done.returncode == 0 and "resuming after step" in done.stdout, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    *lines, of_lengths = lines
+    assert "by_length/loss_8" in of_lengths
     assert "eval/loss" in lines[-1] and 10 < lines[-1]["seconds"] < 60 * minutes  # including those before the kill
     rates = [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
     assert rates[-1] < 0.3 * max(rates)  # it decayed in time

@@ -11,7 +11,10 @@ import numpy as np
 from microbert.config.constants import Config
 from microbert.data.blocks import read_block, token_dtype
 from microbert.data.fast_encode import ranges
+from microbert.data.shards import LONGEST_ROW, SPLITS
 from microbert.data.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
+
+HELD_OUT = SPLITS.index("held_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,21 @@ class PackedPart:
     tokens: int
     blocks: list[int]
     is_first: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Arranged:
+    """What the documents of a block become.
+
+    sequences: those of each split [N, T]. held_out_documents: the first tokens of each held-out document, padded,
+    [D, LONGEST_ROW - 2]. n_unknown: sequences skipped because they contain no known token. token_counts: of the
+    training tokens, int64 [V].
+    """
+
+    sequences: list[np.ndarray]
+    held_out_documents: np.ndarray
+    n_unknown: int
+    token_counts: np.ndarray
 
 
 def split_masks(hashes: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,12 +80,8 @@ def packed_parts(documents: list[int], ids: list[int], max_seq_len: int) -> list
 
 def arrange_block(
     number: int, parts: tuple[PackedPart, ...], below: int, config: Config, folder: Path, vocab_size: int
-) -> tuple[list[np.ndarray], int, np.ndarray]:
-    """Arrange the documents of a block. parts: the packed sequences of each split that begin in it.
-
-    Returns the sequences of each split [N, T], the number of sequences skipped because they contain no known token, and
-    the counts of the training tokens, int64 [V].
-    """
+) -> Arranged:
+    """Arrange the documents of a block. parts: the packed sequences of each split that begin in it."""
     sequences, n_unknown = [], 0
     for split, part in enumerate(parts):
         if config.packing:
@@ -83,7 +97,8 @@ def arrange_block(
         is_known = (rows >= N_SPECIAL).any(axis=1)
         sequences.append(rows[is_known])
         n_unknown += int((~is_known).sum())
-    return sequences, n_unknown, np.bincount(sequences[0].reshape(-1), minlength=vocab_size)
+    beginnings = first_tokens(*_documents(folder, number, HELD_OUT, below, config), LONGEST_ROW - 2)
+    return Arranged(sequences, beginnings, n_unknown, np.bincount(sequences[0].reshape(-1), minlength=vocab_size))
 
 
 def _documents(
@@ -106,14 +121,19 @@ def truncated_sequences(ids: np.ndarray, lengths: np.ndarray, max_seq_len: int) 
 
     ids: [I], lengths: [D]; returns [D, T].
     """
-    kept = np.minimum(lengths, max_seq_len - 2)
-    columns = np.arange(max_seq_len)
     sequences = np.full((len(lengths), max_seq_len), PAD_ID, ids.dtype)
-    is_token = (columns >= 1) & (columns <= kept[:, None])
-    sequences[is_token] = ids[ranges(np.cumsum(lengths) - lengths, kept)]
     sequences[:, 0] = CLS_ID
-    sequences[np.arange(len(lengths)), kept + 1] = SEP_ID
+    sequences[:, 1:-1] = first_tokens(ids, lengths, max_seq_len - 2)
+    sequences[np.arange(len(lengths)), np.minimum(lengths, max_seq_len - 2) + 1] = SEP_ID
     return sequences
+
+
+def first_tokens(ids: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """Return the first `width` ids of each document, padded. ids: [I], lengths: [D]; returns [D, width]."""
+    kept = np.minimum(lengths, width)
+    rows = np.full((len(lengths), width), PAD_ID, ids.dtype)
+    rows[np.arange(width) < kept[:, None]] = ids[ranges(np.cumsum(lengths) - lengths, kept)]
+    return rows
 
 
 def packed_text(ids: np.ndarray, lengths: np.ndarray, is_first: bool) -> np.ndarray:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from microbert.config.constants import Config
-from microbert.data.corpus import Position, clean, split_hash
+from microbert.data.corpus import HELD_OUT_SHARE, Position, clean, split_hash
 from microbert.data.fast_encode import Encoder, ranges
-from microbert.data.shards import check_counts
+from microbert.data.shards import LONGEST_ROW, check_counts
 from microbert.data.tokenizer import N_SPECIAL, UNK_ID, load_tokenizer
 from microbert.errors import InputError
 from microbert.runtime.files import read_json, system_trouble, write_atomic, write_json
@@ -86,8 +86,12 @@ def write_block(rows: list[str | None], end: Position, number: int, config: Conf
     np.cumsum(ids >= N_SPECIAL, out=known_before[1:])
     keep = known_before[starts + used] > known_before[starts]  # [D]
     is_unknown = known_before[ends] == known_before[starts]
-    used_ids = ids[ranges(starts[keep], used[keep])].astype(token_dtype(config))
-    arrays = {"hashes": hashes[keep], "lengths": used[keep], "ids": used_ids}
+    hashes, lengths = hashes[keep], lengths[keep]
+    if not config.packing:
+        longest = np.where(_may_be_held_out(hashes), max(LONGEST_ROW, config.max_seq_len), config.max_seq_len)
+        lengths = np.minimum(lengths, longest - 2)
+    stored_ids = ids[ranges(starts[keep], lengths)].astype(token_dtype(config))
+    arrays = {"hashes": hashes, "lengths": lengths, "ids": stored_ids}
     write_atomic(_arrays_path(folder, number), lambda file: np.savez(file, **arrays))
     block = Block(
         rows=len(rows),
@@ -101,12 +105,17 @@ def write_block(rows: list[str | None], end: Position, number: int, config: Conf
         tokens=len(ids),
         unknown_tokens=int(counts[UNK_ID]),
         unknown_characters=dict(_encoder.unknown_characters.most_common(UNKNOWN_RECORDED)),
-        smallest=int(hashes[keep].min(initial=2**64 - 1)),
-        largest=int(hashes[keep].max(initial=0)),
+        smallest=int(hashes.min(initial=2**64 - 1)),
+        largest=int(hashes.max(initial=0)),
         end=end,
     )
     write_json(_counts_path(folder, number), dataclasses.asdict(block))
     return block
+
+
+def _may_be_held_out(hashes: np.ndarray) -> np.ndarray:
+    """Return which documents of a block the whole corpus may hold out, bool [D]: its share, or the smallest hash."""
+    return (hashes < np.uint64(2**64 * HELD_OUT_SHARE)) | (hashes == hashes.min(initial=2**64 - 1))
 
 
 def finished_blocks(folder: Path) -> tuple[list[Block], str]:

@@ -41,11 +41,13 @@ def n_slots(max_seq_len: int, probability: float) -> int:
     return max(1, math.ceil(probability * (max_seq_len - 2)))
 
 
-def mask_batch(batch: Batch, *, seed: int, probability: float, vocab_size: int) -> MaskedBatch:
+def mask_batch(
+    batch: Batch, *, seed: int, probability: float, vocab_size: int, all_as_mask: bool = False
+) -> MaskedBatch:
     """Mask a share `probability` of the ordinary tokens of each sequence: exact on average, at least one token.
 
     Special tokens are never masked. Rows that are not real get no labels. vocab_size: replacements are drawn from the
-    ordinary tokens below it.
+    ordinary tokens below it. all_as_mask: every chosen token becomes [MASK], as in the blanks of a user.
     """
     input_ids = batch.input_ids.copy()
     n_rows, n_tokens = input_ids.shape
@@ -67,8 +69,10 @@ def mask_batch(batch: Batch, *, seed: int, probability: float, vocab_size: int) 
     labels = np.where(used, original, IGNORED)
 
     # what they become
-    kind = uniform(random_bits(row_bits, KIND, positions))
-    drawn = N_SPECIAL + uniform(random_bits(row_bits, REPLACEMENT, positions)) * (vocab_size - N_SPECIAL)
-    changed = np.where(kind < 0.8, MASK_ID, np.where(kind < 0.9, drawn.astype(np.int64), original))
+    changed: int | np.ndarray = MASK_ID
+    if not all_as_mask:
+        kind = uniform(random_bits(row_bits, KIND, positions))
+        drawn = N_SPECIAL + uniform(random_bits(row_bits, REPLACEMENT, positions)) * (vocab_size - N_SPECIAL)
+        changed = np.where(kind < 0.8, MASK_ID, np.where(kind < 0.9, drawn.astype(np.int64), original))
     np.put_along_axis(input_ids, positions, np.where(used, changed, original), axis=1)  # position 0 is [CLS], unchanged
     return MaskedBatch(input_ids, positions, labels)

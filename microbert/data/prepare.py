@@ -8,6 +8,7 @@ work is interrupted.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import time
 from collections import Counter
@@ -41,7 +42,17 @@ from microbert.data.corpus import (
 )
 from microbert.data.corpus_counts import CorpusCounts
 from microbert.data.corpus_report import corpus_report, preparation_plan, skipped_documents
-from microbert.data.shards import FORMAT, MANIFEST, SPLITS, TOKEN_COUNTS, Tokens, open_tokens, split_file
+from microbert.data.shards import (
+    FORMAT,
+    HELD_OUT_DOCUMENTS,
+    LONGEST_ROW,
+    MANIFEST,
+    SPLITS,
+    TOKEN_COUNTS,
+    Tokens,
+    open_tokens,
+    split_file,
+)
 from microbert.data.sources import lock_cache, open_corpus
 from microbert.data.tokenizer import SAMPLE_CHARACTERS, get_tokenizer, tokenizer_path
 from microbert.errors import InputError
@@ -133,7 +144,7 @@ def find_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> Tokens 
 
 def _key_and_folder(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> tuple[str, Path]:
     """Return the key of the tokens, which contains everything that determines them, and their folder."""
-    layout = BLOCK_ROWS, BLOCK_CHARACTERS, READ_ROWS, READ_CHARACTERS, HELD_OUT_SHARE, HELD_OUT_AT_MOST
+    layout = BLOCK_ROWS, BLOCK_CHARACTERS, READ_ROWS, READ_CHARACTERS, HELD_OUT_SHARE, HELD_OUT_AT_MOST, LONGEST_ROW
     key = fingerprint(FORMAT, layout, corpus.key, config.seed, tokenizer.to_str(), config.max_seq_len, config.packing)
     return key, corpus.cache_folder(config) / f"tokens-{key}"
 
@@ -145,7 +156,9 @@ def estimated_tokens(estimate: Estimate, config: Config) -> float:
 
 def estimated_megabytes(estimate: Estimate, config: Config) -> float:
     """Return the estimated size of the prepared tokens in MB. Preparing them needs twice that."""
-    return estimated_tokens(estimate, config) * np.dtype(token_dtype(config)).itemsize / 1e6
+    held_out_documents = min(HELD_OUT_SHARE * estimate.documents, HELD_OUT_AT_MOST)
+    stored = estimated_tokens(estimate, config) + held_out_documents * (LONGEST_ROW - 2)
+    return stored * np.dtype(token_dtype(config)).itemsize / 1e6
 
 
 def _encode_blocks(
@@ -248,13 +261,16 @@ def _arrange_blocks(
         for number, parts_of_block in enumerate(parts)
     )
     token_counts, n_sequences, n_unknown = np.zeros(vocab_size, np.int64), dict.fromkeys(SPLITS, 0), 0
-    with open_atomic(split_file(folder, SPLITS[0])) as train, open_atomic(split_file(folder, SPLITS[1])) as held_out:
-        for sequences, unknown, of_block in _in_order(waiting, check_stop):
-            for name, file, rows in zip(SPLITS, (train, held_out), sequences, strict=True):
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open_atomic(split_file(folder, split))) for split in SPLITS]
+        documents = stack.enter_context(open_atomic(folder / HELD_OUT_DOCUMENTS))
+        for of_block in _in_order(waiting, check_stop):
+            for name, file, rows in zip(SPLITS, files, of_block.sequences, strict=True):
                 file.write(np.ascontiguousarray(rows).data)
                 n_sequences[name] += len(rows)
-            n_unknown += unknown
-            token_counts += of_block
+            documents.write(of_block.held_out_documents.data)
+            n_unknown += of_block.n_unknown
+            token_counts += of_block.token_counts
     write_atomic(folder / TOKEN_COUNTS, lambda file: np.save(file, token_counts, allow_pickle=False))
     n_train, n_held_out = n_documents.sum(axis=1).tolist()
     n_distinct = count_distinct(folder, len(blocks), n_train + n_held_out, config)

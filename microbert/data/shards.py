@@ -1,8 +1,9 @@
 """The prepared corpus: memory-mapped sequences of token ids, read by index.
 
 Each split is one file without a header, with one row per sequence, padded to max_seq_len. manifest.json contains its
-shape. One file per block would need more file descriptors for a large corpus than a process may open.
-Shapes: N sequences of a split, B of a batch, T = max_seq_len, V = vocabulary.
+shape. One file per block would need more file descriptors for a large corpus than a process may open. One more file
+has the beginnings of the held-out documents.
+Shapes: N sequences of a split, B of a batch, T = max_seq_len, D held-out documents, V = vocabulary.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ from microbert.data.tokenizer import N_SPECIAL
 from microbert.errors import InputError
 from microbert.runtime.files import read_json, system_trouble
 
-FORMAT = 4  # increase it whenever the same input would produce other tokens
+FORMAT = 5  # increase it whenever the same input would produce other tokens
 SPLITS = ("train", "held_out")
-MANIFEST, TOKEN_COUNTS = "manifest.json", "token_counts.npy"
-DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
+MANIFEST, TOKEN_COUNTS, HELD_OUT_DOCUMENTS = "manifest.json", "token_counts.npy", "held_out_documents.bin"
+LONGEST_ROW = 512  # tokens of the longest row that a model is trained or evaluated on, including [CLS] and [SEP]
+DTYPES: dict[str, type[np.unsignedinteger]] = {"uint16": np.uint16, "uint32": np.uint32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Sequences:
 class Tokens:
     """The prepared corpus.
 
+    held_out_documents: uint16 or uint32 [D, LONGEST_ROW - 2], memory-mapped: the first tokens of each held-out
+    document, in the order of the corpus, without special tokens, padded with PAD_ID.
     token_counts: int64 [V], how often each ordinary token occurs in the training sequences; 0 for special tokens.
     unknown_characters: the most frequent characters missing from the vocabulary, with their counts in unknown words.
     held_out_below: documents whose hash (corpus.split_hash) is below this number are held out.
@@ -51,14 +55,15 @@ class Tokens:
     corpus_counts: CorpusCounts
     train: Sequences
     held_out: Sequences
+    held_out_documents: np.ndarray
     token_counts: np.ndarray
     unknown_characters: dict[str, int]
     held_out_below: int
 
     @property
     def megabytes(self) -> float:
-        """Return the size of the sequences on disk in MB."""
-        return (self.train.rows.nbytes + self.held_out.rows.nbytes) / 1e6
+        """Return the size of the tokens on disk in MB."""
+        return (self.train.rows.nbytes + self.held_out.rows.nbytes + self.held_out_documents.nbytes) / 1e6
 
 
 def split_file(folder: Path, split: str) -> Path:
@@ -82,6 +87,8 @@ def open_tokens(folder: Path, key: str, tokenizer: Tokenizer) -> Tokens:
             raise ValueError("it counts no text")
         token_counts = _load_counts(folder / TOKEN_COUNTS, tokenizer.get_vocab_size())
         train, held_out = (_open_split(folder, split, manifest) for split in SPLITS)
+        shape = corpus_counts.held_out, LONGEST_ROW - 2
+        documents = _open_rows(folder / HELD_OUT_DOCUMENTS, DTYPES[manifest["dtype"]], shape)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if system_trouble(error):
             raise
@@ -89,7 +96,7 @@ def open_tokens(folder: Path, key: str, tokenizer: Tokenizer) -> Tokens:
             f"the token cache is damaged ({error}): delete {folder} and run the same command again"
         ) from error
     token_counts[:N_SPECIAL] = 0
-    return Tokens(key, folder, corpus_counts, train, held_out, token_counts, characters, below)
+    return Tokens(key, folder, corpus_counts, train, held_out, documents, token_counts, characters, below)
 
 
 def check_counts(values: dict[str, object]) -> None:
@@ -100,13 +107,17 @@ def check_counts(values: dict[str, object]) -> None:
 
 
 def _open_split(folder: Path, split: str, manifest: dict) -> Sequences:
-    path, dtype = split_file(folder, split), DTYPES[manifest["dtype"]]
     check_counts({name: manifest[name] for name in (split, "max_seq_len")})
     shape = manifest[split], manifest["max_seq_len"]
+    return Sequences(_open_rows(split_file(folder, split), DTYPES[manifest["dtype"]], shape))
+
+
+def _open_rows(path: Path, dtype: type[np.unsignedinteger], shape: tuple[int, ...]) -> np.ndarray:
+    """Return the memory-mapped content of a file. Raises ValueError if it has another size, or none."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if not size or path.stat().st_size != size:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, not {size:,}")
-    return Sequences(np.asarray(np.memmap(path, dtype, "r", shape=shape)))
+    return np.asarray(np.memmap(path, dtype, "r", shape=shape))
 
 
 def _load_counts(path: Path, vocab_size: int) -> np.ndarray:

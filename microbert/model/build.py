@@ -41,8 +41,16 @@ def build_model(config: ModelConfig, seed: int, token_counts: Tensor | None = No
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         if token_counts is not None:
-            model.output_bias.copy_(torch.log((token_counts + 0.5) / (token_counts + 0.5).sum()))
+            model.output_bias.copy_(log_frequencies(token_counts))
     return model
+
+
+def log_frequencies(token_counts: Tensor) -> Tensor:
+    """Return the logarithm of each token's share of a text, [V], as if each occurred half a time more.
+
+    token_counts: [V].
+    """
+    return torch.log((token_counts + 0.5) / (token_counts + 0.5).sum())
 
 
 def with_max_seq_len(model: MaskedLanguageModel, max_seq_len: int | None) -> MaskedLanguageModel:

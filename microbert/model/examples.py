@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from microbert.data.shards import Tokens
+from microbert.data.shards import Sequences
 from microbert.data.tokenizer import CLS_ID, MASK_ID, N_SPECIAL, SEP_ID, SPECIAL_TOKENS, token_names
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.counter_rng import permute, random_bits
@@ -67,14 +67,21 @@ def likeliest(probabilities: Tensor, names: list[str], n_best: int) -> list[tupl
     ]
 
 
-def find_examples(model: MaskedLanguageModel, tokenizer: Tokenizer, tokens: Tokens, seed: int) -> list[Example]:
-    """Return up to N_EXAMPLES examples from different held-out sequences; an empty list if no span qualifies.
+def find_examples(
+    model: MaskedLanguageModel,
+    tokenizer: Tokenizer,
+    held_out: Sequences,
+    token_counts: np.ndarray,
+    seed: int,
+    n_examples: int = N_EXAMPLES,
+) -> list[Example]:
+    """Return up to n_examples examples from different held-out sequences; an empty list if no span qualifies.
 
-    The spans depend on the tokens and the seed only, not on the model.
+    token_counts: [V], how often each token occurs. The spans depend on the text and the seed only, not on the model.
     """
     examples = []
     names = token_names(tokenizer)
-    for span in _choose_spans(names, tokens, seed, model.config.max_seq_len):
+    for span in _choose_spans(names, held_out, token_counts, seed, model.config.max_seq_len)[:n_examples]:
         ids = [CLS_ID, *span.ids, SEP_ID]
         ids[span.masked + 1] = MASK_ID
         [probabilities] = probabilities_at(model, ids, [span.masked + 1])
@@ -85,21 +92,23 @@ def find_examples(model: MaskedLanguageModel, tokenizer: Tokenizer, tokens: Toke
     return examples
 
 
-def _choose_spans(names: list[str], tokens: Tokens, seed: int, max_seq_len: int) -> list[_Span]:
-    n_sequences, longest = len(tokens.held_out), min(LONGEST, max_seq_len - 2)
-    n_common = min(COMMON, (len(tokens.token_counts) - N_SPECIAL) // 10)
-    common = set(np.argsort(-tokens.token_counts, kind="stable")[:n_common].tolist())
+def _choose_spans(
+    names: list[str], held_out: Sequences, token_counts: np.ndarray, seed: int, max_seq_len: int
+) -> list[_Span]:
+    """Return the best span of each of some sequences, the best ones first."""
+    n_sequences, longest = len(held_out), min(LONGEST, max_seq_len - 2)
+    n_common = min(COMMON, (len(token_counts) - N_SPECIAL) // 10)
+    common = set(np.argsort(-token_counts, kind="stable")[:n_common].tolist())
     numbers = permute(np.arange(min(n_sequences, ROWS)), n_sequences, seed, STREAM)
     best_of_rows: dict[tuple[int, ...], _Span] = {}  # by token ids: repeated text counts once
-    for number, row in zip(numbers.tolist(), tokens.held_out.read(numbers).tolist(), strict=True):
+    for number, row in zip(numbers.tolist(), held_out.read(numbers).tolist(), strict=True):
         spans = list(_candidates(row, names, longest, common))
         if spans:
             lowest = min(span.rank for span in spans)
             spans = [span for span in spans if span.rank == lowest]
             span = spans[int(random_bits(seed, STREAM, number)[0] % np.uint64(len(spans)))]
             best_of_rows.setdefault(span.ids, span)
-    best = sorted(best_of_rows.values(), key=lambda span: span.rank)  # stable: equal ranks stay in the order drawn
-    return best[:N_EXAMPLES]
+    return sorted(best_of_rows.values(), key=lambda span: span.rank)  # stable: equal ranks stay in the order drawn
 
 
 def _candidates(row: list[int], names: list[str], longest: int, common: set[int]) -> Iterator[_Span]:

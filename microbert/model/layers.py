@@ -7,6 +7,7 @@ Q is T, or M in the last layer.
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +149,18 @@ class Attention(nn.Module):
             query, key = self.rotary(query, positions), self.rotary(key)
         x = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attention_mask)  # [B, H, Q, d]
         return self.dropout(self.output(x.transpose(1, 2).flatten(2)), dropout_keys, positions)
+
+    def largest_logit(self, x: Tensor) -> Tensor:
+        """Return the largest |query . key| / sqrt(d) of all pairs of tokens, in any head and sequence: [].
+
+        x: [B, T, D], without padding. Memory: one number for each pair.
+        """
+        query, key = self._products(x, 0, 2)
+        if self.rotary is not None:
+            self.rotary.reserve(x.shape[1])
+            query, key = self.rotary(query), self.rotary(key)
+        logits = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)  # [B, H, T, T]
+        return logits.abs().amax() / math.sqrt(query.shape[-1])
 
     def _products(self, x: Tensor, first: int, last: int) -> list[Tensor]:
         """Return the products with the matrices `first` to `last` - 1 of query, key, value: each [B, Q, H, d].

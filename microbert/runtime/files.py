@@ -100,6 +100,15 @@ def refuse_link(folder: Path) -> None:
         raise InputError(f"{folder} is a link: remove it, so that a folder can be created")
 
 
+def not_writable(folder: Path) -> Path | None:
+    """Return what keeps files from being written to a folder, which may be missing: itself, or a folder above it.
+
+    Return None if nothing does.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return None if existing.is_dir() and os.access(existing, os.W_OK) else existing
+
+
 def private_folder(path: Path) -> Path:
     """Return the folder without symbolic links in its path. Create it with mode 0700 if it is missing.
 

@@ -11,11 +11,15 @@ from microbert.runtime.files import read_json, remove
 
 STATUS, LOCK = "status.json", ".lock"
 METRICS, TRAINING_CURVE = "metrics.jsonl", "training_curve.png"
+LOSS_TABLE, LOSS_PICTURE = "loss_by_length.json", "loss_by_length.png"
 TENSORBOARD = "tensorboard"  # a folder
 CONSTANTS = "constants.json"  # the constants of a finished run, and the text it was trained on
 HELD_OUT = "held_out.json"  # which documents were never trained on: those whose hash of (seed, text) is below a number
 FINISHED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
-RUN_FILES = (*FINISHED_FILES, "vocab.txt", CONSTANTS, HELD_OUT, METRICS, TRAINING_CURVE, STATUS)
+RUN_FILES = (
+    *FINISHED_FILES,
+    *("vocab.txt", CONSTANTS, HELD_OUT, METRICS, TRAINING_CURVE, LOSS_TABLE, LOSS_PICTURE, STATUS),
+)
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -30,8 +30,8 @@ from microbert.train.hardware import Hardware, hardware_of
 from microbert.train.optim import Optimizer
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-FILES = MODEL_FILES | {"optimizer.safetensors", "state.json"}
+MANIFEST, STATE = "manifest.json", "state.json"
+FILES = MODEL_FILES | {"optimizer.safetensors", STATE}
 ALL_FILES = FILES | {VOCABULARY}  # older checkpoints have no vocabulary
 TEMPORARY = ".checkpoint.tmp"
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # raised by reading a damaged file
@@ -249,7 +249,7 @@ def save_checkpoint(
         moments = save(optimizer.tensors())
         write_atomic(temporary / "optimizer.safetensors", lambda file: file.write(moments))
         whole_state = {"format": FORMAT, "config": run.constants(), "state": dataclasses.asdict(state)}
-        write_json(temporary / "state.json", whole_state)
+        write_json(temporary / STATE, whole_state)
         write_json(
             temporary / MANIFEST,
             {
@@ -296,7 +296,7 @@ def read_state(path: Path, tokens_key: str | None) -> State:
 
 def _read_stored(path: Path) -> dict:
     """Return the content of state.json. Raises ValueError, KeyError, TypeError or OSError if it is damaged."""
-    stored = read_json(path / "state.json")
+    stored = read_json(path / STATE)
     if stored["format"] != FORMAT:
         raise ValueError(f"format {stored['format']}, not {FORMAT}")
     _check_constants(stored["config"])

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from microbert.runtime.metrics import Metrics
 from microbert.runtime.run import Run
 from microbert.train.checkpoint import State
+from microbert.train.health import Health
 from microbert.train.held_out import Evaluation
 from microbert.train.progress import Progress
 
@@ -74,13 +75,18 @@ class TrainingLog:
         self._logged_step, self._step_seconds = state.step, 0.0
         state.loss_sum, state.loss_steps = 0.0, 0
 
-    def write_evaluation(self, result: Evaluation) -> None:
-        """Write a line of metrics of an evaluation, and print it."""
-        self._write({"eval/loss": result.loss, "eval/accuracy": result.accuracy})
+    def write_evaluation(self, result: Evaluation, health: Health | None) -> None:
+        """Write a line of metrics of an evaluation, and print it. health: None if it was not looked at."""
+        self._write({"eval/loss": result.loss, "eval/accuracy": result.accuracy} | (health.metrics() if health else {}))
         of_steps = f"/{self._progress.steps}" if self._config.max_minutes is None else ""
         self._bar.write(
             f"step {self._state.step:>6}{of_steps}  held-out loss {result.loss:.4f}  accuracy {result.accuracy:.1%}"
         )
+
+    def show(self, lines: list[str]) -> None:
+        """Print lines above the progress bar."""
+        for line in lines:
+            self._bar.write(line)
 
     def close(self) -> None:
         """Close the progress bar."""

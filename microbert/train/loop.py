@@ -29,6 +29,7 @@ from microbert.runtime.distributed import lost_process
 from microbert.runtime.metrics import draw_training_curve, progress_bar
 from microbert.runtime.run import Run, stopped_by
 from microbert.train.checkpoint import State, save_checkpoint
+from microbert.train.health import Health, HealthCheck
 from microbert.train.held_out import estimate_evaluation, evaluate
 from microbert.train.log import TrainingLog
 from microbert.train.progress import Progress, duration
@@ -65,7 +66,8 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
     try:
         with progress_bar(total, state.step, "training", " steps", shown=world.is_first) as bar:
             log = TrainingLog(run, state, progress, len(tokens.train), bar)
-            _Training(run, state, progress, learner, tokens, tokenizer, log).loop()
+            health_check = HealthCheck(model, config, tokens, learner.sizes)
+            _Training(run, state, progress, learner, tokens, tokenizer, log, health_check).loop()
         peak_gb = _peak_gb(learner)
     except RuntimeError as error:
         if not out_of_memory(error) and (lost := lost_process(error)):
@@ -90,6 +92,7 @@ class _Training:
     tokens: Tokens
     tokenizer: Tokenizer
     log: TrainingLog
+    health_check: HealthCheck
 
     def loop(self) -> None:
         """Train to the end of the run, updating `state`. Raises Stopped as `train` does."""
@@ -139,7 +142,8 @@ class _Training:
         state, progress, world = self.state, self.progress, self.run.world
         if self.run.config.max_minutes is not None:
             eval_seconds = estimate_evaluation(self.learner, self.tokens.held_out, self.run)
-            progress.reserve_evaluation(eval_seconds, world.gather(self.log.seconds())[0, 0])
+            look, table = world.gather(*(self.health_check.estimate() if world.is_first else (0.0, 0.0)))[0].tolist()
+            progress.reserve_evaluation(eval_seconds + look, world.gather(self.log.seconds())[0, 0], table)
         is_evaluated = world.gather(self.log.metrics.has_evaluation(state.step))[0, 0]
         is_eval_due = progress.is_due(state.step, self.run.config.eval_every, progress.evaluations())
         progress.begin(state.step, world.gather(self.log.seconds())[0, 0])
@@ -158,9 +162,19 @@ class _Training:
             if result.loss < state.best_eval_loss:
                 state.best_eval_loss, state.best_step = result.loss, state.step
             state.last_eval_loss, state.last_eval_accuracy = result.loss, result.accuracy
-            self.progress.eval_seconds = result.seconds
-            self.log.write_evaluation(result)
+            health, seconds = self.look()
+            self.progress.eval_seconds = result.seconds + seconds
+            self.log.write_evaluation(result, health)
+            if health is not None:
+                is_warmed_up = self.progress.position > self.run.config.warmup_ratio * self.progress.steps
+                self.log.show(self.health_check.warnings(health, is_warmed_up))
         return stopping
+
+    def look(self) -> tuple[Health | None, float]:
+        """Return the health of the model, in the first process, and the seconds that this took, in all of them."""
+        start = time.perf_counter()
+        health = self.health_check.look() if self.run.world.is_first else None
+        return health, float(self.run.world.gather(time.perf_counter() - start)[0, 0])
 
     def save(self) -> None:
         """Write a checkpoint. Raises Diverged if a weight is not finite."""

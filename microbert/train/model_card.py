@@ -29,8 +29,10 @@ def model_card_facts(config: ResolvedConfig, tokens: Tokens, state: State) -> di
     }
 
 
-def write_model_card(folder: Path, title: str, facts: dict[str, str], examples: list[Example]) -> None:
-    """Write README.md of the folder. facts: the rows of a table of two columns."""
+def write_model_card(
+    folder: Path, title: str, facts: dict[str, str], examples: list[Example], by_length: str = ""
+) -> None:
+    """Write README.md of the folder. facts: the rows of a table of two columns. by_length: a table in Markdown."""
     rows = "\n".join(f"| {name} | {_table_cell(value)} |" for name, value in facts.items())
     text = examples[0].text if examples else "... [MASK] ..."
     usage = f"""from transformers import pipeline
@@ -56,7 +58,7 @@ A BERT encoder pretrained from scratch with masked language modelling by MicroBE
 {rows}
 
 {_code_block("python", usage)}
-{_examples_section(examples)}""",
+{f"{chr(10)}## Loss by length{chr(10) * 2}{by_length}{chr(10)}" if by_length else ""}{_examples_section(examples)}""",
     )
 
 

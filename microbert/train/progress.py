@@ -27,7 +27,7 @@ class Progress:
         self._before = float(step) - 1  # so that what was due at this step still is
         self._config, self.eval_seconds = config, 0.0
         self._seconds: float | None = None
-        self._idle_seconds = 0.0
+        self._idle_seconds = self._table_seconds = 0.0
         if config.max_minutes is not None:
             needed = max(EXPORT_SHARE * 60 * config.max_minutes, LOADING_SHARE * loading_seconds)
             export_seconds = min(EXPORT_SECONDS, needed)
@@ -39,17 +39,19 @@ class Progress:
                     "saved: the same command has more time now"
                 )
 
-    def reserve_evaluation(self, eval_seconds: float, seconds: float) -> None:
-        """Reserve the time for the evaluation at the end. seconds: time of the run so far, without the preparation.
+    def reserve_evaluation(self, eval_seconds: float, seconds: float, table_seconds: float = 0.0) -> None:
+        """Reserve the time for the evaluation at the end, and for the table by length that follows it.
 
-        Raises InputError if that leaves a new run no time to train.
+        seconds: time of the run so far, without the preparation. Raises InputError if that leaves a new run no time to
+        train.
         """
-        self.eval_seconds = eval_seconds
-        if self._seconds is not None and self.position == 0 and seconds + eval_seconds >= self._seconds:
+        self.eval_seconds, self._table_seconds = eval_seconds, table_seconds
+        needed = eval_seconds + table_seconds
+        if self._seconds is not None and self.position == 0 and seconds + needed >= self._seconds:
             left = max(0.0, self._seconds - seconds)
             raise InputError(
-                f"max_minutes = {self._config.max_minutes:g}: {left:.0f} s are left before the export, and one "
-                f"evaluation takes about {eval_seconds:.0f} s, so no time is left to train. Set a larger max_minutes, "
+                f"max_minutes = {self._config.max_minutes:g}: {left:.0f} s are left before the export, and the last "
+                f"evaluation takes about {needed:.0f} s, so no time is left to train. Set a larger max_minutes, "
                 "or a smaller max_samples"
             )
 
@@ -57,7 +59,8 @@ class Progress:
         """Return the share of the training time that is used up after these seconds; 0.0 without max_minutes."""
         if self._seconds is None:
             return 0.0
-        reserved = self.eval_seconds + self._idle_seconds  # the last evaluation follows the last step
+        # what follows the last step
+        reserved = self.eval_seconds + self._table_seconds + self._idle_seconds
         return (seconds - self._idle_seconds) / max(1e-9, self._seconds - reserved)
 
     def begin(self, step: int, seconds: float) -> None:

@@ -5,10 +5,11 @@ import pytest
 from helpers import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from prepared import all_rows, prepare, small_blocks
+from prepared import all_rows, prepare, small_blocks, write_texts
 
-from microbert.data.arrange import packed_parts, packed_sequences, packed_text, truncated_sequences
+from microbert.data.arrange import first_tokens, packed_parts, packed_sequences, packed_text, truncated_sequences
 from microbert.data.corpus import clean, split_hash
+from microbert.data.shards import LONGEST_ROW
 from microbert.data.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
 
 encoded_documents = st.lists(
@@ -73,6 +74,7 @@ def test_each_split_contains_its_own_documents_only(packing, block_rows, tmp_pat
     for split in ("train", "held_out"):
         rows = packed(encoded[split], 16) if packing else truncated(encoded[split], 16)
         assert np.array_equal(all_rows(getattr(tokens, split)), rows[(rows >= N_SPECIAL).any(axis=1)])
+    assert np.array_equal(tokens.held_out_documents, first_tokens(*joined(encoded["held_out"]), LONGEST_ROW - 2))
     counts = tokens.corpus_counts
     assert (counts.train, counts.held_out) == (len(encoded["train"]), len(encoded["held_out"]))
     token_counts = np.bincount(all_rows(tokens.train).reshape(-1), minlength=tokenizer.get_vocab_size())
@@ -93,3 +95,31 @@ def test_only_the_last_sequence_of_a_split_is_padded_for_any_number_of_blocks(tm
     _, _, _, tokens = prepare(tmp_path, packing=True)
     for split in (tokens.train, tokens.held_out):
         assert len(split) > 5 and not (all_rows(split)[:-1] == PAD_ID).any()
+
+
+@pytest.mark.parametrize("packing, max_seq_len", [(False, 16), (False, 600), (True, 16)])
+def test_the_beginnings_of_held_out_documents_have_510_tokens_at_most(packing, max_seq_len, tmp_path, monkeypatch):
+    small_blocks(monkeypatch, 3)
+    lengths = [5, 509, 510, 511, 800]
+    texts = [" ".join([f"film{number % 7}", *["film"] * (lengths[number % 5] - 2)]) for number in range(150)]
+    write_texts(tmp_path, texts)
+    config, _, tokenizer, tokens = prepare(tmp_path, packing=packing, max_seq_len=max_seq_len)
+    held_out = [text for text in texts if split_hash(text, config.seed) < 2**64 // 10]
+    assert len(held_out) > 5 and tokens.held_out_documents.shape == (len(held_out), 510)
+    for row, text in zip(tokens.held_out_documents.tolist(), held_out, strict=True):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[:510]
+        assert row == ids + [PAD_ID] * (510 - len(ids))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("block_rows", [1, 1000])
+def test_the_beginning_of_the_only_held_out_document_is_whole(packing, block_rows, tmp_path, monkeypatch):
+    """Whatever its hash is: of a few documents, the one with the smallest hash is held out."""
+    small_blocks(monkeypatch, block_rows)
+    for seed in range(4):
+        texts = [" ".join(["film", *["slow"] * number]) for number in (30, 40, 50)]
+        write_texts(tmp_path, texts)
+        config, _, tokenizer, tokens = prepare(tmp_path, packing=packing, seed=seed)
+        [text] = [text for text in texts if split_hash(text, seed) < tokens.held_out_below]
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokens.held_out_documents.tolist() == [ids + [PAD_ID] * (510 - len(ids))]

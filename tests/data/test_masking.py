@@ -28,6 +28,10 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(parts(a), parts(b), strict=True))
 
 
+def same_labels(a, b):
+    return np.array_equal(a.positions, b.positions) and np.array_equal(a.labels, b.labels)
+
+
 def originals_and_results(rows, masked):
     """Return each masked token before and after masking."""
     used = masked.labels != IGNORED
@@ -41,6 +45,19 @@ def test_the_share_of_masked_tokens_is_the_probability(seed, probability):
     expected = probability * (rows >= N_SPECIAL).sum()
     # the count of a row is rounded up or down at random: its standard deviation is at most 0.5
     assert abs(mask(as_batch(rows), seed, probability).n_masked - expected) < SIX_SIGMA * 0.5 * np.sqrt(len(rows))
+
+
+def test_all_as_mask_changes_what_the_same_tokens_become():
+    rows = token_rows(200, 40)
+    usual, blanks = (
+        mask_batch(as_batch(rows), seed=3, probability=0.15, vocab_size=VOCAB_SIZE, all_as_mask=all_as_mask)
+        for all_as_mask in (False, True)
+    )
+    assert same_labels(usual, blanks)
+    _, after = originals_and_results(rows, blanks)
+    assert (after == MASK_ID).all()
+    _, after = originals_and_results(rows, usual)
+    assert not (after == MASK_ID).all()
 
 
 @few_examples

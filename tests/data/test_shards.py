@@ -13,9 +13,10 @@ from prepared import all_rows, prepare, prepare_as_in_a_run, small_blocks
 from microbert.errors import InputError, Stopped
 
 
-def test_a_damaged_cache_is_an_error_that_says_which_folder_to_delete(tmp_path):
+@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "held_out_documents.bin"])
+def test_a_damaged_cache_is_an_error_that_says_which_folder_to_delete(name, tmp_path):
     prepare(tmp_path)
-    [path] = (tmp_path / "cache").rglob("train.bin")
+    [path] = (tmp_path / "cache").rglob(name)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="delete"):
         prepare(tmp_path)
@@ -89,7 +90,7 @@ def test_open_files_do_not_grow_with_the_number_of_blocks(tmp_path, monkeypatch)
         all_rows(tokens.train)
         counts.append(len(os.listdir("/proc/self/fd")) - before)
         del tokens
-    assert counts[0] == counts[1] <= 2
+    assert counts[0] == counts[1] <= 3
 
 
 @pytest.mark.fault(row=34)

@@ -34,6 +34,7 @@ from microbert.runtime.metrics import Metrics
 from microbert.train.checkpoint import load_checkpoint, look_for_checkpoint
 from microbert.train.hardware import Hardware
 from microbert.train.optim import Optimizer
+from microbert.train.recorded import read_record
 
 CPU = Hardware("cpu", None)
 NUMBERS = st.one_of(
@@ -205,7 +206,9 @@ def tokens_folder(place):
     return folder, load_tokenizer(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "token_counts.npy", "train.bin", "held_out.bin"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "token_counts.npy", "train.bin", "held_out.bin", "held_out_documents.bin"]
+)
 @given(data=st.data())
 def test_prepared_tokens_of_any_bytes(name, tokens_folder, data):
     folder, tokenizer = tokens_folder
@@ -260,6 +263,21 @@ def test_run_folders_of_any_bytes(name, place, data):
                 isinstance(token, str) and 0 <= p <= 1 for [(token, p), *_] in fill_mask(*loaded, "a great [MASK]")
             )
             assert max(Encoder(loaded[1]).encode(["a great film", "\u00e9 \u4e16"])[0]) < loaded[0].config.vocab_size
+    finally:
+        (folder / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["constants.json", "state.json"])
+@given(data=st.data())
+def test_records_of_any_bytes(name, place, data):
+    newest = max((place / "run").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    folder = place / "run" if name == "constants.json" else newest
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(data.draw(damaged_json(whole)))
+
+    try:
+        if config := ends_well(lambda: read_record(folder).config(str(place / "cache"))):
+            assert type(config.seed) is int and isinstance(config.text_column, str | None)
     finally:
         (folder / name).write_bytes(whole)
 

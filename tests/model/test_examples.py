@@ -61,7 +61,7 @@ def filled(example):
 def test_examples_are_spans_of_the_held_out_text(kind, packing):
     texts = documents(kind)
     model, tokenizer, tokens, _ = prepared(texts, packing=packing)
-    examples = find_examples(model, tokenizer, tokens, seed=42)
+    examples = find_examples(model, tokenizer, tokens.held_out, tokens.token_counts, seed=42)
     assert len(examples) == N_EXAMPLES == len({example.text for example in examples})
     for example in examples:
         assert example.text.count("[MASK]") == 1
@@ -77,7 +77,7 @@ def test_the_masked_token_is_a_whole_meaningful_word_of_whole_sentences():
     model, tokenizer, tokens, _ = prepared(texts, max_seq_len=64)
     common = tokenizer.id_to_token(int(tokens.token_counts.argmax()))
     for seed in range(5):
-        for example in find_examples(model, tokenizer, tokens, seed):
+        for example in find_examples(model, tokenizer, tokens.held_out, tokens.token_counts, seed):
             assert example.word in WORDS and example.word not in (".", "a", common)
             assert example.text.endswith(".") and 8 <= len(example.text.split()) <= 20
             [guesses] = fill_mask(model, tokenizer, example.text)
@@ -86,7 +86,9 @@ def test_the_masked_token_is_a_whole_meaningful_word_of_whole_sentences():
 
 def test_examples_depend_on_the_seed_only():
     model, tokenizer, tokens, _ = prepared(documents("english"))
-    first, again, other = (find_examples(model, tokenizer, tokens, seed) for seed in (42, 42, 2**63 - 1))
+    first, again, other = (
+        find_examples(model, tokenizer, tokens.held_out, tokens.token_counts, seed) for seed in (42, 42, 2**63 - 1)
+    )
     assert first == again and {example.text for example in first} != {example.text for example in other}
 
 
@@ -95,7 +97,7 @@ def test_examples_depend_on_the_seed_only():
 @pytest.mark.parametrize("kind", ["english", "dna"])
 def test_spans_that_are_too_long_or_too_short_are_not_shown(kind, max_seq_len, packing):
     model, tokenizer, tokens, _ = prepared(documents(kind), max_seq_len=max_seq_len, packing=packing)
-    examples = find_examples(model, tokenizer, tokens, seed=42)
+    examples = find_examples(model, tokenizer, tokens.held_out, tokens.token_counts, seed=42)
     least = 4 if kind == "dna" else 5  # tokens: one alone has no context, and the last word may have been cut
     assert len(examples) == (N_EXAMPLES if max_seq_len >= least else 0)
     if kind == "english":
@@ -106,14 +108,14 @@ def test_spans_that_are_too_long_or_too_short_are_not_shown(kind, max_seq_len, p
 def test_a_tiny_vocabulary_works(vocab_size):
     model, tokenizer, tokens, sequences = prepared(documents("english"), vocab_size=vocab_size)
     assert (sequences == UNK_ID).mean() > 0.1
-    for example in find_examples(model, tokenizer, tokens, seed=42):
+    for example in find_examples(model, tokenizer, tokens.held_out, tokens.token_counts, seed=42):
         assert "[UNK]" not in example.text and len(example.guesses) == min(5, vocab_size - N_SPECIAL)
 
 
 def test_text_of_unknown_tokens_has_no_examples():
     model, tokenizer, tokens, sequences = prepared(documents("english"))
     sequences[sequences >= N_SPECIAL] = UNK_ID
-    assert find_examples(model, tokenizer, tokens, seed=42) == []
+    assert find_examples(model, tokenizer, tokens.held_out, tokens.token_counts, seed=42) == []
 
 
 def test_a_word_cut_at_the_end_of_a_sequence_is_not_shown():
@@ -122,16 +124,19 @@ def test_a_word_cut_at_the_end_of_a_sequence_is_not_shown():
     model, tokenizer, tokens, _ = prepared(texts, vocab_size=60, max_seq_len=24, packing=True)
     words = set(" ".join(texts).split())
     for seed in range(10):
-        assert all(set(filled(example).split()) <= words for example in find_examples(model, tokenizer, tokens, seed))
+        assert all(
+            set(filled(example).split()) <= words
+            for example in find_examples(model, tokenizer, tokens.held_out, tokens.token_counts, seed)
+        )
 
 
 def test_repeated_text_is_shown_once():
     model, tokenizer, tokens, _ = prepared(["the film was great and never slow ."] * 50)
-    assert len(find_examples(model, tokenizer, tokens, seed=42)) == 1
+    assert len(find_examples(model, tokenizer, tokens.held_out, tokens.token_counts, seed=42)) == 1
 
 
 def test_the_model_does_not_change():
     model, tokenizer, tokens, _ = prepared(documents("english"))
     before = [parameter.clone() for parameter in model.parameters()]
-    find_examples(model, tokenizer, tokens, seed=42)
+    find_examples(model, tokenizer, tokens.held_out, tokens.token_counts, seed=42)
     assert all(map(torch.equal, before, model.parameters()))

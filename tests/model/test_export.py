@@ -40,6 +40,7 @@ def test_the_folder_holds_all_files_of_a_finished_run(finished_run):
         "README.md",
         "metrics.jsonl",
         "training_curve.png",
+        "loss_by_length.json",
         "status.json",
     } <= names
     status = json.loads((finished_run / "run" / "status.json").read_text())

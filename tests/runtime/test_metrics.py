@@ -36,7 +36,8 @@ def test_tensorboard_gets_the_values_of_metrics_jsonl_and_changes_nothing_else(
     assert result(tmp_path / "run") == reference
     found = scalars(tmp_path / "run" / "tensorboard")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for name in ("train/loss", "eval/loss", "train/learning_rate"):
+    of_health = ("health/weights_rms", "health/attention_logit", "eval/loss_8", "eval/loss_at_max")
+    for name in ("train/loss", "eval/loss", "train/learning_rate", *of_health, "by_length/loss_8"):
         assert found[name] == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines if name in line]
     assert run_here(small_flags(tmp_path, overwrite=True), monkeypatch) == 0
     assert not (tmp_path / "run" / "tensorboard").exists()

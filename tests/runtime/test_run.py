@@ -162,6 +162,24 @@ def test_a_run_succeeds_without_its_examples(finished_run, tmp_path, monkeypatch
     assert "## Examples" not in (copy / "run" / "README.md").read_text() and status(copy / "run")["state"] == "done"
 
 
+def test_a_run_succeeds_without_its_loss_by_length(finished_run, tmp_path, monkeypatch, capfd):
+    copy = interrupted_copy(finished_run, tmp_path)
+    monkeypatch.setattr(microbert.train.export_run, "loss_by_length", raising(RuntimeError("a fault")))
+    assert run_here(small_flags(copy), monkeypatch) == 0
+    printed = capfd.readouterr()
+    assert "warning: the loss by length cannot be measured or written (RuntimeError: a fault)" in printed.err
+    card = (copy / "run" / "README.md").read_text()
+    assert "## Loss by length" not in card and "## Examples" in card and status(copy / "run")["state"] == "done"
+
+
+def test_an_export_that_was_killed_writes_the_loss_by_length_once(finished_run, tmp_path, monkeypatch):
+    copy = interrupted_copy(finished_run, tmp_path)
+    assert run_here(small_flags(copy), monkeypatch) == 0
+    metrics = (copy / "run" / "metrics.jsonl").read_text()
+    assert metrics.count("by_length/loss_8") == 1
+    assert metrics.splitlines()[-1] == (finished_run / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+
+
 @pytest.fixture
 def finished(finished_run, tmp_path):
     """A copy of the finished run and its corpus: the dataset has moved, and its text is the same."""

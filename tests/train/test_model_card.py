@@ -40,6 +40,12 @@ def test_a_model_card_shows_any_text_unchanged(text, tmp_path):
     assert "private" in card
 
 
+def test_the_losses_by_length_are_a_section_of_their_own(tmp_path):
+    write_model_card(tmp_path, "runs", {"seed": "42"}, [Example("[MASK]", "a", 0.5, [])], "| 8 | 4.3 |")
+    card = (tmp_path / "README.md").read_text()
+    assert "\n## Loss by length\n\n| 8 | 4.3 |\n\n## Examples\n" in card
+
+
 def test_a_model_card_without_examples_has_no_section_for_them(tmp_path):
     write_model_card(tmp_path, "runs", {"seed": "42"}, [])
     card = (tmp_path / "README.md").read_text()

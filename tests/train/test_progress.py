@@ -107,6 +107,18 @@ def test_a_slow_machine_reserves_more_time_for_the_export():
     assert ends == pytest.approx([45, 42, 40], abs=0.1)
 
 
+def test_the_table_at_the_end_has_its_time():
+    shares = []
+    for table_seconds in (0.0, 10.0):
+        progress = progress_of(configure(max_minutes=1), 100)
+        progress.reserve_evaluation(5.0, 0.0, table_seconds)
+        progress.begin(0, 0.0)
+        shares.append(progress.time_used(15.0))
+    assert shares == pytest.approx([15 / (45 - 5), 15 / (45 - 5 - 10)])
+    with pytest.raises(InputError, match="evaluation takes about 46 s"):
+        progress_of(configure(max_minutes=1), 100).reserve_evaluation(6.0, 0.0, 40.0)
+
+
 def test_an_evaluation_that_leaves_no_time_to_train_is_an_error():
     progress = progress_of(configure(max_minutes=0.5), 100, 2.0)
     progress.reserve_evaluation(15.0, 5.0)
