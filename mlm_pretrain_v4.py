@@ -36,6 +36,7 @@ dataset = "imdb"  # "imdb" (bundled), "hf", a Hub id "org/name:config", or paths
 text_column = None  # column to train on; None: "text", or the only column with text
 max_samples = "10M"  # documents to read, at most; None reads all
 streaming = False  # True reads a Hub dataset without downloading all of it first
+rows = "documents"  # "documents": whole documents and pieces of them, 8 to 512 tokens; "packed": as v1 to v3
 packing = True  # True fills every sequence with running text; False: one sequence per document, its first tokens
 lowercase = True  # lower-case all text
 strip_accents = False  # True turns é into e
