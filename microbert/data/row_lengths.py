@@ -52,10 +52,17 @@ def describe_step(config: ResolvedConfig) -> str:
 
 def rows_of_process(config: ResolvedConfig) -> dict[int, int]:
     """Return the rows of a step of each process by their length, rounded up."""
+    if config.rows == "packed":
+        return {config.max_seq_len: config.batch_size}
     n_processes = config.global_batch_size // config.batch_size
     return {length: -(-n_rows // n_processes) for length, n_rows in rows_of_step(config).items()}
 
 
 def rows_at_a_time(n_rows: int, micro_batch_size: int, config: ResolvedConfig) -> int:
-    """Return the rows computed at a time of a process's n_rows, if micro_batch_size of batch_size sequences are."""
+    """Return how many of a process's n_rows of one length are computed at a time.
+
+    That is the share of them that micro_batch_size is of the batch, so that steps of all lengths have as many parts.
+    """
+    if config.rows == "packed":
+        return micro_batch_size
     return -(-n_rows * micro_batch_size // config.batch_size)
