@@ -37,8 +37,8 @@ text_column = None  # column to train on; None: "text", or the only column with 
 max_samples = "10M"  # documents to read, at most; None reads all
 streaming = False  # True reads a Hub dataset without downloading all of it first
 # With rows = "documents", the rows of a step have one of the lengths 8, 16, 32, ... 512, and batch_size x max_seq_len
-# tokens in all: max_seq_len is the unit of a step and of the held-out loss, not the length of the longest row. The model
-# reads 512 tokens. With arch = "bert", which has weights for max_seq_len positions, no row is longer than that.
+# tokens in all: max_seq_len is the unit of a step and of the held-out loss, not the length of the longest row. The
+# model reads 512 tokens. With arch = "bert", which has weights for max_seq_len positions, no row is longer than that.
 rows = "documents"  # "documents": whole documents and pieces of them, 8 to 512 tokens; "packed": as v1 to v3
 packing = True  # True fills every sequence with running text; False: one sequence per document, its first tokens
 lowercase = True  # lower-case all text

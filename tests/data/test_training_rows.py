@@ -75,6 +75,17 @@ def test_batches_have_one_shape_for_each_kind_and_only_the_last_of_a_kind_is_inc
         assert (batch.input_ids[:, 0] == CLS_ID).all() and ((batch.input_ids == SEP_ID).sum(axis=1) == 1).all()
 
 
+def real_labels(batches, seed):
+    """Return the labels of the real rows, [B, M], after checking those of the others."""
+    labels = []
+    for batch in batches:
+        masked = mask_batch(batch, seed=seed, probability=0.4, vocab_size=VOCAB_SIZE)
+        assert (masked.labels[~batch.real] == IGNORED).all()
+        assert masked.labels.shape[1] == n_slots(batch.input_ids.shape[1], 0.4)
+        labels.append(masked.labels[batch.real])
+    return np.concatenate(labels)
+
+
 @few_examples
 @given(document_sizes, st.integers(1, 3), st.integers(1, 9), seeds)
 def test_any_number_of_processes_reads_the_same_rows_and_masks_in_equal_shapes(sizes, epochs, world_size, seed):
@@ -86,14 +97,7 @@ def test_any_number_of_processes_reads_the_same_rows_and_masks_in_equal_shapes(s
         assert joined(*shares) == joined(whole)
         assert len({share.input_ids.shape for share in shares}) == 1
 
-        def labels(*batches):
-            masked = [mask_batch(batch, seed=seed, probability=0.4, vocab_size=VOCAB_SIZE) for batch in batches]
-            assert all((one.labels[~batch.real] == IGNORED).all() for one, batch in zip(masked, batches, strict=True))
-            slots = {one.labels.shape[1] for one in masked}
-            assert slots == {n_slots(whole.input_ids.shape[1], 0.4)}
-            return np.concatenate([one.labels[batch.real] for one, batch in zip(masked, batches, strict=True)])
-
-        assert np.array_equal(labels(*shares), labels(whole))
+        assert np.array_equal(real_labels(shares, seed), real_labels([whole], seed))
 
 
 @few_examples
