@@ -9,9 +9,9 @@
     python mlm_pretrain_v4.py --help                                 every constant below is a flag too
 
 It adds to v3: a useful model (4 to 6 layers, 8 heads, 128 dimensions, 50K tokens), sized by the GPU's memory or by a
-preset; a recipe for it (modern architecture, 40 % of tokens masked, ten million documents by default); a memory plan
-before any memory is used, and a cap; micro-batches as large as fit; bf16 on devices that are fast in it, and
-torch.compile on GPUs (docs/memory.md).
+preset; a recipe for it (modern architecture, rows of 8 to 512 tokens that end where documents do, 40 % of tokens
+masked, ten million documents by default); a memory plan before any memory is used, and a cap; micro-batches as large as
+fit; bf16 on devices that are fast in it, and torch.compile on GPUs (docs/memory.md).
 """
 
 from microbert.config import read_config
@@ -36,6 +36,10 @@ dataset = "imdb"  # "imdb" (bundled), "hf", a Hub id "org/name:config", or paths
 text_column = None  # column to train on; None: "text", or the only column with text
 max_samples = "10M"  # documents to read, at most; None reads all
 streaming = False  # True reads a Hub dataset without downloading all of it first
+# With rows = "documents", the rows of a step have one of the lengths 8, 16, 32, ... 512, and batch_size x max_seq_len
+# tokens in all: max_seq_len is the unit of a step and of the held-out loss, not the length of the longest row. The
+# model reads 512 tokens. With arch = "bert", which has weights for max_seq_len positions, no row is longer than that.
+rows = "documents"  # "documents": whole documents and pieces of them, 8 to 512 tokens; "packed": as v1 to v3
 packing = True  # True fills every sequence with running text; False: one sequence per document, its first tokens
 lowercase = True  # lower-case all text
 strip_accents = False  # True turns é into e

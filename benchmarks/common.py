@@ -10,10 +10,11 @@ from tokenizers import Tokenizer
 
 from microbert.config.constants import Config, fill_in, resolve_batch_size
 from microbert.config.flags import read_script
-from microbert.data.batches import evaluation_batches, random_batch, training_batch
+from microbert.data.batches import evaluation_batches, random_batch
 from microbert.data.masking import EVALUATION_PROBABILITY, MaskedBatch, mask_batch
 from microbert.data.prepare import prepare_quietly
 from microbert.data.shards import Tokens
+from microbert.data.training_rows import TrainingRows
 from microbert.model.build import model_for_tokens
 from microbert.model.layers import MaskedLanguageModel
 from microbert.model.loss import masked_scores
@@ -46,14 +47,14 @@ def new_learner(config: Config, tokens: Tokens) -> Learner:
     return Learner(new_model(config, tokens), config, World.alone())
 
 
-def take_step(learner: Learner, tokens: Tokens, number: int, learning_rate: float, epochs: int) -> None:
-    """Batch and mask rows of tokens, update the weights, and wait for the result."""
+def take_step(learner: Learner, rows: TrainingRows, number: int, learning_rate: float) -> None:
+    """Read and mask the rows of a step, update the weights, and wait for the result."""
     config = learner.config
-    batch = training_batch(
-        tokens.train, step=number, epochs=epochs, global_batch_size=config.batch_size, seed=config.seed
-    )
     masked = mask_batch(
-        batch, seed=config.seed, probability=config.mlm_probability, vocab_size=learner.model.config.vocab_size
+        rows.batch(number),
+        seed=config.seed,
+        probability=config.mlm_probability,
+        vocab_size=learner.model.config.vocab_size,
     )
     learner.step(masked, number, learning_rate).read()
 

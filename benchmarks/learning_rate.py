@@ -19,8 +19,8 @@ from common import SMALL_V4, held_out_loss, new_learner, prepared, scored_batche
 
 from microbert.config.constants import Config
 from microbert.config.learning_rate import peak_learning_rate
-from microbert.data.batches import steps_in_run
 from microbert.data.shards import Tokens
+from microbert.data.training_rows import training_rows
 from microbert.errors import Diverged
 from microbert.runtime.outcome import plain_errors
 from microbert.train.schedule import learning_rate_share
@@ -34,11 +34,12 @@ NEAR_BEST = 0.03  # nats; drawn as a band above the lowest loss
 def loss_at(config: Config, tokens: Tokens, max_steps: int | None) -> float:
     """Return the held-out loss after a run with `learning_rate` as its peak; infinity if it diverges."""
     learner = new_learner(config, tokens)
-    steps = min(steps_in_run(len(tokens.train), config.epochs, config.batch_size), max_steps or 10**9)
+    rows = training_rows(tokens, config)
+    steps = min(rows.steps, max_steps or 10**9)
     try:
         for number in range(steps):
             rate = config.learning_rate * learning_rate_share(number, steps, config)
-            take_step(learner, tokens, number, rate, config.epochs)
+            take_step(learner, rows, number, rate)
     except Diverged:
         return math.inf
     return held_out_loss(learner, scored_batches(config, tokens, SCORED_BATCHES))

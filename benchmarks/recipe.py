@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from microbert.config.constants import Config
 from microbert.config.learning_rate import peak_learning_rate
-from microbert.data.batches import steps_in_run
 from microbert.data.shards import Tokens
+from microbert.data.training_rows import training_rows
 from microbert.kernels.gelu import gelu
 from microbert.model import build as models
 from microbert.model import modern
@@ -141,7 +141,8 @@ VARIANTS = {
     "learned positions": Variant(modern=with_learned_positions),
     "not gated": Variant(modern=with_layers(UngatedLayer)),
     "BERT (post-norm, learned positions, not gated)": Variant({"arch": "bert"}),
-    "not packed": Variant({"packing": False}),
+    "packed rows": Variant({"rows": "packed"}),
+    "not packed": Variant({"rows": "packed", "packing": False}),
     "weights from a normal of 0.1": Variant(start=start_wider),
     "output bias from 0": Variant(start=start_without_frequencies),
     "dropout 0.1": Variant({"dropout": 0.1}),
@@ -153,7 +154,7 @@ VARIANTS = {
 def train(variant: Variant, config: Config, tokens: Tokens, steps: int) -> tuple[Learner, float]:
     """Return the learner after this many steps, and their processor time in seconds."""
     models.ARCHITECTURES["modern"] = variant.modern
-    learner, seconds = new_learner(config, tokens), 0.0
+    learner, rows, seconds = new_learner(config, tokens), training_rows(tokens, config), 0.0
     variant.start(learner.model)
     for number in range(steps):
         if variant.last_mask is not None:
@@ -161,7 +162,7 @@ def train(variant: Variant, config: Config, tokens: Tokens, steps: int) -> tuple
             learner.config = dataclasses.replace(config, mlm_probability=masked)
         start = time.process_time()
         rate = config.learning_rate * learning_rate_share(number, steps, config)
-        take_step(learner, tokens, number, rate, config.epochs)
+        take_step(learner, rows, number, rate)
         seconds += time.process_time() - start
     return learner, seconds
 
@@ -185,17 +186,14 @@ class Results:
 def run_seed(seed: int, base: Config, results: dict[str, Results], max_steps: int) -> None:
     """Train v4 and each variant with this seed, and append to the results."""
     base = dataclasses.replace(base, seed=seed)
-    packed, seconds_of_base = prepared(base)[1], None
-    scored = scored_batches(base, packed, SCORED_BATCHES)
+    seconds_of_base = None
+    scored = scored_batches(base, prepared(base)[1], SCORED_BATCHES)
     for name, of_variant in results.items():
         variant = VARIANTS[name]
         config = dataclasses.replace(base, **variant.constants)
         config = dataclasses.replace(config, learning_rate=peak_learning_rate(config) * variant.rate, lr_scaling="none")
-        tokens = packed if config.packing else prepared(config)[1]
-        steps = min(
-            max_steps * base.batch_size // config.batch_size,
-            steps_in_run(len(tokens.train), config.epochs, config.batch_size),
-        )
+        tokens = prepared(config)[1]
+        steps = min(max_steps * base.batch_size // config.batch_size, training_rows(tokens, config).steps)
         learner, seconds = train(variant, config, tokens, steps)
         seconds_of_base = seconds_of_base or seconds
         of_variant.times.append(seconds / seconds_of_base)

@@ -34,10 +34,11 @@ from hf_trainer import new_reference_model, new_trainer
 
 from microbert.config.constants import Config
 from microbert.config.learning_rate import peak_learning_rate
-from microbert.data.batches import steps_in_run, training_batch
+from microbert.data.batches import training_batch
 from microbert.data.masking import MaskedBatch
 from microbert.data.shards import Tokens
 from microbert.data.tokenizer import save_tokenizer
+from microbert.data.training_rows import training_rows
 from microbert.model.loss import masked_scores
 from microbert.runtime.device import describe_compute
 from microbert.runtime.outcome import plain_errors
@@ -96,11 +97,12 @@ def prepare(folder: Path, flags: list[str]) -> tuple[Config, Tokens, float]:
 def ours(config: Config, tokens: Tokens, seconds: float, minutes: float) -> Curve:
     """Train v4's recipe, with a learning rate that decays within the given time. seconds: of the preparation."""
     learner, batches = new_learner(config, tokens), scored_batches(config, tokens, SCORED_BATCHES)
-    clock, steps, step = Clock(seconds), steps_in_run(len(tokens.train), config.epochs, config.batch_size), 0
+    clock, rows, step = Clock(seconds), training_rows(tokens, config), 0
+    steps = rows.steps
     clock.score(lambda: held_out_loss(learner, batches))
     while (used := (clock.now() - seconds) / (60 * minutes - seconds)) < 1 and step < steps:
         rate = peak_learning_rate(config) * learning_rate_share(max(step, used * steps), steps, config)
-        take_step(learner, tokens, step, rate, config.epochs)
+        take_step(learner, rows, step, rate)
         step += 1
         if used * POINTS >= len(clock.curve):
             clock.score(lambda: held_out_loss(learner, batches))
@@ -111,7 +113,7 @@ def ours(config: Config, tokens: Tokens, seconds: float, minutes: float) -> Curv
 def theirs(
     config: Config, tokens: Tokens, folder: Path, seconds: float, minutes: float, rate: float, n_points: int
 ) -> Curve:
-    """Train transformers' Trainer on the same rows, for as many steps as fit in the given time."""
+    """Train transformers' Trainer on packed rows, for as many steps as fit in the given time."""
     (first, _), (last, _) = run_trainer(config, tokens, folder, 0.0, TIMED_STEPS, rate, (1, TIMED_STEPS))
     steps = max(1, math.ceil((60 * minutes - seconds) * (TIMED_STEPS - 1) / (last - first)))
     scored = {*range(1, steps, math.ceil(steps / n_points)), steps}
@@ -139,7 +141,8 @@ def run_trainer(
     model = new_reference_model(dataclasses.replace(config, arch="bert"), tokens)
     batches = scored_batches(config, tokens, SCORED_BATCHES)
     n_rows = steps * config.batch_size
-    batch = training_batch(tokens.train, step=0, epochs=10_000, global_batch_size=n_rows, seed=config.seed)
+    packed = prepared(dataclasses.replace(config, rows="packed"))[1]
+    batch = training_batch(packed.train, step=0, epochs=10_000, global_batch_size=n_rows, seed=config.seed)
     input_ids = torch.from_numpy(batch.input_ids.astype("int32"))
     rows = [{"input_ids": row.long(), "attention_mask": torch.ones_like(row)} for row in input_ids]
     clock = Clock(seconds)

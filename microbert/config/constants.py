@@ -15,6 +15,7 @@ PRESETS: dict[str, dict[str, int]] = {
     "auto": {"n_heads": 8, "n_embed": 128, "max_seq_len": 128, "vocab_size": 50_000},
     "large": {"n_layers": 8, "n_heads": 8, "n_embed": 256, "max_seq_len": 256, "vocab_size": 25_000, "batch_size": 96},
 }
+ROTARY = {"modern"}  # architectures without position weights
 BY_TIER = ("n_layers", "batch_size")
 BY_PRESET = {name for values in PRESETS.values() for name in values}
 AT_LEAST_1 = (
@@ -77,6 +78,7 @@ class Config:
 
     # constants of v4; a script without them uses these defaults
     arch: str = "bert"
+    rows: str = "packed"
     preset: str | None = None
     memory_budget_gb: float | None = None
     dtype: str = "float32"
@@ -104,6 +106,9 @@ class Config:
         minimum = f"is too small: the minimum is {MIN_VOCAB_SIZE}, five special tokens and one other"
         require(self.vocab_size >= MIN_VOCAB_SIZE, "vocab_size", minimum, self)
         require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1", self)
+        require(self.rows in ("packed", "documents"), "rows", 'must be "packed" or "documents"', self)
+        if self.rows == "documents" and not self.packing:
+            raise InputError('packing = False has no effect on rows = "documents": set rows = "packed" too')
 
     def _check_training(self) -> None:
         require(0 < self.mlm_probability <= 1, "mlm_probability", "must be above 0 and at most 1", self)

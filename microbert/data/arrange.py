@@ -1,6 +1,7 @@
 """Arrange encoded documents in sequences of max_seq_len tokens: one document per sequence, or packed running text.
 
-Shapes: D documents, I ids, N sequences, T = max_seq_len.
+With rows = "documents", the training documents stay running text, and tables of pieces say which of it are rows.
+Shapes: D documents, I ids, N sequences, T = max_seq_len, P pieces, K kinds of rows.
 """
 
 import dataclasses
@@ -10,7 +11,10 @@ import numpy as np
 
 from microbert.config.constants import Config
 from microbert.data.blocks import read_block, token_dtype
+from microbert.data.documents import in_tables
 from microbert.data.fast_encode import ranges
+from microbert.data.pieces import PLANS, Pieces, cut_documents
+from microbert.data.row_lengths import draw_weights, row_lengths
 from microbert.data.shards import LONGEST_ROW, SPLITS
 from microbert.data.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
 
@@ -31,18 +35,29 @@ class PackedPart:
 
 
 @dataclasses.dataclass(frozen=True)
+class DocumentsPart:
+    """The training documents of a block for rows = "documents": how many documents and ids come before them."""
+
+    documents_before: int
+    ids_before: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Arranged:
     """What the documents of a block become.
 
-    sequences: those of each split [N, T]. held_out_documents: the first tokens of each held-out document, padded,
-    [D, LONGEST_ROW - 2]. n_unknown: sequences skipped because they contain no known token. token_counts: of the
-    training tokens, int64 [V].
+    sequences: those of each split [N, T]; for training on documents, the ids [I]. n_unknown: sequences skipped because
+    they contain no known token; of pieces, those of the first plan. token_counts: of the training tokens, int64 [V].
+    held_out_documents: the first tokens of each held-out document, padded, [D, LONGEST_ROW - 2]. pieces, piece_counts:
+    uint64 [P] and int64 [PLANS, K], as `in_tables` returns them; empty for packed rows.
     """
 
     sequences: list[np.ndarray]
-    held_out_documents: np.ndarray
     n_unknown: int
     token_counts: np.ndarray
+    held_out_documents: np.ndarray
+    pieces: np.ndarray
+    piece_counts: np.ndarray
 
 
 def split_masks(hashes: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
@@ -79,11 +94,22 @@ def packed_parts(documents: list[int], ids: list[int], max_seq_len: int) -> list
 
 
 def arrange_block(
-    number: int, parts: tuple[PackedPart, ...], below: int, config: Config, folder: Path, vocab_size: int
+    number: int,
+    parts: tuple[PackedPart | DocumentsPart, ...],
+    below: int,
+    config: Config,
+    folder: Path,
+    vocab_size: int,
 ) -> Arranged:
-    """Arrange the documents of a block. parts: the packed sequences of each split that begin in it."""
+    """Arrange the documents of a block. parts: of each split, the packed sequences that begin in it, or its pieces."""
     sequences, n_unknown = [], 0
+    pieces, piece_counts = np.zeros(0, np.uint64), np.zeros((0, 0), np.int64)
     for split, part in enumerate(parts):
+        if isinstance(part, DocumentsPart):
+            ids, lengths = _documents(folder, number, split, below, config)
+            sequences.append(ids)
+            pieces, piece_counts, n_unknown = _pieces_of(ids, lengths, part, config)
+            continue
         if config.packing:
             texts: list[np.ndarray] = [np.zeros(0, token_dtype(config))]
             wanted = part.skip + part.tokens
@@ -98,7 +124,23 @@ def arrange_block(
         sequences.append(rows[is_known])
         n_unknown += int((~is_known).sum())
     beginnings = first_tokens(*_documents(folder, number, HELD_OUT, below, config), LONGEST_ROW - 2)
-    return Arranged(sequences, beginnings, n_unknown, np.bincount(sequences[0].reshape(-1), minlength=vocab_size))
+    token_counts = np.bincount(sequences[0].reshape(-1), minlength=vocab_size)
+    return Arranged(sequences, n_unknown, token_counts, beginnings, pieces, piece_counts)
+
+
+def _pieces_of(
+    ids: np.ndarray, lengths: np.ndarray, part: DocumentsPart, config: Config
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the pieces and their counts as `in_tables` does, and the pieces of the first plan that are skipped."""
+    known_before = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum(ids >= N_SPECIAL, out=known_before[1:])
+    of_rows, plans, n_unknown = row_lengths(config), [], 0
+    for plan in range(PLANS):
+        pieces = cut_documents(lengths, part.documents_before, config.seed, plan, of_rows, draw_weights(of_rows))
+        is_known = known_before[pieces.starts + pieces.sizes] > known_before[pieces.starts]
+        plans.append(Pieces(pieces.starts[is_known], pieces.sizes[is_known], pieces.lengths[is_known]))
+        n_unknown += 0 if plan else int((~is_known).sum())
+    return *in_tables(plans, of_rows, part.ids_before), n_unknown
 
 
 def _documents(

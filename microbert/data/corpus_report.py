@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from microbert.config.constants import Config
 from microbert.data.corpus import Estimate
+from microbert.data.documents import Documents
 from microbert.data.shards import Tokens
 from microbert.data.tokenizer import SAMPLE_CHARACTERS, SPECIAL_TOKENS, UNK_ID, alphabet_of, largest_alphabet
 
@@ -48,14 +49,27 @@ def corpus_report(tokens: Tokens, tokenizer: Tokenizer, config: Config) -> str:
         f"skipped: {skipped}; duplicates (kept): {counts.duplicates:,}",
         f"text: {counts.characters / 1e6:,.1f}M characters; vocabulary {len(tokens.token_counts):,}, "
         f"{counts.tokens_per_word:.2f} tokens per word, {counts.unknown_rate:.3%} unknown",
-        f"sequences of {config.max_seq_len} tokens: {len(tokens.train):,} for training with "
-        f"{tokens.token_counts.sum() / 1e6:,.2f}M tokens of text, {len(tokens.held_out):,} held out{skipped_sequences}",
+        *_rows(tokens, config, skipped_sequences),
         f"cache: {tokens.megabytes:,.1f} MB in {tokens.folder}",
     ]
     n_unknown = counts.unknown + counts.unknown_start
     if max(counts.unknown_rate, n_unknown / counts.documents) > MANY_UNKNOWN:
         lines.append(_unknown_warning(tokens, tokenizer, config))
     return "\n".join(lines)
+
+
+def _rows(tokens: Tokens, config: Config, skipped: str) -> list[str]:
+    """Return how many rows there are. skipped: those without a known token."""
+    of_text, held_out = f"{tokens.token_counts.sum() / 1e6:,.2f}M tokens of text", f"{len(tokens.held_out):,} held out"
+    sequences = f"sequences of {config.max_seq_len} tokens"
+    if not isinstance(tokens.train, Documents):
+        return [f"{sequences}: {len(tokens.train):,} for training with {of_text}, {held_out}{skipped}"]
+    of_lengths = tokens.train.n_rows[0].reshape(-1, 2).sum(axis=1)  # full and padded
+    numbers = ", ".join(f"{n:,} of {length}" for length, n in zip(tokens.train.row_lengths, of_lengths, strict=True))
+    return [
+        f"rows for training with {of_text}, by length in tokens: {numbers}{skipped}",
+        f"{sequences}: {held_out}",
+    ]
 
 
 def _unknown_warning(tokens: Tokens, tokenizer: Tokenizer, config: Config) -> str:

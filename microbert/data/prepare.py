@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from microbert.config.constants import Config
-from microbert.data.arrange import arrange_block, packed_parts, split_masks
+from microbert.data.arrange import DocumentsPart, PackedPart, arrange_block, packed_parts, split_masks
 from microbert.data.blocks import (
     Block,
     count_distinct,
@@ -42,11 +42,15 @@ from microbert.data.corpus import (
 )
 from microbert.data.corpus_counts import CorpusCounts
 from microbert.data.corpus_report import corpus_report, preparation_plan, skipped_documents
+from microbert.data.pieces import LONGEST_PART, MOST_WASTE, PLANS
+from microbert.data.row_lengths import DRAWN_SHARES, TEXT_OF_ROW, row_lengths
 from microbert.data.shards import (
     FORMAT,
     HELD_OUT_DOCUMENTS,
     LONGEST_ROW,
     MANIFEST,
+    PIECE_COUNTS,
+    PIECES,
     SPLITS,
     TOKEN_COUNTS,
     Tokens,
@@ -145,7 +149,9 @@ def find_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> Tokens 
 def _key_and_folder(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> tuple[str, Path]:
     """Return the key of the tokens, which contains everything that determines them, and their folder."""
     layout = BLOCK_ROWS, BLOCK_CHARACTERS, READ_ROWS, READ_CHARACTERS, HELD_OUT_SHARE, HELD_OUT_AT_MOST, LONGEST_ROW
-    key = fingerprint(FORMAT, layout, corpus.key, config.seed, tokenizer.to_str(), config.max_seq_len, config.packing)
+    rows = (row_lengths(config), DRAWN_SHARES, PLANS, MOST_WASTE, LONGEST_PART) if config.rows == "documents" else ()
+    of_constants = config.seed, tokenizer.to_str(), config.max_seq_len, config.packing
+    key = fingerprint(FORMAT, layout, corpus.key, *of_constants, *rows)
     return key, corpus.cache_folder(config) / f"tokens-{key}"
 
 
@@ -157,8 +163,10 @@ def estimated_tokens(estimate: Estimate, config: Config) -> float:
 def estimated_megabytes(estimate: Estimate, config: Config) -> float:
     """Return the estimated size of the prepared tokens in MB. Preparing them needs twice that."""
     held_out_documents = min(HELD_OUT_SHARE * estimate.documents, HELD_OUT_AT_MOST)
-    stored = estimated_tokens(estimate, config) + held_out_documents * (LONGEST_ROW - 2)
-    return stored * np.dtype(token_dtype(config)).itemsize / 1e6
+    n_tokens = estimated_tokens(estimate, config)
+    n_pieces = PLANS * n_tokens / TEXT_OF_ROW if config.rows == "documents" else 0.0
+    n_ids = n_tokens + held_out_documents * (LONGEST_ROW - 2)
+    return (n_ids * np.dtype(token_dtype(config)).itemsize + n_pieces * np.dtype(np.uint64).itemsize) / 1e6
 
 
 def _encode_blocks(
@@ -255,23 +263,36 @@ def _arrange_blocks(
         for split, chosen in enumerate(split_masks(hashes, below)):
             n_documents[split, number], n_ids[split, number] = chosen.sum(), lengths[chosen].sum()
     sizes = zip(n_documents.tolist(), n_ids.tolist(), strict=True)
-    parts = zip(*(packed_parts(*of_split, config.max_seq_len) for of_split in sizes), strict=True)
+    of_splits: list[Sequence[PackedPart | DocumentsPart]] = [
+        packed_parts(*of_split, config.max_seq_len) for of_split in sizes
+    ]
+    if config.rows == "documents":
+        before = [of_split[0].cumsum() - of_split[0] for of_split in (n_documents, n_ids)]
+        of_splits[0] = [DocumentsPart(*numbers) for numbers in zip(*(of.tolist() for of in before), strict=True)]
+    parts = zip(*of_splits, strict=True)
     waiting = (
         pool.submit(arrange_block, number, parts_of_block, below, config, folder, vocab_size)
         for number, parts_of_block in enumerate(parts)
     )
     token_counts, n_sequences, n_unknown = np.zeros(vocab_size, np.int64), dict.fromkeys(SPLITS, 0), 0
+    piece_counts: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open_atomic(split_file(folder, split))) for split in SPLITS]
         documents = stack.enter_context(open_atomic(folder / HELD_OUT_DOCUMENTS))
+        pieces = stack.enter_context(open_atomic(folder / PIECES)) if config.rows == "documents" else None
         for of_block in _in_order(waiting, check_stop):
             for name, file, rows in zip(SPLITS, files, of_block.sequences, strict=True):
                 file.write(np.ascontiguousarray(rows).data)
                 n_sequences[name] += len(rows)
             documents.write(of_block.held_out_documents.data)
+            if pieces is not None:
+                pieces.write(of_block.pieces.data)
+                piece_counts.append(of_block.piece_counts)
             n_unknown += of_block.n_unknown
             token_counts += of_block.token_counts
     write_atomic(folder / TOKEN_COUNTS, lambda file: np.save(file, token_counts, allow_pickle=False))
+    if piece_counts:
+        write_atomic(folder / PIECE_COUNTS, lambda file: np.save(file, np.stack(piece_counts), allow_pickle=False))
     n_train, n_held_out = n_documents.sum(axis=1).tolist()
     n_distinct = count_distinct(folder, len(blocks), n_train + n_held_out, config)
     summed = [field.name for field in dataclasses.fields(CorpusCounts) if field.name in Block.__dataclass_fields__]
@@ -301,4 +322,6 @@ def _write_manifest(
         "unknown_characters": dict(characters.most_common(UNKNOWN_SHOWN)),
         "report": dataclasses.asdict(counts),
     }
+    if config.rows == "documents":
+        manifest |= {"row_lengths": row_lengths(config), "blocks": len(blocks)}
     write_json(folder / MANIFEST, manifest)

@@ -6,8 +6,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from microbert.config.constants import ResolvedConfig
+from microbert.config.constants import ROTARY, ResolvedConfig
 from microbert.config.terminal import counted
+from microbert.data.row_lengths import most_positions
 from microbert.data.shards import Tokens
 from microbert.errors import InputError
 from microbert.model.bert import Bert
@@ -17,7 +18,6 @@ from microbert.runtime.run import Run
 
 INIT_STD = 0.02
 ARCHITECTURES = {"bert": Bert, "modern": ModernBert}
-ROTARY = {"modern"}  # architectures without position weights
 POSITIONS = "embeddings.position.weight"  # the position weights of the others: one row for each position
 
 
@@ -83,9 +83,8 @@ def count_parameters(config: ModelConfig) -> int:
 
 def shape_of(config: ResolvedConfig, vocab_size: int) -> ModelConfig:
     """Return the shape of the run's model. vocab_size: of the trained tokenizer."""
-    return ModelConfig(
-        vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.dropout, config.arch
-    )
+    shape = vocab_size, config.n_layers, config.n_heads, config.n_embed, most_positions(config)
+    return ModelConfig(*shape, config.dropout, config.arch)
 
 
 def model_for_tokens(config: ResolvedConfig, tokens: Tokens) -> MaskedLanguageModel:

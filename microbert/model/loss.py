@@ -50,7 +50,14 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, dtype: torch.dtype | None, is_compiled: bool
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        labels: Tensor,
+        dtype: torch.dtype | None,
+        is_compiled: bool,
+        varies: bool,
     ) -> Tensor:
         dtype = dtype or hidden.dtype
         is_supported = is_for_kernels(hidden, weight, bias) and dtype in (torch.float32, torch.bfloat16)
@@ -60,15 +67,16 @@ class _CrossEntropy(torch.autograd.Function):
         if kernel is not None and weight.shape[1] <= THIN:
             loss, *gradients = _thin(kernel, hidden.contiguous(), weight, bias, labels.contiguous())
         else:
-            loss, *gradients = _in_chunks(kernel, hidden, weight, bias, labels.contiguous(), dtype, is_compiled)
+            loss, *gradients = _in_chunks(kernel, hidden, weight, bias, labels.contiguous(), dtype, is_compiled, varies)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, loss_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx, loss_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors  # not read again, so scaled in place
-        return hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), bias_grad.mul_(loss_grad), None, None, None
+        gradients = hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), bias_grad.mul_(loss_grad)
+        return *gradients, None, None, None, None
 
 
 def _in_chunks(
@@ -79,8 +87,9 @@ def _in_chunks(
     labels: Tensor,
     dtype: torch.dtype,
     is_compiled: bool,
+    varies: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, and the gradients of hidden, weight and bias. dtype, is_compiled: as for masked_loss."""
+    """Return the loss, and the gradients of hidden, weight and bias. dtype to varies: as for masked_loss."""
     vocab_size, n_embed = weight.shape
     if n_embed <= THIN:
         weight = weight.T.contiguous().T
@@ -92,7 +101,7 @@ def _in_chunks(
     if kernel is not None:
         softmax = _KernelSoftmax(kernel, bias)
     else:
-        softmax = _CompiledSoftmax(bias) if is_compiled else _TorchSoftmax(bias, buffer)
+        softmax = _CompiledSoftmax(bias, varies) if is_compiled else _TorchSoftmax(bias, buffer)
     hidden_grad, loss_2 = torch.empty_like(hidden), hidden.new_zeros(())
     # transposed: twice as fast for a narrow D, as fast for a wide one
     weight_grad = weight.new_zeros(n_embed, vocab_size)
@@ -160,11 +169,11 @@ class _TorchSoftmax(_Softmax):
 class _CompiledSoftmax(_Softmax):
     """The softmax by torch.compile, which reads memory only as often as the sums of rows and columns require."""
 
-    def __init__(self, bias: Tensor) -> None:
-        self._bias_2, self.bias_grad = bias * LOG2_E, torch.zeros_like(bias)
+    def __init__(self, bias: Tensor, varies: bool) -> None:
+        self._bias_2, self.bias_grad, self._varies = bias * LOG2_E, torch.zeros_like(bias), varies
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, row_factor, bias_grad = _compiled_softmax()(logits, self._bias_2, labels)
+        loss, row_factor, bias_grad = _compiled_softmax(self._varies)(logits, self._bias_2, labels)
         self.bias_grad += bias_grad
         return loss, row_factor
 
@@ -187,9 +196,9 @@ def _softmax(logits: Tensor, bias_2: Tensor, labels: Tensor) -> tuple[Tensor, Te
 
 
 @functools.cache
-def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Return `_softmax` for torch.compile, whose import takes a second."""
-    return compiled(_softmax, dynamic=False)
+def _compiled_softmax(varies: bool) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Return `_softmax` for torch.compile, whose import takes a second. varies: as for masked_loss."""
+    return compiled(_softmax, dynamic=None if varies else False)
 
 
 class _KernelSoftmax(_Softmax):
@@ -261,14 +270,16 @@ def masked_loss(
     n_masked: int,
     dtype: torch.dtype | None = None,
     is_compiled: bool = False,
+    varies: bool = False,
 ) -> Tensor:
     """Return the batch's share of the mean loss, in nats per masked token. Shares of micro-batches and ranks add up.
 
     hidden: [N, D]. weight: [V, D]. bias: [V]. labels: int64 [N], IGNORED for empty slots. n_masked: masked tokens of
     the whole global batch. dtype: of the matrix products; None for that of hidden. is_compiled: use torch.compile if
-    there is no C kernel. On a CPU, raises IndexError for a label beyond the vocabulary.
+    there is no C kernel. varies: N is not the same in all calls, so that compiling for each takes too long. On a CPU,
+    raises IndexError for a label beyond the vocabulary.
     """
-    return _CrossEntropy.apply(hidden, weight, bias, labels, dtype, is_compiled) / max(1, n_masked)
+    return _CrossEntropy.apply(hidden, weight, bias, labels, dtype, is_compiled, varies) / max(1, n_masked)
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ FREE_TO_CHANGE = {
     "gpu_memory_gb",
     "num_gpus",
 }
+BEFORE_IT_EXISTED = {"rows": "packed"}  # values of constants that the files of older runs lack
 BATCH_SIZES = {"batch_size", "global_batch_size"}  # `resolve_batch_size` compares them
 RESOLVED = ("batch_size", "global_batch_size", "micro_batch_size")
 
@@ -362,7 +363,7 @@ def _differences(stored: dict, config: Config, names: typing.Iterable[str] | Non
 
     names: None compares all that decide the model.
     """
-    now = dataclasses.asdict(config)
+    now, stored = dataclasses.asdict(config), BEFORE_IT_EXISTED | stored
     if names is None:
         names = [name for name in now if name not in FREE_TO_CHANGE | BATCH_SIZES]
     return [f"{name} = {now[name]!r} (was {stored.get(name)!r})" for name in names if now[name] != stored.get(name)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from microbert.config.constants import Config, ResolvedConfig, fill_in, resolve_batch_size
+from microbert.config.constants import Config, ResolvedConfig, fill_in, resolve_batch_size, tokens_per_step
 from microbert.config.environment import hub_folder
 from microbert.config.learning_rate import explain_learning_rate, peak_learning_rate
 from microbert.config.terminal import counted
@@ -19,8 +19,17 @@ from microbert.data.corpus import HELD_OUT_AT_MOST, HELD_OUT_SHARE, Estimate
 from microbert.data.hub import choose_dataset
 from microbert.data.masking import mask_batch
 from microbert.data.prepare import estimated_megabytes, estimated_tokens, find_tokens
+from microbert.data.row_lengths import (
+    TEXT_OF_ROW,
+    TEXT_SHARE,
+    describe_step,
+    draw_weights,
+    row_lengths,
+    rows_of_process,
+)
 from microbert.data.sources import open_corpus
 from microbert.data.tokenizer import find_tokenizer
+from microbert.data.training_rows import training_rows
 from microbert.errors import InputError
 from microbert.model.build import build_model, count_parameters, shape_of
 from microbert.model.hugging_face import read_hugging_face_config
@@ -56,11 +65,12 @@ class _Machine:
 class _Text:
     """tokens_key: None if the tokens are not prepared yet. Then megabytes and seconds are what preparing them needs.
 
-    vocab_size: at most, without a tokenizer.
+    steps: of the run by row length. vocab_size: at most, without a tokenizer.
     """
 
     tokens_key: str | None
     n_sequences: int
+    steps: dict[int, int]
     vocab_size: int
     has_tokenizer: bool
     megabytes: float
@@ -108,14 +118,14 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
     print(text.description)
     model = shape_of(resolved, text.vocab_size)
     print(_describe_model(model, text))
-    steps = steps_in_run(text.n_sequences, config.epochs, resolved.global_batch_size)
+    steps = sum(text.steps.values())
     steps_done = read_state(checkpoint, text.tokens_key).step if checkpoint else 0
     remaining = max(0, steps - steps_done)  # an estimate of the steps may be too low
     about = "" if text.tokens_key else "about "
     if config.prepare_only:
         print("--prepare-only: stops when the tokens are prepared; the rest of this plan is for a run without it")
     print(
-        f"training: {about}{steps:,} steps of {resolved.global_batch_size} sequences on {machine.description}, "
+        f"training: {about}{steps:,} steps of {describe_step(resolved)} on {machine.description}, "
         f"{counted(config.epochs, 'epoch')}"
     )
     if checkpoint:
@@ -128,7 +138,7 @@ def _plan(config: Config, world: World, estimate: Estimate | None) -> dict[str, 
     return _facts(resolved, model, memory, hardware, steps, steps_done) | {
         "sequences": text.n_sequences,
         "tokens_known": text.tokens_key is not None,
-        "planned_seconds": _planned_seconds(resolved, model, machine, remaining, text.seconds),
+        "planned_seconds": _planned_seconds(resolved, model, machine, remaining, text),
     }
 
 
@@ -151,40 +161,50 @@ def _text(config: ResolvedConfig, estimate: Estimate | None) -> _Text:
         estimate, tokenizer = corpus.estimate, find_tokenizer(corpus, config)
         tokens = find_tokens(corpus, tokenizer, config) if tokenizer else None
     vocab_size = tokenizer.get_vocab_size() if tokenizer else config.vocab_size
+    noun = "rows" if config.rows == "documents" else "sequences"
     if tokens:
-        n_sequences = len(tokens.train)
+        n_sequences, steps = len(tokens.train), training_rows(tokens, config).steps_of_lengths()
         description = (
-            f"tokens: prepared already, {n_sequences:,} sequences to train on and {len(tokens.held_out):,} held out, "
-            f"in {tokens.folder}"
+            f"tokens: prepared already, {n_sequences:,} {noun} to train on and {len(tokens.held_out):,} sequences held "
+            f"out, in {tokens.folder}"
         )
-        return _Text(tokens.key, n_sequences, vocab_size, True, 0.0, 0.0, description)
-    n_sequences = _expected_sequences(estimate, config)
+        return _Text(tokens.key, n_sequences, steps, vocab_size, True, 0.0, 0.0, description)
+    n_sequences, steps = _expected_rows(estimate, config)
     description = (
         f"tokens: to be prepared from {'' if estimate.is_exact else 'about '}{estimate.documents:,} documents, about "
-        f"{estimate.megabytes:,.0f} MB of text; about {n_sequences:,} sequences to train on"
+        f"{estimate.megabytes:,.0f} MB of text; about {n_sequences:,} {noun} to train on"
     )
     seconds = TOKENIZER_SECONDS + estimate.megabytes / PREPARED_MB_PER_SECOND
     megabytes = estimated_megabytes(estimate, config)
-    return _Text(None, n_sequences, vocab_size, tokenizer is not None, megabytes, seconds, description)
+    return _Text(None, n_sequences, steps, vocab_size, tokenizer is not None, megabytes, seconds, description)
 
 
-def _expected_sequences(estimate: Estimate, config: Config) -> int:
+def _expected_rows(estimate: Estimate, config: ResolvedConfig) -> tuple[int, dict[int, int]]:
+    """Return the expected rows of an epoch, and the expected steps of the run by row length."""
     train_share = 1 - min(HELD_OUT_SHARE, HELD_OUT_AT_MOST / estimate.documents)
-    tokens_per_sequence = config.max_seq_len - 2 if config.packing else config.max_seq_len
-    return max(1, round(train_share * estimated_tokens(estimate, config) / tokens_per_sequence))
+    n_tokens = train_share * estimated_tokens(estimate, config)
+    if config.rows == "documents":
+        lengths = row_lengths(config)
+        shares = np.array(draw_weights(lengths)) * lengths
+        steps = shares / shares.sum() * config.epochs * n_tokens / TEXT_SHARE / tokens_per_step(config)
+        return max(1, round(n_tokens / TEXT_OF_ROW)), dict(
+            zip(lengths, np.ceil(steps).astype(int).tolist(), strict=True)
+        )
+    n_sequences = max(1, round(n_tokens / (config.max_seq_len - 2 if config.packing else config.max_seq_len)))
+    return n_sequences, {config.max_seq_len: steps_in_run(n_sequences, config.epochs, config.global_batch_size)}
 
 
 def _planned_seconds(
-    config: ResolvedConfig, model: ModelConfig, machine: _Machine, steps: int, preparation: float
+    config: ResolvedConfig, model: ModelConfig, machine: _Machine, steps: int, text: _Text
 ) -> float | None:
-    """Print and return the seconds of training; None if the device is not at hand. preparation: its seconds."""
+    """Print and return the seconds of training; None if the device is not at hand. steps: those that remain."""
     if machine.device is None:
         print("time: unknown, because it is measured on the machine itself")
         return None
-    seconds = round(_seconds_per_step(model, config, machine.device) * steps, 1)
-    before = f"{duration(preparation)} of preparation and " if preparation else ""
+    seconds = round(_seconds_per_step(model, config, machine.device, text.steps) * steps, 1)
+    before = f"{duration(text.seconds)} of preparation and " if text.seconds else ""
     print(
-        f"time: about {duration(preparation + seconds)}: {before}{duration(seconds)} of training "
+        f"time: about {duration(text.seconds + seconds)}: {before}{duration(seconds)} of training "
         f"({steps:,} steps, timed now on random tokens)"
     )
     if config.max_minutes is not None and seconds > 60 * config.max_minutes:
@@ -193,20 +213,25 @@ def _planned_seconds(
     return seconds
 
 
-def _seconds_per_step(model_config: ModelConfig, config: ResolvedConfig, device: torch.device) -> float:
-    """Time training steps on random tokens, without those that compile and capture."""
+def _seconds_per_step(
+    model_config: ModelConfig, config: ResolvedConfig, device: torch.device, steps: dict[int, int]
+) -> float:
+    """Time training steps on random tokens, without those that compile and capture. steps: by row length."""
     learner = Learner(build_model(model_config, config.seed).to(device), config, World.alone())
     n_left_out = WARM_UP + 1 if is_captured(config, device) else 1
-    seconds: list[float] = []
-    while len(seconds) < n_left_out + TIMED_STEPS and sum(seconds[n_left_out:]) < TIMED_SECONDS:
-        start = time.perf_counter()
-        batch = random_batch(len(seconds), model_config.vocab_size, config.batch_size, config.max_seq_len)
-        masked = mask_batch(
-            batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model_config.vocab_size
-        )
-        learner.step(masked, len(seconds), 0.0).read()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[n_left_out:]))
+    medians = []
+    for length in steps:
+        seconds: list[float] = []
+        while len(seconds) < n_left_out + TIMED_STEPS and sum(seconds[n_left_out:]) < TIMED_SECONDS / len(steps):
+            start = time.perf_counter()
+            batch = random_batch(len(seconds), model_config.vocab_size, rows_of_process(config)[length], length)
+            masked = mask_batch(
+                batch, seed=config.seed, probability=config.mlm_probability, vocab_size=model_config.vocab_size
+            )
+            learner.step(masked, len(seconds), 0.0).read()
+            seconds.append(time.perf_counter() - start)
+        medians.append(float(np.median(seconds[n_left_out:])))
+    return float(np.average(medians, weights=list(steps.values())))
 
 
 def _finished_plan(given: Config, config: ResolvedConfig, folder: Path, hardware: Hardware) -> dict[str, object]:
@@ -229,10 +254,11 @@ def _facts(
     config: ResolvedConfig, model: ModelConfig, memory: Plan, hardware: Hardware, steps: int, steps_done: int
 ) -> dict[str, object]:
     """Return the plan for programs. steps: of the whole run. steps_done: before this start."""
-    shape = ("n_layers", "n_heads", "n_embed", "max_seq_len", "vocab_size")
+    shape = ("n_layers", "n_heads", "n_embed", "vocab_size")
     return {
         "dataset": config.dataset,
         **{name: getattr(model, name) for name in shape},
+        "max_seq_len": config.max_seq_len,
         "batch_size": config.batch_size,
         "global_batch_size": config.global_batch_size,
         "micro_batch_size": memory.micro_batch_size,

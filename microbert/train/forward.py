@@ -33,10 +33,13 @@ class Inputs(NamedTuple):
 
 
 class Forward:
-    """The forward pass of a model as its device computes it. dtype: of matrix products."""
+    """The forward pass of a model as its device computes it.
+
+    dtype: of matrix products. varies: whether batches have several shapes, with and without padding.
+    """
 
     def __init__(self, model: MaskedLanguageModel, config: Config) -> None:
-        self._model, self._is_packed = model, config.packing
+        self._model, self._packing, self.varies = model, config.packing, config.rows == "documents"
         self._device = model.output_bias.device
         self.dtype, self.is_compiled = compute_dtype(config, self._device), is_compiled(config, self._device)
         self.compile()
@@ -46,7 +49,8 @@ class Forward:
         self._compiled: Callable[..., Tensor] = self._model
         if self.is_compiled:
             torch.compiler.reset()
-            self._compiled = compiled(self._model, dynamic=False)
+            # None: the first length is compiled for its shape alone, the second one for all
+            self._compiled = compiled(self._model, dynamic=None if self.varies else False)
 
     def send(self, masked: MaskedBatch, dropout_keys: np.ndarray | None, needs_mask: bool = False) -> Inputs:
         """Send a batch to the device. needs_mask: make an attention mask even without padding."""
@@ -65,7 +69,7 @@ class Forward:
         may_compile: use the compiled model, if there is one.
         """
         # with packing, only the last sequence of a corpus has padding: compiling for it takes longer than it saves
-        is_usual = (inputs.attention_mask is None) == self._is_packed
+        is_usual = self.varies or (inputs.attention_mask is None) == self._packing
         forward = self._compiled if may_compile and is_usual else self._model
         with autocast(self.dtype, self._device):
             hidden = forward(inputs.input_ids, inputs.attention_mask, inputs.positions, inputs.dropout_keys)

@@ -5,6 +5,7 @@ import time
 
 from tqdm import tqdm
 
+from microbert.data.training_rows import TrainingRows
 from microbert.runtime.metrics import Metrics
 from microbert.runtime.run import Run
 from microbert.train.checkpoint import State
@@ -19,10 +20,9 @@ class TrainingLog:
     Between two lines of training metrics, the losses accumulate in `state`.
     """
 
-    def __init__(self, run: Run, state: State, progress: Progress, n_sequences: int, bar: tqdm) -> None:
-        """n_sequences: number of training sequences. bar: the progress bar of the steps."""
-        self._config, self._state, self._progress = run.config, state, progress
-        self._n_sequences, self._bar = n_sequences, bar
+    def __init__(self, run: Run, state: State, progress: Progress, rows: TrainingRows, bar: tqdm) -> None:
+        """bar: the progress bar of the steps."""
+        self._config, self._state, self._progress, self._rows, self._bar = run.config, state, progress, rows, bar
         self.metrics = Metrics(
             run.folder, state.step, writes=run.world.is_first, for_tensorboard=run.config.report_to == "tensorboard"
         )
@@ -53,8 +53,9 @@ class TrainingLog:
     def write_training(self, learning_rate: float, peak_gb: float) -> None:
         """Write a line of training metrics, over the steps since the last one."""
         state = self._state
-        samples_per_second = (state.step - self._logged_step) * self._config.global_batch_size / self._step_seconds
-        tokens_per_second = samples_per_second * self._config.max_seq_len
+        before, seen = self._rows.seen(self._logged_step), self._rows.seen(state.step)
+        samples_per_second = (seen.rows - before.rows) / self._step_seconds
+        tokens_per_second = (seen.tokens - before.tokens) / self._step_seconds
         mean_loss = state.loss_sum / state.loss_steps
         self._write(
             {
@@ -93,11 +94,11 @@ class TrainingLog:
         self._bar.close()
 
     def _write(self, values: dict[str, float]) -> None:
-        n_seen = min(self._state.step * self._config.global_batch_size, self._n_sequences * self._config.epochs)
+        seen = self._rows.seen(self._state.step)
         position = {
             "step": self._state.step,
-            "epoch": round(n_seen / self._n_sequences, 4),
-            "tokens": n_seen * self._config.max_seq_len,
+            "epoch": round(seen.epochs, 4),
+            "tokens": seen.tokens,
             "seconds": round(self.seconds(), 3),
         }
         self.metrics.write(position | values)

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer
 from microbert.config import COMMAND_STARTED
 from microbert.config.learning_rate import explain_learning_rate, peak_learning_rate
 from microbert.config.terminal import counted
-from microbert.data.batches import steps_in_run, training_batch
 from microbert.data.masking import EVALUATION_PROBABILITY, mask_batch
+from microbert.data.row_lengths import describe_step
 from microbert.data.shards import Tokens
+from microbert.data.training_rows import TrainingRows, training_rows
 from microbert.errors import Diverged, Failed, Stopped
 from microbert.model.build import unigram_entropy
 from microbert.model.export import load_libraries
@@ -51,23 +52,23 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
     that step is applied; Failed if another process ends or hangs, or memory runs out.
     """
     config, world = run.config, run.world
-    steps = steps_in_run(len(tokens.train), config.epochs, config.global_batch_size)
+    rows = training_rows(tokens, config)
     uniform_loss, unigram_loss = _reference_losses(model, tokens)
-    _announce(run, model.output_bias.device, steps, uniform_loss, unigram_loss)
+    _announce(run, model.output_bias.device, rows.steps, uniform_loss, unigram_loss)
     loading_seconds = load_libraries(model.config) if config.max_minutes is not None and world.is_first else 0.0
     learner = Learner(model, config, world)
     state = resume_together(run, checkpoint, model, learner.optimizer, tokens)
-    progress = Progress(config, steps, state.step, state.prepared_seconds, world.gather(loading_seconds)[0, 0])
+    progress = Progress(config, rows.steps, state.step, state.prepared_seconds, world.gather(loading_seconds)[0, 0])
     learner.sizes.ran_short, learner.sizes.step = state.micro_batch_size is not None, state.step
     if checkpoint is not None:
         size = f", with {state.micro_batch_size} sequences at a time" if learner.sizes.ran_short else ""
         print(f"resuming after step {state.step}, from {checkpoint}{size}")
-    total = steps if config.max_minutes is None else None
+    total = rows.steps if config.max_minutes is None else None
     try:
         with progress_bar(total, state.step, "training", " steps", shown=world.is_first) as bar:
-            log = TrainingLog(run, state, progress, len(tokens.train), bar)
+            log = TrainingLog(run, state, progress, rows, bar)
             health_check = HealthCheck(model, config, tokens, learner.sizes)
-            _Training(run, state, progress, learner, tokens, tokenizer, log, health_check).loop()
+            _Training(run, state, progress, learner, tokens, rows, tokenizer, log, health_check).loop()
         peak_gb = _peak_gb(learner)
     except RuntimeError as error:
         if not out_of_memory(error) and (lost := lost_process(error)):
@@ -90,6 +91,7 @@ class _Training:
     progress: Progress
     learner: Learner
     tokens: Tokens
+    rows: TrainingRows
     tokenizer: Tokenizer
     log: TrainingLog
     health_check: HealthCheck
@@ -102,15 +104,7 @@ class _Training:
         stopping = self.begin()
         while not (progress.is_over or stopping):
             self.log.begin_step()
-            batch = training_batch(
-                self.tokens.train,
-                step=state.step,
-                epochs=config.epochs,
-                global_batch_size=config.global_batch_size,
-                seed=config.seed,
-                rank=run.world.rank,
-                world_size=run.world.size,
-            )
+            batch = self.rows.batch(state.step, run.world.rank, run.world.size)
             masked = mask_batch(batch, seed=config.seed, probability=config.mlm_probability, vocab_size=vocab_size)
             learning_rate = peak * learning_rate_share(progress.position, progress.steps, config)
             time_used = progress.time_used(self.log.seconds())
@@ -216,7 +210,7 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
     config = run.config
     limit = "" if config.max_minutes is None else f", or fewer within {config.max_minutes:g} minutes"
     print(
-        f"training: {steps:,} steps of {config.global_batch_size} sequences on {describe_device(device, run.world)}"
+        f"training: {steps:,} steps of {describe_step(config)} on {describe_device(device, run.world)}"
         f"{describe_compute(config, device)}, {counted(config.epochs, 'epoch')}{limit}"
     )
     if is_compiled(config, device) and device.type == "cuda":

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from microbert.config.constants import ResolvedConfig
 from microbert.config.learning_rate import peak_learning_rate
+from microbert.data.row_lengths import describe_step, row_lengths
 from microbert.data.shards import Tokens
+from microbert.data.training_rows import training_rows
 from microbert.model.examples import Example
 from microbert.runtime.files import write_text
 from microbert.train.checkpoint import State
@@ -13,14 +15,17 @@ from microbert.train.checkpoint import State
 
 def model_card_facts(config: ResolvedConfig, tokens: Tokens, state: State) -> dict[str, str]:
     """Return the rows of the model card's table for a finished run."""
-    epochs = min(config.epochs, state.step * config.global_batch_size / len(tokens.train))
+    epochs = training_rows(tokens, config).seen(state.step).epochs
+    lengths = row_lengths(config)
+    trained_on = f"{len(tokens.train):,} sequences of {config.max_seq_len} tokens"
+    if config.rows == "documents":
+        trained_on = f"documents in {len(tokens.train):,} rows of {lengths[0]} to {lengths[-1]} tokens"
     bits_per_byte = tokens.corpus_counts.bits_per_byte(state.last_eval_loss)
     return {
-        "trained on": f"{config.dataset}, {len(tokens.train):,} sequences of {config.max_seq_len} tokens, "
-        f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}",
+        "trained on": f"{config.dataset}, {trained_on}, {epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}",
         "shape": f"{config.arch}, {config.n_layers} layers, {config.n_heads} heads, {config.n_embed}-dim, "
         f"{len(tokens.token_counts):,} tokens in the vocabulary",
-        "steps": f"{state.step:,} of {config.global_batch_size} sequences, {config.optimizer}, "
+        "steps": f"{state.step:,} of {describe_step(config)}, {config.optimizer}, "
         f"peak learning rate {peak_learning_rate(config):.3g}",
         "held-out MLM loss": f"{state.last_eval_loss:.4f} nats per masked token, "
         f"{bits_per_byte:.3f} bits per byte of text",

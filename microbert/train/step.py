@@ -19,6 +19,7 @@ from torch import Tensor
 
 from microbert.config.constants import ResolvedConfig
 from microbert.data.masking import IGNORED, MaskedBatch
+from microbert.data.row_lengths import row_lengths, rows_at_a_time
 from microbert.errors import Diverged
 from microbert.model.layers import MaskedLanguageModel
 from microbert.model.loss import masked_loss
@@ -77,7 +78,8 @@ class Learner:
         self.gradients = Gradients(model, world, self._is_captured)
         self.optimizer = Optimizer(model, config, self._is_captured)
         self.sizes = BatchSizes(config, model.config.vocab_size, self.device, world, self._stop_capturing)
-        self._backward = Captured(self._backward_of, self.device, self._is_captured)
+        n_shapes = 2 * len(row_lengths(config)) if self.forward.varies else 1  # with and without an attention mask
+        self._backward = Captured(self._backward_of, self.device, self._is_captured, n_shapes)
         self._update = Captured(self._update_by, self.device, self._is_captured)
         self._is_broken = torch.zeros((), device=self.device)  # 1.0 from the first step with a non-finite number on
         self._clipped: tuple[Tensor, Tensor] | None = None  # losses and norm, between clipping and optimizer step
@@ -145,7 +147,8 @@ class Learner:
         has_fixed_shapes = self.forward.is_compiled or self._is_captured
         needs_mask = has_fixed_shapes and not self.config.packing
         loss = torch.zeros((), device=self.device)
-        for part, rows in micro_batches(masked, self.sizes.micro_batch, is_filled=has_fixed_shapes):
+        n_at_a_time = rows_at_a_time(n_rows, self.sizes.micro_batch, self.config)
+        for part, rows in micro_batches(masked, n_at_a_time, is_filled=has_fixed_shapes):
             inputs = self.forward.send(part, None if keys is None else keys[rows], needs_mask)
             loss += cast(Tensor, self._backward(inputs, n_slots))
         return loss
@@ -163,7 +166,11 @@ class Learner:
         inputs = Inputs(input_ids, attention_mask, positions, dropout_keys, labels)
         # no name for what the forward pass returns: the backward pass needs its memory
         loss = masked_loss(
-            *self.forward(inputs, may_compile=True), n_slots, self.forward.dtype, self.forward.is_compiled
+            *self.forward(inputs, may_compile=True),
+            n_slots,
+            self.forward.dtype,
+            self.forward.is_compiled,
+            self.forward.varies,
         )
         loss.backward()
         return loss.detach()

@@ -1,11 +1,14 @@
 """The memory of the tensors of a training step, by a formula, so that it is known for GPUs that are not at hand.
 
-Shapes: B sequences of a micro-batch, T = max_seq_len, D = n_embed, L layers, H heads, M masked slots per sequence,
-N = B * M, V vocabulary, C rows of logits at a time, W processes.
+Shapes: B rows of a micro-batch of T tokens each, D = n_embed, L layers, H heads, M masked slots per row, N = B * M,
+V vocabulary, C rows of logits at a time.
 """
+
+import dataclasses
 
 from microbert.config.constants import ResolvedConfig
 from microbert.data.masking import EVALUATION_PROBABILITY, n_slots
+from microbert.data.row_lengths import rows_at_a_time, rows_of_process
 from microbert.model.build import count_parameters, shape_of
 from microbert.model.layers import ModelConfig
 from microbert.model.loss import THIN, chunk_rows
@@ -42,7 +45,19 @@ def is_planned_in_bf16(config: ResolvedConfig, hardware: Hardware) -> bool:
 
 
 def planned_tensors(config: ResolvedConfig, vocab_size: int, hardware: Hardware) -> dict[str, float]:
-    """Return the bytes of the tensors of a training step by purpose, at the peak.
+    """Return the bytes of the tensors of a training step by purpose, at the peak, for the row length with the most."""
+    micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    plans = [
+        _planned_for(config, vocab_size, hardware, T, rows_at_a_time(n_rows, micro_batch, config), n_rows)
+        for T, n_rows in rows_of_process(config).items()
+    ]
+    return max(plans, key=lambda plan: sum(plan.values()))
+
+
+def _planned_for(
+    config: ResolvedConfig, vocab_size: int, hardware: Hardware, T: int, B: int, n_rows: int
+) -> dict[str, float]:
+    """Return the bytes as planned_tensors does, for a batch of n_rows rows of one length.
 
     One of seven phases has the peak:
     - the dropout of the last layer;
@@ -54,15 +69,14 @@ def planned_tensors(config: ResolvedConfig, vocab_size: int, hardware: Hardware)
     - Muon's iterations for the matrices of one shape.
     """
     model = shape_of(config, vocab_size)
-    parameters, V, D, T = count_parameters(model), vocab_size, config.n_embed, config.max_seq_len
-    B = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    parameters, V, D = count_parameters(model), vocab_size, config.n_embed
     N = B * n_slots(T, config.mlm_probability)
     C = min(chunk_rows(hardware.kind, V, D), N)
     hidden, iterations = _muon_numbers(model) if config.optimizer == "muon" else (0, 0)
     is_bf16 = is_planned_in_bf16(config, hardware)
-    accumulated = parameters if config.batch_size > B else 0  # gradients of the micro-batches before
+    accumulated = parameters if n_rows > B else 0  # gradients of the micro-batches before
     bf16_weights = (parameters - V) / 2 * is_bf16
-    whole_layers, all_layers = _saved_by_layers(config, model, B, N, is_bf16)
+    whole_layers, all_layers = _saved_by_layers(config, model, B, T, N, is_bf16)
     with_head = all_layers + N * (SAVED_BY_HEAD * D + 2) + bf16_weights
     dropout_bits = DROPOUT_BITS * B * T * D * (config.dropout > 0)
     logits = C * V + 3 * C * D + V + V * D * (D <= THIN) + is_bf16 * (C * V / 2 + V * D)
@@ -93,10 +107,11 @@ def planned_tensors(config: ResolvedConfig, vocab_size: int, hardware: Hardware)
     return {name: BYTES * number for name, number in planned.items()}
 
 
-def planned_outside_graphs(config: ResolvedConfig, B: int, V: int, W: int) -> int:
-    """Return the bytes that cannot share the memory of a CUDA graph of a micro-batch.
+def planned_outside_graphs(config: ResolvedConfig, B: int, V: int, hardware: Hardware) -> int:
+    """Return the bytes that cannot share the memory of the CUDA graphs of a micro-batch of B sequences.
 
-    They are the gradients, which persist, Muon's iterations, and what evaluation or communication needs.
+    They are the gradients, which persist, Muon's iterations, and what evaluation or communication needs. If rows have
+    several lengths, the first steps of some come after the graphs of others: they need as much as a graph.
     """
     model = shape_of(config, V)
     T, D, parameters = config.max_seq_len, config.n_embed, count_parameters(model)
@@ -104,12 +119,19 @@ def planned_outside_graphs(config: ResolvedConfig, B: int, V: int, W: int) -> in
     activations = B * T * (EVALUATION_OF_LAYER * D + EVALUATION_OF_INNER * model.n_inner)
     evaluation = activations + EVALUATION_LOGITS * C * V
     muon = sum(_muon_numbers(model)) * (config.optimizer == "muon")
-    return BYTES * (parameters + muon + max(evaluation, parameters * (W > 1)))
+    of_graphs = 0.0
+    if config.rows == "documents":
+        micro_batches = dataclasses.replace(config, micro_batch_size=B)
+        planned = planned_tensors(micro_batches, V, hardware)
+        of_graphs = (planned["activations"] + planned["logits, one chunk"]) / BYTES
+    return round(BYTES * (parameters + muon + max(evaluation, of_graphs, parameters * (hardware.n_processes > 1))))
 
 
-def _saved_by_layers(config: ResolvedConfig, model: ModelConfig, B: int, N: int, is_bf16: bool) -> tuple[float, float]:
+def _saved_by_layers(
+    config: ResolvedConfig, model: ModelConfig, B: int, T: int, N: int, is_bf16: bool
+) -> tuple[float, float]:
     """Return the numbers that the embeddings and layers save for the backward pass, without and with the last layer."""
-    L, H, T, D = config.n_layers, config.n_heads, config.max_seq_len, config.n_embed
+    L, H, D = config.n_layers, config.n_heads, config.n_embed
     by_layer = (SAVED_BY_LAYER_BF16 if is_bf16 else SAVED_BY_LAYER)[model.arch]
     of_inner = (SAVED_OF_INNER_BF16 if is_bf16 else SAVED_OF_INNER)[model.arch]
     per_token = by_layer * D + of_inner * model.n_inner + H + 4  # with attention's sums, mean and deviation of norms

@@ -130,7 +130,7 @@ def test_a_preset_sets_only_what_is_none(preset, shape, batch_size):
 def test_version_4_has_the_constants_of_version_3_and_more():
     v3, v4 = set(constants(ROOT / "mlm_pretrain_v3.py")), set(constants(V4))
     assert (
-        v4 - v3 == {"arch", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"}
+        v4 - v3 == {"arch", "rows", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"}
         and v3 < v4
     )
 
@@ -144,6 +144,8 @@ def test_version_4_has_the_constants_of_version_3_and_more():
         (["--dtype", "float16"], "dtype"),
         (["--gpu-memory-gb", "24"], "requires --dry-run"),
         (["--num-gpus", "8"], "requires --dry-run"),
+        (["--rows", "lines"], 'rows = \'lines\' must be "packed" or "documents"'),
+        (["--packing", "false"], 'packing = False has no effect on rows = "documents": set rows = "packed" too'),
         (["--arch", "gpt"], 'arch = \'gpt\' must be "bert" or "modern"'),
         (["--n-heads", "128"], "n_embed / n_heads = 128 / 128 must be even"),
         (["--dry-run", "--num-gpus", "0"], "num_gpus"),

@@ -127,7 +127,7 @@ def test_an_update_that_never_fits_ends_the_run_and_changes_nothing(monkeypatch)
 
 def test_cuda_graphs_are_dropped_after_running_out_of_memory(monkeypatch):
     monkeypatch.setattr(microbert.train.step, "is_captured", lambda *_: True)
-    monkeypatch.setattr(microbert.runtime.cuda_graph, "capture", lambda function: function)
+    monkeypatch.setattr(microbert.runtime.cuda_graph, "capture", lambda function, _: function)
     learners = [new_learner() for _ in range(2)]
     for learner in learners:
         take_steps(learner)
