@@ -9,7 +9,6 @@ Writes loss_by_length.png and loss_by_length.json. docs/evaluate.md explains the
 """
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from microbert.config.checks import check_seed_and_device, require_at_least
 from microbert.config.flags import Parser, whole_number
 from microbert.config.terminal import counted
 from microbert.data.first_documents import encode_documents, read_first_documents
@@ -138,6 +138,20 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, cached: Tokenizer | Non
         )
 
 
+def _is_own(record: Record, dataset: str, cache_dir: str) -> bool:
+    """Return whether the dataset is the text of the run, perhaps under another name. A checkpoint needs its cache."""
+    try:
+        config = record.config(cache_dir, dataset=dataset)
+        corpus = open_corpus(config)
+        cached = find_tokenizer(corpus, config)
+        tokens = cached and find_tokens(corpus, cached, config)
+    except InputError:  # such as another column, or a damaged cache
+        return False
+    if record.corpus_key is not None:
+        return corpus.key == record.corpus_key
+    return tokens is not None and tokens.key == record.tokens_key
+
+
 def other_text(dataset: str, text_column: str | None, n_documents: int, tokenizer: Tokenizer) -> HeldOutText:
     """Return the first documents of other text, encoded in memory, and print which. Raises InputError."""
     description, texts = read_first_documents(dataset, text_column, n_documents)
@@ -158,10 +172,8 @@ def find_text(arguments: argparse.Namespace, tokenizer: Tokenizer) -> HeldOutTex
             )
         return own_text(folder, record, tokenizer, arguments.cache_dir)
     dataset = ",".join(arguments.dataset)
-    if record is not None and record.corpus_key is not None:
-        with contextlib.suppress(InputError):  # the text has another column
-            if open_corpus(record.config(arguments.cache_dir, dataset=dataset)).key == record.corpus_key:
-                return own_text(folder, record, tokenizer, arguments.cache_dir, dataset=dataset)
+    if record is not None and _is_own(record, dataset, arguments.cache_dir):
+        return own_text(folder, record, tokenizer, arguments.cache_dir, dataset=dataset)
     return other_text(dataset, arguments.text_column, arguments.documents, tokenizer)
 
 
@@ -223,8 +235,8 @@ def _read_flags() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.documents = whole_number("documents", arguments.documents)
     arguments.seed = whole_number("seed", arguments.seed)
-    if arguments.documents < 1 or not 0 <= arguments.seed < 2**63:
-        raise InputError("documents must be at least 1, and seed at least 0 and below 2^63")
+    require_at_least(1, ("documents",), arguments)
+    check_seed_and_device(arguments)
     return arguments
 
 

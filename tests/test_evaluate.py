@@ -125,6 +125,10 @@ def test_the_runs_own_text_under_another_name_still_counts_as_held_out(copy, mon
     arguments = ("--dataset", copy / "moved.jsonl", "--cache-dir", copy / "cache", "--output-dir", copy / "b")
     assert evaluate(monkeypatch, copy / "run", *arguments) == 0
     assert stored(copy / "a")["lengths"] == stored(copy / "b")["lengths"]
+    assert evaluate(monkeypatch, newest_checkpoint(copy / "run"), *arguments) == 0
+    assert stored(copy / "a")["lengths"] == stored(copy / "b")["lengths"]
+    change_tokenizer(copy)
+    assert evaluate(monkeypatch, copy / "run", *arguments) == 2
 
 
 def test_a_model_without_a_record_needs_a_text(finished_run, tmp_path, monkeypatch, capfd):
@@ -210,7 +214,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(finished_run
 
 
 @pytest.mark.parametrize(
-    "flags, words", [(["--documents", "0"], "documents"), (["--seed", "x"], "seed"), (["--sed", "1"], "--sed")]
+    "flags, words",
+    [
+        (["--documents", "0"], "documents"),
+        (["--seed", "x"], "seed"),
+        (["--device", "tpu"], "device"),
+        (["--sed", "1"], "--sed"),
+    ],
 )
 def test_a_wrong_flag_is_bad_input(flags, words, finished_run, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["evaluate", str(finished_run / "run"), *flags])

@@ -32,6 +32,11 @@ def check_training_constants(constants: typing.Any) -> None:
     require(is_long_enough, "max_seq_len", "must be at least 3: [CLS], one token, [SEP]", constants)
     require(0 < constants.learning_rate < math.inf, "learning_rate", "must be a finite number above 0", constants)
     require(0 <= constants.weight_decay < math.inf, "weight_decay", "must be at least 0", constants)
+    check_seed_and_device(constants)
+
+
+def check_seed_and_device(constants: typing.Any) -> None:
+    """Raise InputError if seed or device is out of its range. constants: an object with these attributes."""
     require(0 <= constants.seed < 2**63, "seed", "must be at least 0 and below 2**63", constants)
     is_device = re.fullmatch(DEVICES, constants.device) is not None
     require(is_device, "device", 'must be "auto", "cpu", "cuda", "cuda:N" or "mps"', constants)

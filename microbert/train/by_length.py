@@ -180,6 +180,36 @@ def _batches(
         yield masked_rows(documents, numbers[rows // draws], rows % draws, length, seed)
 
 
+class _Part(NamedTuple):
+    """What to measure at a length: on its documents, and on those of the next length, for the change. [D] each."""
+
+    length: int
+    own: np.ndarray
+    of_next: np.ndarray
+    draws: int
+
+
+def _parts(
+    model: MaskedLanguageModel, text: HeldOutText, samples: dict[int, Sample], seed: int
+) -> tuple[list[_Part], list[int]]:
+    """Return what to measure, and the lengths that no document has. Arguments as for `loss_by_length`."""
+    lengths = readable_lengths(model)
+    chosen = {length: choose_documents(text.documents, length, samples[length].documents, seed) for length in lengths}
+    present = [length for length in lengths if len(chosen[length])]
+    parts = [
+        _Part(length, own, of_next, samples[length].draws_for(len(own), length))
+        for length, following in itertools.zip_longest(present, present[1:])
+        for own, of_next in [(chosen[length], chosen[following] if following else np.zeros(0, np.int64))]
+    ]
+    return parts, [length for length in lengths if not len(chosen[length])]
+
+
+def tokens_to_read(model: MaskedLanguageModel, text: HeldOutText, samples: dict[int, Sample], seed: int) -> int:
+    """Return how many tokens the model reads in `loss_by_length`."""
+    parts, _ = _parts(model, text, samples, seed)
+    return sum(part.length * part.draws * len(np.union1d(part.own, part.of_next)) for part in parts)
+
+
 def loss_by_length(
     model: MaskedLanguageModel,
     text: HeldOutText,
@@ -193,16 +223,12 @@ def loss_by_length(
     samples: by length. batch_tokens: tokens computed at a time, and one row at least. on_length: called before each
     length. The model is on any device, and does not change.
     """
-    lengths = readable_lengths(model)
-    chosen = {length: choose_documents(text.documents, length, samples[length].documents, seed) for length in lengths}
-    present = [length for length in lengths if len(chosen[length])]
+    parts, missing = _parts(model, text, samples, seed)
     scores: list[LengthScore] = []
     loss_before = None  # at the length before, on the documents of this one
-    for length, following in itertools.zip_longest(present, present[1:]):
+    for length, own, of_next, draws in parts:
         on_length(length)
-        own, of_next = chosen[length], chosen[following] if following else np.zeros(0, np.int64)
         is_in_both = np.isin(own, of_next)
-        draws = samples[length].draws_for(len(own), length)
         apart, both, next_only = (
             score(model, text, numbers, length, draws, seed, batch_tokens)
             for numbers in (own[~is_in_both], own[is_in_both], of_next[~np.isin(of_next, own)])
@@ -222,4 +248,4 @@ def loss_by_length(
             )
         )
         loss_before = on_next.loss / max(1, on_next.masked)
-    return LossByLength(scores, [length for length in lengths if not len(chosen[length])])
+    return LossByLength(scores, missing)

@@ -8,6 +8,7 @@ limits come from runs that were brittle and runs that were not (docs/evaluate.md
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,14 +19,17 @@ from microbert.model.health import LOGIT_ROWS, WeightsRms, largest_attention_log
 from microbert.model.layers import MaskedLanguageModel
 from microbert.runtime.device import send
 from microbert.train.by_length import (
+    AT_THE_END,
     LENGTHS,
-    TOKENS_AT_THE_END,
+    Sums,
     choose_documents,
     held_out_text,
     masked_rows,
     readable_lengths,
     score,
+    tokens_to_read,
 )
+from microbert.train.held_out import TIMES
 from microbert.train.shortage import BatchSizes
 
 TOKENS = 2400  # read at each of the two lengths: about 0.3 s for v4 on two CPU cores
@@ -33,6 +37,16 @@ TOKENS = 2400  # read at each of the two lengths: about 0.3 s for v4 on two CPU 
 LARGE_WEIGHTS = 3.2
 LARGE_LOGIT = 100.0
 SHORT_IS_WORSE = 1.0  # nats; healthy runs have 0.4
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of a few calls: the least disturbed by other programs."""
+    seconds = []
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def largest_healthy_rms(n_embed: int) -> float:
@@ -86,9 +100,8 @@ class HealthCheck:
     @torch.no_grad()
     def _look(self) -> Health:
         losses = {}
-        for length, numbers in self._chosen.items():
-            batch_tokens = self._sizes.evaluation * self._config.max_seq_len
-            sums = score(self._model, self._text, numbers, length, 1, self._config.seed, batch_tokens)
+        for length in self._chosen:
+            sums = self._score(length, draws=1)
             losses[length] = sums.loss / sums.masked
         logit = None
         if losses:
@@ -106,12 +119,23 @@ class HealthCheck:
     def estimate(self) -> tuple[float, float]:
         """Return the estimated seconds of `look`, and of the table by length at the end of the run."""
         self.look()  # the first one also loads what the device needs
-        start = time.perf_counter()
-        self.look()
-        seconds = time.perf_counter() - start
-        n_looked = sum(length * len(numbers) for length, numbers in self._chosen.items())
-        of_table = TOKENS_AT_THE_END * len(readable_lengths(self._model))
-        return seconds, seconds * of_table / n_looked if n_looked else 0.0
+        look_seconds = _fastest(self.look)
+        if not self._chosen:
+            return look_seconds, 0.0
+        length = max(self._chosen)
+        numbers = self._chosen[length]
+        draws = max(1, self._batch_tokens() // (len(numbers) * length))  # a full batch
+        batch_seconds = _fastest(lambda: self._sizes.within_memory(lambda: self._score(length, draws)))
+        n_tokens = tokens_to_read(self._model, self._text, AT_THE_END, self._config.seed)
+        return look_seconds, batch_seconds * n_tokens / (len(numbers) * draws * length)
+
+    def _score(self, length: int, draws: int) -> Sums:
+        """Return the sums over the documents of this length."""
+        seed, numbers = self._config.seed, self._chosen[length]
+        return score(self._model, self._text, numbers, length, draws, seed, self._batch_tokens())
+
+    def _batch_tokens(self) -> int:
+        return self._sizes.evaluation * self._config.max_seq_len
 
     def warnings(self, health: Health, is_warmed_up: bool) -> list[str]:
         """Return warnings about the model that no earlier call has returned. is_warmed_up: the rate has risen."""

@@ -23,6 +23,7 @@ from microbert.train.by_length import (
     masked_rows,
     score,
     thorough,
+    tokens_to_read,
 )
 
 SEED = 5
@@ -209,3 +210,16 @@ def test_few_documents_have_more_draws():
         assert 1 <= sample.draws_for(sample.documents, length) * sample.documents * length <= 20_000
         assert sample.draws_for(1, length) == min(MOST_DRAWS, 20_000 // length)
     assert all(thorough(1000)[length].draws_for(1000, length) >= 20 for length in (8, 16, 32))
+
+
+@pytest.mark.parametrize("lengths", [[38] * 30 + [10] * 10, [8] * 50 + [38] * 2, [8], []])
+def test_the_tokens_to_read_are_those_that_the_model_reads(lengths, monkeypatch):
+    model, text, read = noisy_model(max_seq_len=40), text_of(documents(*lengths)), []
+    real = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, ids, *others: read.append(ids.numel()) or real(self, ids, *others)
+    )
+    for samples in (all_samples(), all_samples(documents=1), AT_THE_END):
+        read.clear()
+        loss_by_length(model, text, samples, SEED)
+        assert tokens_to_read(model, text, samples, SEED) == sum(read)
