@@ -9,8 +9,8 @@
 Uses the bundled reviews and the CPU. All models of a run read the same number of tokens of each review. Learning rate
 and epochs are chosen as in `python -m microbert.finetune`, on training reviews held apart, with the first seed, for
 pretrained and random weights each; the test reviews, which the runs have held out, influence nothing. With --choosing,
-training reviews take the place of the test reviews. A seed decides the new weights, the order of the reviews and the
-masks; tf-idf with logistic regression has no seed. A row is printed as soon as it is measured.
+training reviews take the place of the test reviews. A seed decides the new weights and the order of the reviews; tf-idf
+with logistic regression has no seed. A row is printed as soon as it is measured.
 """
 
 import argparse
@@ -214,7 +214,7 @@ def compare(arguments: argparse.Namespace) -> None:
     split, results = split_reviews(arguments.folders, arguments.choosing), Results(arguments.json)
     settings = Settings(
         **{name: getattr(arguments, name) for name in ("epochs", "learning_rate", "max_seq_len", "shrink")},
-        mask_probability=arguments.mask_probability,
+        adversarial=arguments.adversarial,
         device="cpu",
         seed=FIRST_SEED,
     )
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="passes over the reviews [default: chosen]")
     parser.add_argument("--learning-rate", "--lr", type=float, help="for a 768-wide BERT [default: chosen]")
     parser.add_argument("--max-seq-len", type=int, help="tokens read of each review [default: as microbert.finetune]")
-    for name in ("shrink", "mask_probability"):
+    for name in ("shrink", "adversarial"):
         default = getattr(Settings, name)
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=float, default=default, help=f"as in microbert.finetune [default: {default}]")

@@ -318,7 +318,7 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
         (["--epochs", "0"], "epochs"),
         (["--lr", "nan"], "learning_rate"),
         (["--shrink", "0"], "shrink"),
-        (["--mask-probability", "1"], "mask_probability"),
+        (["--adversarial", "1"], "adversarial"),
         (["--max-seq-len", "2"], "max_seq_len"),
         (["--epochs", "1.5"], "epochs"),
         (["--dataset", "no/such.csv"], "no such file"),

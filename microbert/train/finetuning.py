@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from microbert.config.checks import check_training_constants, require, require_at_least
-from microbert.data.tokenizer import MASK_ID, N_SPECIAL, PAD_ID
+from microbert.data.tokenizer import PAD_ID
 from microbert.errors import Diverged
 from microbert.model.classifier import WIDTH, TextClassifier, batch_of
 from microbert.model.layers import MaskedLanguageModel
-from microbert.runtime.counter_rng import random_bits, uniform
+from microbert.runtime.counter_rng import random_bits
 from microbert.runtime.device import NARROWEST_IN_BF16, autocast, fastest_dtype
 from microbert.runtime.metrics import progress_bar
+from microbert.train.adversarial import EmbeddingChange
 from microbert.train.optim import ADAMW, NO_DECAY, parameter_groups
 
 MAX_GRAD_NORM = 1.0
 WARMUP_STEPS = 20  # of the learning rate, which is constant from then on
 SORTED_BATCHES = 16  # batches whose texts are sorted by length together
-MASKS = 2  # stream of random numbers; 0 is that of dropout
 TRAINABLE = {
     "all": "trains the whole model",
     "last_2": "trains the last two layers and the classifier",
@@ -48,8 +48,10 @@ class Settings:
     batch_size: int = 32  # documents per step
     learning_rate: float | None = None  # for a 768-wide BERT, scaled up for narrower models; None chooses as for epochs
     weight_decay: float = 0.01  # of the weight matrices
-    mask_probability: float = 0.1  # share of the input tokens that training replaces by [MASK]
-    seed: int = 42  # of the classifier's initial weights, the order of the documents and the masks
+    adversarial: float = (
+        0.01  # size of the adversarial change of a text's embeddings (train/adversarial.py); 0 for none
+    )
+    seed: int = 42  # of the classifier's initial weights and the order of the documents
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" uses the best one available
     baselines: bool = True  # compare with the same model from random weights, tf-idf and the most frequent label
     output_dir: str | None = None  # None uses the run's folder followed by "-finetuned"
@@ -61,7 +63,7 @@ class Settings:
         require_at_least(4, ("max_samples",), self)
         require(self.trainable in TRAINABLE, "trainable", f"must be one of {', '.join(TRAINABLE)}", self)
         require(0 < self.shrink <= 1, "shrink", "must be above 0 and at most 1", self)
-        require(0 <= self.mask_probability < 1, "mask_probability", "must be at least 0 and below 1", self)
+        require(0 <= self.adversarial < 1, "adversarial", "must be at least 0 and below 1", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Training:
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._means = [weight.detach().clone() for weight in self._weights]
         self._optimizer = _new_optimizer(model, settings.weight_decay, self._peak)
+        self._change = EmbeddingChange(model.encoder.embeddings, settings.adversarial) if settings.adversarial else None
         self._lengths, self._rng = texts.lengths, np.random.default_rng(settings.seed)
         self.step, self.tokens_read = 0, 0
 
@@ -138,18 +141,18 @@ class Training:
         self.model.eval()
 
     def _take_step(self, batch: LabelledRows) -> None:
-        settings, n_embed = self._settings, self.model.encoder.config.n_embed
-        rows = masked(batch.rows, settings.mask_probability, settings.seed, self.step)
-        keys = random_bits(settings.seed, self.step, np.arange(len(batch))).astype(np.int64)
-        with autocast(matmul_dtype(n_embed, self._device), self._device):
-            logits = self.model(batch_of(rows, self._device), torch.from_numpy(keys).to(self._device))
-        loss = nn.functional.cross_entropy(logits.float(), torch.from_numpy(batch.labels).to(self._device))
+        keys = random_bits(self._settings.seed, self.step, np.arange(len(batch))).astype(np.int64)
+        arguments = batch_of(batch.rows, self._device), torch.from_numpy(keys).to(self._device)
+        labels = torch.from_numpy(batch.labels).to(self._device)
         self._optimizer.zero_grad()
-        loss.backward()
+        loss = self._add_gradient(arguments, labels)
+        if self._change is not None:
+            with self._change.against():
+                self._add_gradient(arguments, labels)
         norm = nn.utils.clip_grad_norm_(self._weights, MAX_GRAD_NORM)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise Diverged(
-                f"step {self.step}: the loss is {loss.item():g} and the gradient norm {norm.item():g}; "
+                f"step {self.step}: the loss is {loss:g} and the gradient norm {norm.item():g}; "
                 "use a lower learning_rate"
             )
         for group in self._optimizer.param_groups:
@@ -157,6 +160,14 @@ class Training:
         self._optimizer.step()
         self.step += 1
         self._average()
+
+    def _add_gradient(self, arguments: tuple[Tensor, Tensor], labels: Tensor) -> float:
+        """Add the gradient of a batch's mean loss to those of the weights, and return the loss."""
+        with autocast(matmul_dtype(self.model.encoder.config.n_embed, self._device), self._device):
+            logits = self.model(*arguments)
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()
+        return loss.item()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -168,6 +179,8 @@ class Training:
     @torch.no_grad()
     def keep_average(self) -> None:
         """End the training with the means of the weights."""
+        if self._change is not None:
+            self._change.remove()
         for mean, weight in zip(self._means, self._weights, strict=True):
             weight.copy_(mean)
 
@@ -218,14 +231,6 @@ def batches_by_length(lengths: np.ndarray, batch_size: int, rng: np.random.Gener
         part = part[np.argsort(lengths[part], kind="stable")]
         found += [part[first : first + batch_size] for first in range(0, len(part), batch_size)]
     return [found[number] for number in rng.permutation(len(found))]
-
-
-def masked(rows: np.ndarray, probability: float, seed: int, step: int) -> np.ndarray:
-    """Return rows: int32 [B, T] with a random share of the ordinary tokens replaced by [MASK]."""
-    if not probability:
-        return rows
-    is_masked = uniform(random_bits(seed, MASKS, step, np.arange(rows.size))).reshape(rows.shape) < probability
-    return np.where(is_masked & (rows >= N_SPECIAL), np.int32(MASK_ID), rows)
 
 
 def _new_optimizer(model: TextClassifier, weight_decay: float, learning_rate: float) -> torch.optim.AdamW:

@@ -1,13 +1,14 @@
 """Fine-tuning sees every text once an epoch, in batches of similar length, and ends with the mean of its weights."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from models import VOCAB_SIZE, noisy_model, token_rows
 
-from microbert.data.tokenizer import CLS_ID, MASK_ID, N_SPECIAL, PAD_ID, SEP_ID
+from microbert.data.tokenizer import N_SPECIAL
 from microbert.errors import Diverged
 from microbert.model.classifier import TextClassifier
 from microbert.train.finetuning import (
@@ -17,7 +18,6 @@ from microbert.train.finetuning import (
     Training,
     batches_by_length,
     log_probabilities,
-    masked,
     right_answers,
     train_classifier,
 )
@@ -66,35 +66,24 @@ def test_few_texts_come_in_other_batches_each_epoch():
     assert len({frozenset(batch) for batch in first} & {frozenset(batch) for batch in second}) == 0
 
 
-def test_only_ordinary_tokens_are_masked_and_others_in_each_step():
-    rows = token_rows(200, max_seq_len=40, shortest=20).astype(np.int32)
-    found = [masked(rows, 0.3, seed=1, step=step) for step in (0, 0, 1)]
-    np.testing.assert_array_equal(found[0], found[1])
-    changed = found[0] != rows
-    assert (rows[changed] >= N_SPECIAL).all() and (found[0][changed] == MASK_ID).all()
-    assert 0.28 < changed.sum() / (rows >= N_SPECIAL).sum() < 0.32
-    assert (changed != (found[2] != rows)).any() and found[0].dtype == np.int32
-    for special in (CLS_ID, SEP_ID, PAD_ID):
-        assert ((found[0] == special) == (rows == special)).all()
-    assert masked(rows, 0.0, seed=1, step=0) is rows
-
-
 @pytest.mark.parametrize("arch", ["bert", "modern"])
 def test_the_same_seed_gives_the_same_weights(arch):
     (tokens, first), (_, second), (_, other) = (
-        weights_after(settings, classifier(arch)) for settings in (GIVEN, GIVEN, Settings(**vars(GIVEN) | {"seed": 43}))
+        weights_after(settings, classifier(arch)) for settings in (GIVEN, GIVEN, dataclasses.replace(GIVEN, seed=43))
     )
     assert same(first, second) and not same(first, other)
     assert tokens == 3 * labelled().lengths.sum()
 
 
-def test_masks_change_the_training_but_not_the_judgement():
-    (_, with_masks), (_, without) = (
-        weights_after(Settings(**vars(GIVEN) | {"mask_probability": share})) for share in (0.3, 0.0)
+def test_the_adversarial_change_is_of_training_alone():
+    (_, with_change), (_, without) = (
+        weights_after(dataclasses.replace(GIVEN, adversarial=size)) for size in (0.01, 0.0)
     )
-    assert not same(with_masks, without)
+    assert not same(with_change, without)
     model, rows = classifier(), labelled().rows
-    assert torch.equal(log_probabilities(model, rows, 8), log_probabilities(model, rows, 8))
+    train_classifier(model, labelled(), GIVEN, "training")
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks]
+    assert not hooks and torch.equal(log_probabilities(model, rows, 8), log_probabilities(model, rows, 8))
 
 
 def test_it_ends_with_the_mean_of_its_last_weights():
@@ -121,7 +110,7 @@ def test_it_ends_with_the_mean_of_its_last_weights():
 def test_it_learns():
     model = classifier()
     before = right_answers(model, labelled(seed=1), 8).mean()
-    train_classifier(model, labelled(200, seed=2), Settings(**vars(GIVEN) | {"epochs": 8}), "training")
+    train_classifier(model, labelled(200, seed=2), dataclasses.replace(GIVEN, epochs=8), "training")
     assert right_answers(model, labelled(seed=1), 8).mean() > 0.75 > 0.65 > before
 
 
@@ -136,4 +125,4 @@ def test_answers_do_not_depend_on_the_batch_size():
 
 def test_a_loss_that_is_not_finite_ends_it():
     with pytest.raises(Diverged, match="lower learning_rate"):
-        train_classifier(copy.deepcopy(classifier()), labelled(), Settings(**vars(GIVEN) | {"learning_rate": 1e30}), "")
+        train_classifier(copy.deepcopy(classifier()), labelled(), dataclasses.replace(GIVEN, learning_rate=1e30), "")
