@@ -33,7 +33,7 @@ from microbert.model.build import build_model, with_max_seq_len
 from microbert.runtime.files import read_json, sha256, write_json
 from microbert.runtime.outcome import plain_errors
 from microbert.train.choosing import choose, settle
-from microbert.train.finetuning import LabelledRows, Settings, right_answers, train_classifier
+from microbert.train.finetuning import LabelledRows, Settings, right_answers, train_classifier, with_adversarial
 
 N_CHOOSING = 2_500  # training reviews that judge with --choosing
 FIRST_SEED = 42
@@ -142,7 +142,8 @@ def measure_run(folder: Path, split: Split, settings: Settings, seeds: list[int]
             key = (str(folder), model_hash, weights, len(split.train.texts), seed, length, described(settings, split))
             if (known := results.find(*key)) is not None:
                 print(f"{known} (measured before)", flush=True)
-                settled = dataclasses.replace(settings, learning_rate=known.learning_rate, epochs=known.epochs)
+                filled = with_adversarial(settings, known.labels)
+                settled = dataclasses.replace(filled, learning_rate=known.learning_rate, epochs=known.epochs)
                 continue
             start, (train, test) = time.perf_counter(), encoded()
             ours = encoder if weights == PRETRAINED else build_model(encoder.config, seed)
@@ -150,8 +151,9 @@ def measure_run(folder: Path, split: Split, settings: Settings, seeds: list[int]
                 starter, ours, len(split.train.names), is_pretrained=weights == PRETRAINED, device=torch.device("cpu")
             )
             if settled is None:
-                choice = choose(new(settings=settings), train, settings, f"{folder}, {weights}")
-                settled = settle(settings, choice)
+                filled = with_adversarial(settings, len(train))
+                choice = choose(new(settings=filled), train, filled, f"{folder}, {weights}")
+                settled = settle(filled, choice)
                 print(f"{folder}, {weights}, {len(train):,} labels: {choice or 'given settings'}", flush=True)
             of_seed = dataclasses.replace(settled, seed=seed)
             model = new(settings=of_seed)()
@@ -246,9 +248,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", "--lr", type=float, help="for a 768-wide BERT [default: chosen]")
     parser.add_argument("--max-seq-len", type=int, help="tokens read of each review [default: as microbert.finetune]")
     for name in ("shrink", "adversarial"):
-        default = getattr(Settings, name)
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=float, default=default, help=f"as in microbert.finetune [default: {default}]")
+        help_text = "as in microbert.finetune [default: the same]"
+        parser.add_argument(f"--{name}", type=float, default=getattr(Settings, name), help=help_text)
     parser.add_argument("--choosing", action="store_true", help="test on training reviews, to compare settings")
     parser.add_argument("--json", type=Path, help="file of the results; those that it holds are not measured again")
     compare(parser.parse_args())

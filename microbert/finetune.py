@@ -59,6 +59,7 @@ from microbert.train.finetuning import (
     new_classifier,
     right_answers,
     train_classifier,
+    with_adversarial,
 )
 
 WHOLE_TEXT = 512  # tokens: the longest part of a text that is read unless max_seq_len is given
@@ -83,6 +84,7 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     train_texts, test_texts = split_texts(texts, folder, settings.dataset)
     print(_describe_texts(train_texts, test_texts))
     train, test = (encode_labelled(tokenizer, part, encoder.config.max_seq_len) for part in (train_texts, test_texts))
+    settings = with_adversarial(settings, len(train))
     print(f"{folder}: {_describe_training(encoder, settings, train, device)}", flush=True)
 
     def fitted(start: MaskedLanguageModel, is_pretrained: bool, description: str) -> tuple[TextClassifier, np.ndarray]:
@@ -225,9 +227,10 @@ def _describe_training(
     n_full, n_epochs = int((lengths == shape.max_seq_len).sum()), most_epochs(settings, len(train))
     for_choice = most_tokens(train, settings)
     scale = f"{WIDTH}/{shape.n_embed} x the learning rate"
+    adversarial = " and an adversarial change of the embeddings" if settings.adversarial else ""
     return (
         f"{TRAINABLE[settings.trainable]}, on the first {shape.max_seq_len} tokens of each text "
-        f"({n_full / len(train):.0%} are that long), with {scale}{in_bf16}; reads at most "
+        f"({n_full / len(train):.0%} are that long), with {scale}{adversarial}{in_bf16}; reads at most "
         f"{n_epochs * int(lengths.sum()):,} tokens"
         + (f", and {for_choice:,} to choose learning rate and epochs" if for_choice else "")
         + (", and as many from random weights" if settings.baselines else "")

@@ -15,12 +15,12 @@ from microbert.errors import Diverged
 from microbert.model.classifier import TextClassifier
 from microbert.runtime.counter_rng import random_bits
 from microbert.runtime.metrics import progress_bar
-from microbert.train.finetuning import LabelledRows, Settings, Training, log_probabilities
+from microbert.train.finetuning import FEW_TEXTS, LabelledRows, Settings, Training, log_probabilities
 
 RATES = (5e-5, 1e-4, 2e-4)  # for a 768-wide BERT
 LEAST_EPOCHS, LEAST_STEPS = 4, 200  # the most epochs that are tried: 4, or as many as make 200 steps
 PATIENCE = 0.25  # share of these epochs after which a training that no longer improves stops
-FOLDS, FOLDS_BELOW = 5, 5_000  # five folds below 5,000 texts; of more, a tenth is held apart
+FOLDS = 5  # below FEW_TEXTS; of more, a tenth is held apart
 MOST_TRAINED, MOST_JUDGED = 5_000, 2_500  # texts, where a tenth is held apart
 FOLD, DRAWN = 3, 4  # streams of random numbers
 
@@ -73,13 +73,13 @@ def most_epochs(settings: Settings, n_texts: int) -> int:
 
 
 def splits_of(labels: np.ndarray, seed: int) -> list[Split]:
-    """Return the texts to train on and to judge by: five folds, or, of FOLDS_BELOW texts and more, a tenth once.
+    """Return the texts to train on and to judge by: five folds, or, of FEW_TEXTS and more, a tenth once.
 
     Each fold has the same share of each label, as far as possible. labels: int64 [N].
     """
     numbers = np.arange(len(labels))
     order = np.lexsort((random_bits(seed, FOLD, numbers), labels))  # by label, and at random within a label
-    if len(labels) < FOLDS_BELOW:
+    if len(labels) < FEW_TEXTS:
         fold = np.empty(len(labels), np.int64)
         fold[order] = numbers % FOLDS
         return [(numbers[fold != one], numbers[fold == one]) for one in range(FOLDS) if (fold == one).any()]

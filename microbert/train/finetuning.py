@@ -25,6 +25,8 @@ from microbert.train.optim import ADAMW, NO_DECAY, parameter_groups
 
 MAX_GRAD_NORM = 1.0
 WARMUP_STEPS = 20  # of the learning rate, which is constant from then on
+FEW_TEXTS = 5_000  # below: adversarial training, and folds instead of one part held apart
+ADVERSARIAL = 0.01
 SORTED_BATCHES = 16  # batches whose texts are sorted by length together
 TRAINABLE = {
     "all": "trains the whole model",
@@ -48,9 +50,7 @@ class Settings:
     batch_size: int = 32  # documents per step
     learning_rate: float | None = None  # for a 768-wide BERT, scaled up for narrower models; None chooses as for epochs
     weight_decay: float = 0.01  # of the weight matrices
-    adversarial: float = (
-        0.01  # size of the adversarial change of a text's embeddings (train/adversarial.py); 0 for none
-    )
+    adversarial: float | None = None  # adversarial change of embeddings, twice the time; None: 0.01 below 5,000 texts
     seed: int = 42  # of the classifier's initial weights and the order of the documents
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" uses the best one available
     baselines: bool = True  # compare with the same model from random weights, tf-idf and the most frequent label
@@ -63,7 +63,17 @@ class Settings:
         require_at_least(4, ("max_samples",), self)
         require(self.trainable in TRAINABLE, "trainable", f"must be one of {', '.join(TRAINABLE)}", self)
         require(0 < self.shrink <= 1, "shrink", "must be above 0 and at most 1", self)
-        require(0 <= self.adversarial < 1, "adversarial", "must be at least 0 and below 1", self)
+        require(0 <= (self.adversarial or 0) < 1, "adversarial", "must be at least 0 and below 1", self)
+
+
+def with_adversarial(settings: Settings, n_texts: int) -> Settings:
+    """Return the settings for this many training texts, with a size of the adversarial change.
+
+    It is 0 for many texts, where it is not known to help, and where twice the time is hours on a CPU.
+    """
+    if settings.adversarial is not None:
+        return settings
+    return dataclasses.replace(settings, adversarial=ADVERSARIAL if n_texts < FEW_TEXTS else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

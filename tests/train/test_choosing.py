@@ -11,7 +11,6 @@ from microbert.errors import Diverged
 from microbert.train import choosing
 from microbert.train.choosing import (
     FOLDS,
-    FOLDS_BELOW,
     MOST_JUDGED,
     MOST_TRAINED,
     RATES,
@@ -23,12 +22,12 @@ from microbert.train.choosing import (
     splits_of,
     trainings,
 )
-from microbert.train.finetuning import Settings
+from microbert.train.finetuning import FEW_TEXTS, Settings
 
 OPEN = dataclasses.replace(GIVEN, epochs=None, learning_rate=None)
 
 
-@pytest.mark.parametrize("n_texts", [7, 1000, FOLDS_BELOW - 1])
+@pytest.mark.parametrize("n_texts", [7, 1000, FEW_TEXTS - 1])
 def test_below_5000_texts_each_is_judged_once_in_five_folds(n_texts):
     labels = (np.random.default_rng(0).random(n_texts) < 0.3).astype(np.int64)
     splits = splits_of(labels, seed=1)
@@ -39,7 +38,7 @@ def test_below_5000_texts_each_is_judged_once_in_five_folds(n_texts):
         assert abs(labels[judged].sum() - labels.sum() / FOLDS) <= 1
 
 
-@pytest.mark.parametrize("n_texts, n_judged", [(FOLDS_BELOW, 500), (22_500, 2_250), (100_000, MOST_JUDGED)])
+@pytest.mark.parametrize("n_texts, n_judged", [(FEW_TEXTS, 500), (22_500, 2_250), (100_000, MOST_JUDGED)])
 def test_of_more_texts_a_tenth_is_held_apart(n_texts, n_judged):
     labels = (np.random.default_rng(0).random(n_texts) < 0.3).astype(np.int64)
     [(train, judged)] = splits_of(labels, seed=1)

@@ -12,6 +12,8 @@ from microbert.data.tokenizer import N_SPECIAL
 from microbert.errors import Diverged
 from microbert.model.classifier import TextClassifier
 from microbert.train.finetuning import (
+    ADVERSARIAL,
+    FEW_TEXTS,
     SORTED_BATCHES,
     LabelledRows,
     Settings,
@@ -20,9 +22,10 @@ from microbert.train.finetuning import (
     log_probabilities,
     right_answers,
     train_classifier,
+    with_adversarial,
 )
 
-GIVEN = Settings(epochs=3, learning_rate=5e-5, batch_size=8, device="cpu")
+GIVEN = Settings(epochs=3, learning_rate=5e-5, batch_size=8, adversarial=0.01, device="cpu")
 
 
 def labelled(n=64, seed=0):
@@ -73,6 +76,13 @@ def test_the_same_seed_gives_the_same_weights(arch):
     )
     assert same(first, second) and not same(first, other)
     assert tokens == 3 * labelled().lengths.sum()
+
+
+def test_the_adversarial_change_is_for_few_texts_unless_it_is_given():
+    sizes = [with_adversarial(Settings(), n_texts).adversarial for n_texts in (1, FEW_TEXTS - 1, FEW_TEXTS)]
+    assert sizes == [ADVERSARIAL, ADVERSARIAL, 0]
+    assert with_adversarial(Settings(adversarial=0.5), 10**6).adversarial == 0.5
+    assert with_adversarial(Settings(adversarial=0.0), 10).adversarial == 0
 
 
 def test_the_adversarial_change_is_of_training_alone():
