@@ -121,7 +121,7 @@ def split_reviews(folders: list[Path], is_choosing: bool) -> Split:
             raise InputError(f"{folders[0]} and {folder} have held out different reviews: their seeds differ")
     train, test = texts.take(~is_held_out), texts.take(is_held_out)
     if not is_choosing:
-        return Split(train, test, "held out to test on")
+        return Split(train, test, "held-out reviews to test on")
     order = np.random.default_rng(7).permutation(len(train.texts))
     return Split(train.take(order[N_CHOOSING:]), train.take(order[:N_CHOOSING]), "training reviews to test on")
 
@@ -227,7 +227,7 @@ def compare(arguments: argparse.Namespace) -> None:
             measure_run(folder, part, settings, [FIRST_SEED + number for number in range(arguments.seeds)], results)
     n_test = len(split.test.texts)
     error = 100 * (0.85 * 0.15 / n_test) ** 0.5
-    print(f"\n{n_test:,} reviews {split.tested_on}: one standard error is about {error:.1f} points; {machine()}\n")
+    print(f"\n{n_test:,} {split.tested_on}: one standard error is about {error:.1f} points; {machine()}\n")
     used = [one for one in results.all if one.settings in (split.tested_on, described(settings, split))]
     print("\n".join(table(used, arguments.folders, [len(part.train.texts) for part in parts])))
 

@@ -155,7 +155,7 @@ def worth_of_pretraining(pretrained: np.ndarray, random: np.ndarray) -> str:
     if points >= error and points > 0:
         return f"pretraining helps: {told} compared with random weights"
     return (
-        f"pretraining did not help: {told} compared with random weights, which is less than one standard error. Try a "
+        f"pretraining did not help: {told} compared with random weights, not one standard error above 0. Try a "
         "longer pretraining, pretraining on more text like these documents, or a wider model (v4)"
     )
 
