@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.figure
 import psutil
 import pytest
 
@@ -103,20 +104,55 @@ def start(flags: list[str], script: Path = SCRIPT, **options: object) -> subproc
     )
 
 
-def run(flags: list[str], script: Path = SCRIPT, **options: object) -> subprocess.CompletedProcess:
-    """Run the script to its end and return its exit code and output.
+def run_as_user(flags: list[str], script: Path = SCRIPT, **options: object) -> subprocess.CompletedProcess:
+    """Start the script as a user does, wait for its end and return its exit code and output."""
+    command = [sys.executable, str(script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, **options)
 
-    With options, start it as a user does. Without, fork a process that has its libraries loaded, which takes half the
-    time; it has the environment of the first fork, and its output lacks what Python prints at exit.
+
+def run(
+    flags: list[str], script: Path = SCRIPT, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Run the script to its end and return its exit code and output. Its pictures are empty.
+
+    cwd, env: as for run_python.
     """
-    if options:
-        return subprocess.run(
-            [sys.executable, str(script), *flags], capture_output=True, text=True, timeout=TIME_LIMIT, **options
-        )
+    return run_python([str(script), *flags], cwd, env, is_drawing=False)
+
+
+def run_module(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run `python -m microbert.NAME` to its end and return its exit code and output. cwd: as for run_python."""
+    return run_python(["-m", f"microbert.{name}", *arguments], cwd)
+
+
+def run_python(
+    arguments: list[str],
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    limit: float = TIME_LIMIT,
+    is_drawing: bool = True,
+) -> subprocess.CompletedProcess:
+    """Run `python ARGUMENTS`, a script or -m and a module, in a forked process and return its exit code and output.
+
+    The process has its libraries loaded, so a run takes half the time. Its output lacks what Python prints at exit.
+    cwd, env: the folder and the environment, if not those of the first fork; Python and torch do not see the latter,
+    because they are running already. limit: seconds. is_drawing: False leaves pictures empty.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, errors = Path(folder, "out"), Path(folder, "errors")
-        process = _fork(script, flags, out, errors)
-        return subprocess.CompletedProcess(flags, end_of(process), out.read_text(), errors.read_text())
+        process = _fork(arguments, out, errors, is_drawing, _enter, cwd, env)
+        return subprocess.CompletedProcess(arguments, end_of(process, limit), out.read_text(), errors.read_text())
+
+
+def _enter(cwd: Path | None, env: dict[str, str] | None) -> None:
+    """Change the folder and the environment of this process."""
+    if cwd is not None:
+        os.chdir(cwd)
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("huggingface_hub", "transformers")]:
+            del sys.modules[name]  # they read the environment when they are loaded
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen, limit: float = TIME_LIMIT) -> None:
@@ -177,32 +213,43 @@ FORKS.set_forkserver_preload(
 def fork(
     flags: list[str], log: Path, patch: Callable[..., None] | None = None, *arguments: object
 ) -> multiprocessing.Process:
-    """Start the script in a forked process, after calling patch(*arguments) there, with its output in a file."""
-    return _fork(SCRIPT, flags, log, None, patch, *arguments)
+    """Start the script in a forked process, after calling patch(*arguments) there, with its output in a file.
+
+    Its pictures are empty.
+    """
+    return _fork([str(SCRIPT), *flags], log, None, False, patch, *arguments)
 
 
 def _fork(*arguments: object) -> multiprocessing.Process:
-    process = FORKS.Process(target=_run_script, args=arguments)
+    process = FORKS.Process(target=_run_python, args=arguments)
     process.start()
     return process
 
 
-def _run_script(
-    script: Path,
-    flags: list[str],
+def _run_python(
+    arguments: list[str],
     log: Path,
     errors: Path | None,
-    patch: Callable[..., None] | None = None,
-    *arguments: object,
+    is_drawing: bool,
+    patch: Callable[..., None] | None,
+    *of_patch: object,
 ) -> None:
-    """errors: the file for stderr, or None to write it to the log."""
-    sys.argv = [str(script), *flags]
+    """Run `python ARGUMENTS` after patch(*of_patch). errors: the file for stderr, or None to write it to the log."""
     with open(log, "w") as out, open(errors, "w") if errors else contextlib.nullcontext(out) as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
+    if not is_drawing:  # the training curve takes most of the time of a short run
+        matplotlib.figure.Figure.savefig = lambda figure, file, **options: file.write(b"")
     if patch is not None:
-        patch(*arguments)
-    runpy.run_path(str(script), run_name="__main__")
+        patch(*of_patch)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def end_of(process: multiprocessing.Process, limit: float = TIME_LIMIT) -> int:

@@ -1,11 +1,10 @@
 """The recommended version and command, for other machines and for this one."""
 
+import os
 import shlex
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT, TIME_LIMIT, write_corpus
+from helpers import ROOT, run_python, write_corpus
 
 from microbert.advise import Machine, advise
 from microbert.config.flags import read_script
@@ -104,14 +103,8 @@ def test_max_samples_is_what_the_disk_has_room_for():
 
 
 def run_advise(*arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, "-m", "microbert.advise", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-        cwd=cwd,
-        env={"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+    offline = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return run_python(["-m", "microbert.advise", *arguments], cwd, offline)
 
 
 def test_on_this_machine_with_files_it_prints_a_valid_command_and_a_plan(tmp_path):

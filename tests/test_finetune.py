@@ -4,14 +4,13 @@ import dataclasses
 import json
 import random
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import ROOT, TIME_LIMIT, WORDS
+from helpers import WORDS, run_module
 from models import noisy_model
 from safetensors.torch import load_file
 
@@ -276,18 +275,9 @@ def test_the_same_seed_gives_the_same_weights(folder, labels):
     assert weights[0] == weights[1] != weights[2]
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "microbert.finetune", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-    )
-
-
 def test_the_command_prints_a_table(finished_run, labels, tmp_path):
-    done = command(
+    done = run_module(
+        "finetune",
         str(finished_run / "run"),
         "--dataset",
         str(labels),
@@ -328,20 +318,23 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
 )
 @pytest.mark.slow
 def test_a_mistake_is_one_line_and_leaves_nothing(flags, words, finished_run, tmp_path):
-    done = command(str(finished_run / "run"), "--device", "cpu", "--output-dir", str(tmp_path / "out"), *flags)
+    done = run_module(
+        "finetune", str(finished_run / "run"), "--device", "cpu", "--output-dir", str(tmp_path / "out"), *flags
+    )
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_a_folder_without_a_model_is_an_error(tmp_path):
-    done = command(str(tmp_path), "--max-samples", "100", "--output-dir", str(tmp_path / "out"))
+    done = run_module("finetune", str(tmp_path), "--max-samples", "100", "--output-dir", str(tmp_path / "out"))
     assert done.returncode == 2 and "holds no model yet" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_one_line_and_leaves_nothing(finished_run, labels, tmp_path):
-    done = command(
+    done = run_module(
+        "finetune",
         str(finished_run / "run"),
         "--dataset",
         str(labels),

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, TIME_LIMIT
+from helpers import run_module
 from models import noisy_model
 
 from microbert.errors import InputError
@@ -76,20 +74,12 @@ def test_curves_show_the_metrics(finished_run):
         )
 
 
-def plot(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "microbert.plot", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-    )
-
-
 @pytest.mark.slow
 def test_the_command_writes_images(finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "other")
-    done = plot(str(finished_run / "run"), str(tmp_path / "other"), "--output-dir", str(tmp_path / "plots"))
+    done = run_module(
+        "plot", str(finished_run / "run"), str(tmp_path / "other"), "--output-dir", str(tmp_path / "plots")
+    )
     assert done.returncode == 0, done.stderr
     names = {"curves.png", *(f"{kind}-{run}.png" for kind in ("attention", "embeddings") for run in ("run", "other"))}
     assert {path.name for path in (tmp_path / "plots").iterdir()} == names
@@ -106,7 +96,7 @@ def test_the_command_writes_images(finished_run, tmp_path):
 def test_a_missing_file_is_reported_and_nothing_is_written(missing, message, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     (tmp_path / "run" / missing).unlink()
-    done = plot(str(tmp_path / "run"), "--output-dir", str(tmp_path / "plots"))
+    done = run_module("plot", str(tmp_path / "run"), "--output-dir", str(tmp_path / "plots"))
     assert (
         done.returncode == 2
         and done.stderr.startswith("error: ")

@@ -38,7 +38,7 @@ TABLE = ("weights", "optimizer's moments", "gradients", "activations", "context 
 
 def flags_of(folder, **constants):
     """Return the flags of a run of seconds, with layers, width and batch of the CPU's tier."""
-    flags = small_flags(folder, **{"epochs": 12, "eval_every": 10, "save_every": 4, "learning_rate": 3e-6, **constants})
+    flags = small_flags(folder, **{"epochs": 6, "eval_every": 10, "save_every": 4, "learning_rate": 3e-6, **constants})
     for name in {"--n-layers", "--batch-size"} - {"--" + name.replace("_", "-") for name in constants}:
         at = flags.index(name)
         del flags[at : at + 2]

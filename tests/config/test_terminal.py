@@ -19,6 +19,7 @@ from helpers import (
     patched_script,
     result,
     run,
+    run_as_user,
     small_flags,
     start,
     wait_for_checkpoint,
@@ -194,7 +195,8 @@ def test_a_run_on_thai_text_succeeds_whatever_the_log_can_encode(tmp_path):
     corpus = tmp_path / f"{THAI}.txt"
     lines = (f"{THAI}{chr(0xE01 + number % 40)} {THAI} {number}\n" for number in range(100))
     corpus.write_text("".join(lines), encoding="utf-8")
-    done = run(small_flags(tmp_path, dataset=corpus, epochs=1), env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = run_as_user(small_flags(tmp_path, dataset=corpus, epochs=1), env=environment)
     assert done.returncode == 0, done.stderr
     assert "\\u0e2a" in done.stdout and "[MASK]" in done.stdout and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"

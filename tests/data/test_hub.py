@@ -20,7 +20,7 @@ from configs import configure
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.packaged_modules.text.text import TextConfig
-from helpers import ROOT, TIME_LIMIT, WORDS, run, small_flags, start, wait_until
+from helpers import ROOT, TIME_LIMIT, WORDS, run, run_as_user, small_flags, start, wait_until
 from hub_server import HubServer
 
 from microbert.data.hub import LARGE_CHOICE, PROBE_SECONDS, SMALL_CHOICE, choose_dataset
@@ -368,7 +368,8 @@ def test_without_a_network_the_error_comes_within_seconds_and_says_what_to_do(hu
     assert (
         sum(request.method == "GET" for request in hub.log) == 2
     )  # by the two runs that are not offline and reach the server
-    done = launch(hub, tmp_path, "offline", environment={"HF_DATASETS_OFFLINE": "1", "PYTHONPROFILEIMPORTTIME": "1"})
+    environment = hub.env(tmp_path / "home") | {"HF_DATASETS_OFFLINE": "1", "PYTHONPROFILEIMPORTTIME": "1"}
+    done = run_as_user(flags(tmp_path / "offline"), cwd=tmp_path / "offline", env=environment)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "datasets" in loaded
     assert not {"transformers", "matplotlib", "torch._dynamo"} & loaded  # their imports would take more seconds
@@ -471,7 +472,7 @@ def test_unreadable_files_are_plain_errors(hub, tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_is_reported(hub, tmp_path):
     hub.add("org/big", {"train.parquet": parquet(TEXTS, noise=[random.Random(n).randbytes(2000) for n in range(600)])})
-    done = run(
+    done = run_as_user(
         flags(tmp_path / "run", dataset="org/big", streaming=False),
         cwd=tmp_path / "run",
         env=hub.env(tmp_path / "home"),

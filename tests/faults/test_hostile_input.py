@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, TIME_LIMIT, interrupted_copy, listing, result, run, small_flags
+from helpers import ROOT, TIME_LIMIT, interrupted_copy, listing, result, run, run_module, small_flags
 
 from microbert.runtime.files import sha256, write_json
 from microbert.train.checkpoint import verify
@@ -241,13 +241,7 @@ def test_a_pickle_in_a_shared_folder_is_refused_and_not_run(name, finished_run, 
         ["finetune", "{run}", "--max-samples", "50", "--output-dir", "{out}"],
     ):
         command = [part.format(run=tmp_path / "run", out=tmp_path / "out") for part in command]
-        done = subprocess.run(
-            [sys.executable, "-m", f"microbert.{command[0]}", *command[1:]],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=TIME_LIMIT,
-        )
+        done = run_module(*command)
         assert done.returncode == 2 and "\nerror: " in "\n" + done.stderr and "Traceback" not in done.stderr, (
             command,
             done.stderr,
@@ -263,13 +257,7 @@ def test_pickled_weights_are_ignored(module, finished_run, tmp_path):
     (tmp_path / "run" / "model.safetensors").unlink()
     (tmp_path / "run" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
     flags = ["--output-dir", str(tmp_path / "out"), *(["--max-samples", "50"] if module == "finetune" else [])]
-    done = subprocess.run(
-        [sys.executable, "-m", f"microbert.{module}", str(tmp_path / "run"), *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-    )
+    done = run_module(module, str(tmp_path / "run"), *flags)
     assert done.returncode == 2 and "cannot be loaded" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "canary").exists()
 

@@ -2,17 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT
+from helpers import run_module, run_python
 
 from microbert.fill_mask import fill_mask, load_run
 from microbert.train.checkpoint import verify
 
-LOAD = """
-import sys, transformers
+LOAD = """import sys, transformers
 model, report = transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not any(report.values()), report
 print(type(model).__name__, len(transformers.pipeline("fill-mask", model=sys.argv[1])("the film was [MASK]")))
@@ -20,9 +17,12 @@ print(type(model).__name__, len(transformers.pipeline("fill-mask", model=sys.arg
 
 
 @pytest.mark.slow
-def test_transformers_loads_the_run_and_its_checkpoints_without_a_warning_about_weights(finished_run, reference):
+def test_transformers_loads_the_run_and_its_checkpoints_without_a_warning_about_weights(
+    finished_run, reference, tmp_path
+):
+    (tmp_path / "load.py").write_text(LOAD)
     for folder in (finished_run / "run", finished_run / "run" / reference["checkpoint"]):
-        done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, timeout=120)
+        done = run_python([str(tmp_path / "load.py"), str(folder)])
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["BertForMaskedLM", "5"]
         for word in ("missing", "unexpected", "newly initialized", "not used"):
@@ -71,14 +71,8 @@ def test_fill_mask_agrees_with_the_pipeline_of_transformers(finished_run):
     assert [tokenizer.decode([tokenizer.token_to_id(token)]) for token, _ in ours] == theirs
 
 
-def fill(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "microbert.fill_mask", *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
-
-
 def test_fill_mask_on_the_command_line(finished_run):
-    done = fill(str(finished_run / "run"), "the film was [MASK]", "a [MASK] [MASK]")
+    done = run_module("fill_mask", str(finished_run / "run"), "the film was [MASK]", "a [MASK] [MASK]")
     assert done.returncode == 0 and done.stdout.count("%") == 15
 
 
@@ -92,7 +86,7 @@ def test_fill_mask_on_the_command_line(finished_run):
     ],
 )
 def test_fill_mask_reports_mistakes(arguments, words, finished_run):
-    done = fill(*(argument.format(run=finished_run / "run") for argument in arguments))
+    done = run_module("fill_mask", *(argument.format(run=finished_run / "run") for argument in arguments))
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
