@@ -2,14 +2,17 @@
 
     python -m microbert.finetune runs/v4                                  the bundled reviews: positive or negative?
     python -m microbert.finetune runs/v4 --dataset labels.csv --text-column review --label-column stars
-    python -m microbert.finetune runs/v4 --max-seq-len 256                read more of each text (rotary positions only)
+    python -m microbert.finetune runs/v4 --max-seq-len 128                read less of each text, which takes less time
+    python -m microbert.finetune runs/v4 --epochs 3 --lr 5e-5             take these, and choose nothing
     python -m microbert.finetune runs/v4 --trainable classifier           freeze the pretrained layers
 
 Accuracy is measured on documents that neither fine-tuning nor pretraining has trained on. It is compared with the same
 model from random weights, the most frequent class, and tf-idf with logistic regression if scikit-learn is installed.
+Learning rate and epochs are chosen on training documents held apart, for the random weights too (train/choosing.py).
 The output folder loads in transformers as AutoModelForSequenceClassification. Shapes: N texts, T tokens.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -25,12 +28,13 @@ import torch
 from tokenizers import Tokenizer
 
 from microbert.config.flags import Parser, comments_of_constants
+from microbert.config.terminal import counted
 from microbert.data.corpus import HELD_OUT_SHARE, split_hash
 from microbert.data.labelled import LabelledTexts, read_labelled
 from microbert.data.tokenizer import VOCABULARY
 from microbert.errors import Failed, InputError
 from microbert.fill_mask import load_run
-from microbert.model.build import build_model, with_max_seq_len
+from microbert.model.build import ROTARY, build_model, with_max_seq_len
 from microbert.model.classifier import (
     WIDTH,
     TextClassifier,
@@ -40,23 +44,26 @@ from microbert.model.classifier import (
     save_classifier,
 )
 from microbert.model.export import MODEL_FILES
-from microbert.model.layers import MaskedLanguageModel
+from microbert.model.layers import MaskedLanguageModel, ModelConfig
 from microbert.runtime.device import choose_device, out_of_memory
 from microbert.runtime.distributed import World
 from microbert.runtime.files import not_writable, read_json, system_trouble
 from microbert.runtime.outcome import plain_errors
 from microbert.runtime.run_folder import HELD_OUT
+from microbert.train.choosing import Start, choose, most_epochs, most_tokens, settle
 from microbert.train.finetuning import (
     TRAINABLE,
+    LabelledRows,
     Settings,
-    accuracy,
-    epochs_for,
     matmul_dtype,
     new_classifier,
-    scaled_learning_rate,
+    right_answers,
     train_classifier,
+    with_adversarial,
 )
 
+WHOLE_TEXT = 512  # tokens: the longest part of a text that is read unless max_seq_len is given
+FROM_RANDOM = "the same from random weights"
 CHECKED_TEXTS = 8  # the saved folder must give the same logits for this many texts
 SHOWN_LABELS, SHOWN_MISSING_LABELS = 10, 5
 
@@ -69,43 +76,93 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     output = Path(settings.output_dir or f"{folder}-finetuned")
     check_output(output, settings.overwrite)
     device, (encoder, tokenizer) = choose_device(settings.device, World.alone()), load_run(folder)
-    encoder = with_max_seq_len(encoder, settings.max_seq_len)
-    shape = encoder.config
+    encoder = with_max_seq_len(encoder, settings.max_seq_len or tokens_read_of_a_text(encoder.config))
     texts = read_labelled(
         settings.dataset, settings.text_column, settings.label_column, settings.max_samples, settings.seed
     )
     print(texts.source)
     train_texts, test_texts = split_texts(texts, folder, settings.dataset)
     print(_describe_texts(train_texts, test_texts))
-    print(f"{folder}: {_describe_training(encoder, settings, len(train_texts.texts), device)}", flush=True)
-    train_rows, test_rows = (
-        encode_texts(tokenizer, part.texts, shape.max_seq_len) for part in (train_texts, test_texts)
-    )
+    train, test = (encode_labelled(tokenizer, part, encoder.config.max_seq_len) for part in (train_texts, test_texts))
+    settings = with_adversarial(settings, len(train))
+    print(f"{folder}: {_describe_training(encoder, settings, train, device)}", flush=True)
 
-    def trained(start: MaskedLanguageModel, is_pretrained: bool, description: str) -> tuple[TextClassifier, float]:
-        model = new_classifier(start, len(texts.names), settings, is_pretrained).to(device)
-        train_classifier(model, train_rows, train_texts.labels, settings, description)
-        return model, accuracy(model, test_rows, test_texts.labels, settings.batch_size)
+    def fitted(start: MaskedLanguageModel, is_pretrained: bool, description: str) -> tuple[TextClassifier, np.ndarray]:
+        new = starter(start, len(texts.names), settings, is_pretrained, device)
+        choice = choose(new, train, settings, description)
+        if choice is not None:
+            print(f"{description}: {choice}; {choice.tokens_read:,} tokens read", flush=True)
+        settled, model = settle(settings, choice), new()
+        n_tokens = train_classifier(model, train, settled, description)
+        print(f"{description}: {counted(settled.epochs or 0, 'epoch')}, {n_tokens:,} tokens read", flush=True)
+        return model, right_answers(model, test, settings.batch_size)
 
-    model, of_model = trained(encoder, is_pretrained=True, description="fine-tuning")
-    found = {f"{folder}, fine-tuned": of_model}
-    difference = save(model, tokenizer, texts.names, test_rows[:CHECKED_TEXTS], output)
+    model, of_model = fitted(encoder, is_pretrained=True, description="fine-tuning")
+    name = f"{folder}, fine-tuned"
+    difference = save(model, tokenizer, texts.names, test.rows[:CHECKED_TEXTS], output)
     print(
         f"model: {output}, loads in transformers as AutoModelForSequenceClassification "
         f"(largest difference of the logits {difference:.1e})",
         flush=True,
     )
+    right = {name: of_model}
     if settings.baselines:
-        _, found["the same from random weights"] = trained(
-            build_model(shape, settings.seed), is_pretrained=False, description="from random weights"
-        )
-        found |= baseline_accuracies(train_texts, test_texts)
-    print(f"accuracy on the {len(test_rows):,} held-out documents:")
-    for name, share in found.items():
-        print(f"  {name:<40} {share:.1%}")
-    if settings.baselines and importlib.util.find_spec("sklearn") is None:
-        print("  (to compare with tf-idf and logistic regression: pip install scikit-learn)")
-    return found
+        random_encoder = build_model(encoder.config, settings.seed)
+        _, right[FROM_RANDOM] = fitted(random_encoder, is_pretrained=False, description="from random weights")
+        right |= baseline_answers(train_texts, test_texts)
+    _print_accuracies(right, name)
+    return {name: float(answers.mean()) for name, answers in right.items()}
+
+
+def tokens_read_of_a_text(shape: ModelConfig) -> int:
+    """Return the default of max_seq_len: WHOLE_TEXT where positions are rotary, otherwise the run's positions."""
+    return WHOLE_TEXT if shape.arch in ROTARY else min(WHOLE_TEXT, shape.max_seq_len)
+
+
+def encode_labelled(tokenizer: Tokenizer, texts: LabelledTexts, max_seq_len: int) -> LabelledRows:
+    """Return the first tokens of each text, with its label."""
+    return LabelledRows(encode_texts(tokenizer, texts.texts, max_seq_len), texts.labels)
+
+
+def starter(
+    encoder: MaskedLanguageModel, n_classes: int, settings: Settings, is_pretrained: bool, device: torch.device
+) -> Start:
+    """Return a function that returns a new classifier on a copy of the encoder, before its first step."""
+    return lambda: new_classifier(copy.deepcopy(encoder), n_classes, settings, is_pretrained).to(device)
+
+
+def _print_accuracies(right: dict[str, np.ndarray], name: str) -> None:
+    """right: which of the held-out documents each model gets right, bool [N]. name: that of the fine-tuned model."""
+    print(f"accuracy on the {len(right[name]):,} held-out documents, and its standard error:")
+    for one, answers in right.items():
+        print(f"  {one:<40} {answers.mean():.1%} \u00b1 {standard_error(answers):.1%}")
+    if FROM_RANDOM not in right:
+        return
+    print(worth_of_pretraining(right[name], right[FROM_RANDOM]))
+    if importlib.util.find_spec("sklearn") is None:
+        print("(to compare with tf-idf and logistic regression: pip install scikit-learn)")
+
+
+def worth_of_pretraining(pretrained: np.ndarray, random: np.ndarray) -> str:
+    """Return how many points pretraining is worth, and what to try if that is less than one standard error.
+
+    pretrained, random: which documents the model gets right, bool [N]. The standard error is that of the difference on
+    the same documents.
+    """
+    difference = pretrained.astype(float) - random
+    points, error = 100 * difference.mean(), 100 * standard_error(difference)
+    told = f"{points:+.1f} points \u00b1 {error:.1f}"
+    if points >= error and points > 0:
+        return f"pretraining helps: {told} compared with random weights"
+    return (
+        f"pretraining did not help: {told} compared with random weights, not one standard error above 0. Try a "
+        "longer pretraining, pretraining on more text like these documents, or a wider model (v4)"
+    )
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of the mean. values: [N]"""
+    return float(np.std(values) / np.sqrt(len(values)))
 
 
 def split_texts(texts: LabelledTexts, folder: Path, dataset: str) -> tuple[LabelledTexts, LabelledTexts]:
@@ -161,28 +218,36 @@ def _describe_texts(train_texts: LabelledTexts, test_texts: LabelledTexts) -> st
     )
 
 
-def _describe_training(encoder: MaskedLanguageModel, settings: Settings, n_texts: int, device: torch.device) -> str:
-    shape, n_epochs = encoder.config, epochs_for(settings, n_texts)
+def _describe_training(
+    encoder: MaskedLanguageModel, settings: Settings, train: LabelledRows, device: torch.device
+) -> str:
+    """Return what is trained on what, and, before anything is trained, how many tokens that reads."""
+    shape, lengths = encoder.config, train.lengths
     in_bf16 = ", in bf16" if matmul_dtype(shape.n_embed, device) == torch.bfloat16 else ""
+    n_full, n_epochs = int((lengths == shape.max_seq_len).sum()), most_epochs(settings, len(train))
+    for_choice = most_tokens(train, settings)
+    scale = f"{WIDTH}/{shape.n_embed} x the learning rate"
+    adversarial = " and an adversarial change of the embeddings" if settings.adversarial else ""
     return (
-        f"{TRAINABLE[settings.trainable]}, on the first {shape.max_seq_len} tokens of each text, "
-        f"for {n_epochs} {'epoch' if n_epochs == 1 else 'epochs'}, with learning rate "
-        f"{scaled_learning_rate(settings, shape.n_embed):.3g} "
-        f"({settings.learning_rate:g} x {WIDTH}/{shape.n_embed}){in_bf16}"
+        f"{TRAINABLE[settings.trainable]}, on the first {shape.max_seq_len} tokens of each text "
+        f"({n_full / len(train):.0%} are that long), with {scale}{adversarial}{in_bf16}; reads at most "
+        f"{n_epochs * int(lengths.sum()):,} tokens"
+        + (f", and {for_choice:,} to choose learning rate and epochs" if for_choice else "")
+        + (", and as many from random weights" if settings.baselines else "")
     )
 
 
-def baseline_accuracies(train: LabelledTexts, test: LabelledTexts) -> dict[str, float]:
-    """Return the accuracies that need no neural network, by name."""
-    of_words = tf_idf_accuracy(train, test)
+def baseline_answers(train: LabelledTexts, test: LabelledTexts) -> dict[str, np.ndarray]:
+    """Return which texts the baselines that need no neural network get right, by name: bool [N]."""
+    of_words = tf_idf_answers(train, test)
     found = {} if of_words is None else {"tf-idf and logistic regression": of_words}
-    return found | {"the most frequent label": float(np.mean(test.labels == np.bincount(train.labels).argmax()))}
+    return found | {"the most frequent label": test.labels == np.bincount(train.labels).argmax()}
 
 
-def tf_idf_accuracy(train: LabelledTexts, test: LabelledTexts) -> float | None:
-    """Return the accuracy of logistic regression on tf-idf of words and word pairs, on whole documents.
+def tf_idf_answers(train: LabelledTexts, test: LabelledTexts) -> np.ndarray | None:
+    """Return which texts logistic regression on tf-idf of words and word pairs gets right: bool [N].
 
-    Returns None if scikit-learn is not installed, or if no word occurs in two documents.
+    It reads whole documents. Returns None if scikit-learn is not installed, or if no word occurs in two documents.
     """
     if importlib.util.find_spec("sklearn") is None:
         return None
@@ -194,7 +259,7 @@ def tf_idf_accuracy(train: LabelledTexts, test: LabelledTexts) -> float | None:
         TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000)
     )
     try:
-        return float(model.fit(train.texts, train.labels).score(test.texts, test.labels))
+        return np.asarray(model.fit(train.texts, train.labels).predict(test.texts) == test.labels)
     except ValueError:  # "no terms remain"
         return None
 

@@ -30,7 +30,8 @@ def check_training_constants(constants: typing.Any) -> None:
     """
     is_long_enough = constants.max_seq_len is None or constants.max_seq_len >= 3
     require(is_long_enough, "max_seq_len", "must be at least 3: [CLS], one token, [SEP]", constants)
-    require(0 < constants.learning_rate < math.inf, "learning_rate", "must be a finite number above 0", constants)
+    rate = constants.learning_rate  # None in fine-tuning: to be chosen
+    require(rate is None or 0 < rate < math.inf, "learning_rate", "must be a finite number above 0", constants)
     require(0 <= constants.weight_decay < math.inf, "weight_decay", "must be at least 0", constants)
     check_seed_and_device(constants)
 

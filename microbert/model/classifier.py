@@ -77,9 +77,9 @@ class TextClassifier(nn.Module):
     def shrink(self, factor: float) -> None:
         """Scale the matrices of the trainable layers.
 
-        This is shrink and perturb (Ash and Adams 2020, arXiv:1910.08475) without noise. Matrices of a pretrained v4 are
-        ten times as large as new ones, more than the learning rates of fine-tuning can change. Measured in
-        docs/experiments.md.
+        This is shrink and perturb (Ash and Adams 2020, arXiv:1910.08475) without noise. It helps after a pretraining
+        with little weight decay, whose matrices are ten times as large as new ones, more than the learning rates of
+        fine-tuning can change. With a decay of 0.1 it makes no difference (docs/experiments.md).
         """
         for module in self.encoder.layers.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad:

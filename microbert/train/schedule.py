@@ -1,23 +1,10 @@
 """The learning rate over a run, as a share of its peak."""
 
-import typing
-
-from microbert.config.constants import ResolvedConfig
+from microbert.config.constants import Config, ResolvedConfig
 from microbert.config.learning_rate import peak_learning_rate
 
 
-class Schedule(typing.Protocol):
-    """The constants of a learning-rate schedule: those of a Config, or of fine-tuning."""
-
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def warmup_ratio(self) -> float: ...
-    @property
-    def decay_ratio(self) -> float: ...
-
-
-def learning_rate_share(position: float, total_steps: int, config: Schedule) -> float:
+def learning_rate_share(position: float, total_steps: int, config: Config) -> float:
     """Return the share of the peak at a position of the run, from 0 to total_steps.
 
     After a linear warm-up to 1, "linear" decays to 0 at total_steps. "wsd" (warm-up, stable, decay) stays at 1 and
@@ -35,7 +22,7 @@ def sum_of_learning_rates(config: ResolvedConfig, total_steps: int) -> float:
     return peak_learning_rate(config) * (warmup / 2 + (total_steps - warmup - decay) + (decay + 1) / 2)
 
 
-def _phases(total_steps: int, config: Schedule) -> tuple[int, int]:
+def _phases(total_steps: int, config: Config) -> tuple[int, int]:
     """Return the steps of the warm-up and of the decay, which never overlap."""
     warmup = min(int(total_steps * config.warmup_ratio), total_steps - 1)
     rest = total_steps - warmup
