@@ -97,6 +97,22 @@ def test_replayed_steps_are_the_same(constants, capsys):
         torch.testing.assert_close(parameter, other, rtol=0.02, atol=2e-3)
 
 
+@pytest.mark.parametrize("torch_compile", [False, True])
+def test_rows_of_several_lengths_are_replayed_with_the_same_result(torch_compile):
+    constants = {"rows": "documents", "packing": True, "arch": "modern", "global_batch_size": 8}
+    plain = new_learner(cuda_graphs=False, **constants)
+    learner = new_learner(torch_compile=torch_compile, **constants)
+    kinds = [(64, 8), (16, 32), (8, 64), (1, 512)]  # rows and tokens of a row; in turn full and padded
+    for number in range(8 * len(kinds)):
+        n_rows, length = kinds[number % len(kinds)]
+        shortest = 1 if number // len(kinds) % 2 else length - 2
+        rows = as_batch(token_rows(n_rows, length, seed=number, shortest=shortest))
+        masked = mask_batch(rows, seed=number, probability=0.15, vocab_size=VOCAB_SIZE)
+        numbers = [one.step(masked, number, 1e-3).read() for one in (plain, learner)]
+        assert numbers[1] == pytest.approx(numbers[0], rel=1e-2)
+    assert learner._backward.has_graph and learner._update.has_graph
+
+
 @pytest.mark.parametrize(
     "constants",
     [

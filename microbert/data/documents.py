@@ -11,12 +11,13 @@ import functools
 
 import numpy as np
 
+from microbert.config.constants import LONGEST_PIECE
 from microbert.data.fast_encode import ranges
 from microbert.data.pieces import PLANS, Pieces
 from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID
 from microbert.errors import InputError
 
-SIZES = 2**20  # sizes of pieces are below it
+SIZES = LONGEST_PIECE  # sizes of pieces are below it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -262,17 +262,9 @@ def _arrange_blocks(
         hashes, lengths = read_block(folder, number, config, "hashes", "lengths")
         for split, chosen in enumerate(split_masks(hashes, below)):
             n_documents[split, number], n_ids[split, number] = chosen.sum(), lengths[chosen].sum()
-    sizes = zip(n_documents.tolist(), n_ids.tolist(), strict=True)
-    of_splits: list[Sequence[PackedPart | DocumentsPart]] = [
-        packed_parts(*of_split, config.max_seq_len) for of_split in sizes
-    ]
-    if config.rows == "documents":
-        before = [of_split[0].cumsum() - of_split[0] for of_split in (n_documents, n_ids)]
-        of_splits[0] = [DocumentsPart(*numbers) for numbers in zip(*(of.tolist() for of in before), strict=True)]
-    parts = zip(*of_splits, strict=True)
     waiting = (
         pool.submit(arrange_block, number, parts_of_block, below, config, folder, vocab_size)
-        for number, parts_of_block in enumerate(parts)
+        for number, parts_of_block in enumerate(_parts_of_blocks(n_documents, n_ids, config))
     )
     token_counts, n_sequences, n_unknown = np.zeros(vocab_size, np.int64), dict.fromkeys(SPLITS, 0), 0
     piece_counts: list[np.ndarray] = []
@@ -304,6 +296,22 @@ def _arrange_blocks(
         **{name: _sum_over(blocks, name) for name in summed},
     )
     _write_manifest(blocks, below, n_sequences, counts, config, folder)
+
+
+def _parts_of_blocks(
+    n_documents: np.ndarray, n_ids: np.ndarray, config: Config
+) -> Iterator[tuple[PackedPart | DocumentsPart, ...]]:
+    """Yield for each block what `arrange_block` makes of its training and of its held-out documents.
+
+    n_documents, n_ids: of each of SPLITS in each block.
+    """
+    of_splits: list[Sequence[PackedPart | DocumentsPart]] = [
+        packed_parts(*sizes, config.max_seq_len) for sizes in zip(n_documents.tolist(), n_ids.tolist(), strict=True)
+    ]
+    if config.rows == "documents":
+        before = ((of_train.cumsum() - of_train).tolist() for of_train in (n_documents[0], n_ids[0]))
+        of_splits[0] = [DocumentsPart(*numbers) for numbers in zip(*before, strict=True)]
+    yield from zip(*of_splits, strict=True)
 
 
 def _write_manifest(

@@ -8,9 +8,10 @@ from microbert.config.constants import ROTARY, Config, ResolvedConfig, tokens_pe
 from microbert.data.shards import LONGEST_ROW
 
 # shares of the tokens, by row length, with which lengths are drawn. Long ones often do not fit, and the ends of
-# documents need short ones: on IMDB, rows have 2, 4, 9, 16, 31, 25 and 13 % of the tokens
+# documents need short ones
 DRAWN_SHARES = {8: 0.002, 16: 0.015, 32: 0.04, 64: 0.08, 128: 0.18, 256: 0.213, LONGEST_ROW: 0.47}
-# measured on IMDB, for estimates: tokens of text a row, and their share of all tokens of the rows
+# measured on IMDB, for estimates: the shares that rows have then, tokens of text a row, and their share of all tokens
+USUAL_SHARES = {8: 0.02, 16: 0.04, 32: 0.09, 64: 0.16, 128: 0.31, 256: 0.25, LONGEST_ROW: 0.13}
 TEXT_OF_ROW, TEXT_SHARE = 68, 0.95
 
 
@@ -30,12 +31,19 @@ def row_lengths(config: Config) -> tuple[int, ...]:
 
 
 def draw_weights(lengths: tuple[int, ...]) -> list[float]:
-    """Return how often pieces are drawn for rows of each length, relative to each other.
+    """Return how often pieces are drawn for rows of each length, relative to each other."""
+    return [_share(length, DRAWN_SHARES) / length for length in lengths]
 
-    A length that is not in DRAWN_SHARES has the share of the next longer one, or of the longest.
-    """
-    longest = DRAWN_SHARES[LONGEST_ROW]
-    return [next((share for known, share in DRAWN_SHARES.items() if known >= n), longest) / n for n in lengths]
+
+def usual_shares(lengths: tuple[int, ...]) -> list[float]:
+    """Return the expected share of the tokens that rows of each length have."""
+    shares = [_share(length, USUAL_SHARES) for length in lengths]
+    return [share / sum(shares) for share in shares]
+
+
+def _share(length: int, shares: dict[int, float]) -> float:
+    """Return the share of a length, or of the next longer one, or of the longest."""
+    return next((share for known, share in shares.items() if known >= length), shares[LONGEST_ROW])
 
 
 def rows_of_step(config: ResolvedConfig) -> dict[int, int]:

@@ -23,9 +23,9 @@ from microbert.data.row_lengths import (
     TEXT_OF_ROW,
     TEXT_SHARE,
     describe_step,
-    draw_weights,
     row_lengths,
     rows_of_process,
+    usual_shares,
 )
 from microbert.data.sources import open_corpus
 from microbert.data.tokenizer import find_tokenizer
@@ -185,8 +185,7 @@ def _expected_rows(estimate: Estimate, config: ResolvedConfig) -> tuple[int, dic
     n_tokens = train_share * estimated_tokens(estimate, config)
     if config.rows == "documents":
         lengths = row_lengths(config)
-        shares = np.array(draw_weights(lengths)) * lengths
-        steps = shares / shares.sum() * config.epochs * n_tokens / TEXT_SHARE / tokens_per_step(config)
+        steps = np.array(usual_shares(lengths)) * config.epochs * n_tokens / TEXT_SHARE / tokens_per_step(config)
         return max(1, round(n_tokens / TEXT_OF_ROW)), dict(
             zip(lengths, np.ceil(steps).astype(int).tolist(), strict=True)
         )

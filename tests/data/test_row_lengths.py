@@ -17,6 +17,7 @@ from microbert.data.row_lengths import (
     rows_at_a_time,
     rows_of_process,
     rows_of_step,
+    usual_shares,
 )
 
 STANDARD = (8, 16, 32, 64, 128, 256, 512)
@@ -49,6 +50,12 @@ def test_packed_rows_have_max_seq_len_tokens():
 def test_weights_are_shares_of_the_tokens():
     assert draw_weights(STANDARD) == [DRAWN_SHARES[length] / length for length in STANDARD]
     assert draw_weights((8, 100, 1024)) == [DRAWN_SHARES[8] / 8, DRAWN_SHARES[128] / 100, DRAWN_SHARES[512] / 1024]
+
+
+def test_the_expected_shares_are_of_all_tokens():
+    for lengths in (STANDARD, (8, 100), (3,), (*STANDARD, 1024)):
+        shares = usual_shares(lengths)
+        assert sum(shares) == pytest.approx(1) and len(shares) == len(lengths) and min(shares) > 0
 
 
 def test_a_step_has_batch_size_times_max_seq_len_tokens_at_every_length():

@@ -41,9 +41,9 @@ def n_embed(request, monkeypatch):
     if way != KERNEL:
         monkeypatch.setattr(loss_module, "compiled_kernel", lambda _: None)
         if way == COMPILED:
-            monkeypatch.setattr(loss_module, "_TorchSoftmax", lambda bias, _: loss_module._CompiledSoftmax(bias))
+            monkeypatch.setattr(loss_module, "_TorchSoftmax", lambda bias, _: loss_module._CompiledSoftmax(bias, False))
             # not compiled here: that takes seconds for each shape
-            monkeypatch.setattr(loss_module, "_compiled_softmax", lambda: loss_module._softmax)
+            monkeypatch.setattr(loss_module, "_compiled_softmax", lambda _: loss_module._softmax)
     elif loss_module.compiled_kernel(SOURCE) is None:
         pytest.skip("no C compiler with OpenMP")
     return D

@@ -265,6 +265,15 @@ def test_constants_or_a_checkpoint_identify_a_finished_run(left, finished, finis
 
 
 @pytest.mark.fault(row=7)
+def test_a_finished_run_from_before_a_constant_existed_is_compared_with_what_it_had(finished, monkeypatch, capfd):
+    path = finished / "run" / "constants.json"
+    stored = json.loads(path.read_text())
+    assert stored["config"].pop("rows") == "packed"
+    path.write_text(json.dumps(stored))
+    assert end_of(small_flags(finished), monkeypatch, capfd) == (0, "")
+
+
+@pytest.mark.fault(row=7)
 def test_a_finished_run_with_unknown_constants_is_not_mistaken_for_this_one(finished, monkeypatch, capfd):
     (finished / "run" / "constants.json").unlink()
     for path in (finished / "run").glob("checkpoint-*"):

@@ -18,6 +18,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import microbert.train.memory
 from microbert.config.constants import fill_in
 from microbert.data.masking import n_slots
+from microbert.data.row_lengths import rows_of_process
 from microbert.errors import InputError
 from microbert.model.build import count_parameters, new_model
 from microbert.model.layers import ModelConfig
@@ -178,14 +179,41 @@ def test_the_plan_matches_with_all_of_these_together(shape, n_parts, dropout, dt
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("config", VERSION_4.values(), ids=VERSION_4)
 def test_the_plan_matches_for_each_size_of_version_4(config, dtype, chunks_of, monkeypatch):
+    """At the row length that needs most."""
     assert (config.arch, config.optimizer, config.mlm_probability) == ("modern", "muon", 0.4)
+    assert config.rows == "documents"
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", CHUNK_ELEMENTS[chunks_of])  # of the tracked step, which runs on a CPU
-    shape = (config.vocab_size, config.n_layers, config.n_heads, config.n_embed, config.max_seq_len, config.batch_size)
     hardware = Hardware("cuda", None) if chunks_of == "cuda" else NARROW if dtype else CPU
     planned = planned_training_bytes(
         dataclasses.replace(config, dtype="bfloat16" if dtype else "float32"), config.vocab_size, hardware
     )
-    assert AT_LEAST <= planned / tracked_peak(shape, dtype=dtype, **RECIPES["v4"]) <= AT_MOST
+    size = config.vocab_size, config.n_layers, config.n_heads, config.n_embed
+    tracked = [
+        tracked_peak((*size, length, n_rows), dtype=dtype, **RECIPES["v4"])
+        for length, n_rows in rows_of_process(config).items()
+        if length in (config.max_seq_len, 512)
+    ]
+    assert len(tracked) == 2 and AT_LEAST <= planned / max(tracked) <= AT_MOST
+
+
+@pytest.mark.parametrize("micro_batch_size, n_rows", [(8, 2), (2, 1), (1, 1)])
+def test_a_long_row_is_planned_whole(micro_batch_size, n_rows):
+    """A micro-batch of fewer tokens than the longest row has one such row."""
+    config = resolve(configure_v4("--vocab-size", "1000"), n_layers=4, batch_size=8)
+    config = dataclasses.replace(config, micro_batch_size=micro_batch_size)
+    tracked = tracked_peak((1000, 4, 8, 128, 512, n_rows), 1 + (n_rows == 1), **RECIPES["v4"])
+    assert AT_LEAST <= planned_training_bytes(config, 1000) / tracked <= AT_MOST
+
+
+def test_graphs_of_several_row_lengths_leave_room_for_steps_without_one():
+    def outside(rows):
+        config = resolve(configure_v4("--preset", "large", "--rows", rows))
+        return plan_memory(config, 25_000, Hardware("cuda", 80 * GIB, has_bf16=True))
+
+    documents, packed = outside("documents"), outside("packed")
+    step = sum(documents.parts[name] for name in ("activations", "logits, one chunk"))
+    assert documents.parts[OUTSIDE_GRAPHS] > step > documents.parts[OUTSIDE_GRAPHS] - packed.parts[OUTSIDE_GRAPHS]
+    assert documents.fits
 
 
 def test_the_table_in_the_docs_has_the_tiers_and_the_plan():

@@ -5,8 +5,11 @@ import types
 
 import numpy as np
 import pytest
-from configs import configure, resolve
+from configs import configure, configure_v4, resolve
 
+from microbert.data.documents import Documents
+from microbert.data.pieces import PLANS
+from microbert.data.row_lengths import row_lengths
 from microbert.model.examples import Example
 from microbert.train.checkpoint import State
 from microbert.train.model_card import model_card_facts, write_model_card
@@ -22,6 +25,18 @@ def test_the_facts_are_those_of_the_run(steps, passed):
     assert "300 tokens in the vocabulary" in facts["shape"] and facts["steps"].startswith(f"{steps} of 2 sequences")
     assert facts["held-out MLM loss"] == "3.0000 nats per masked token, 1.500 bits per byte of text"
     assert (facts["held-out MLM accuracy"], facts["seed"]) == ("25.0%", "7")
+
+
+def test_the_facts_of_rows_of_documents_name_their_lengths():
+    config = resolve(configure_v4(epochs=2), n_layers=4, batch_size=32)
+    counts = np.zeros((1, PLANS, 14), np.int64)
+    counts[:, :, 8] = 32 * 10  # rows of 128 tokens: ten steps
+    documents = Documents(np.zeros(1, np.uint16), np.zeros(1, np.uint64), counts, row_lengths(config))
+    corpus_counts = types.SimpleNamespace(bits_per_byte=lambda loss: loss / 2)
+    tokens = types.SimpleNamespace(train=documents, token_counts=np.zeros(300), corpus_counts=corpus_counts)
+    facts = model_card_facts(config, tokens, State("key", step=15, last_eval_loss=3.0))
+    assert facts["trained on"] == "imdb, documents in 320 rows of 8 to 512 tokens, 1.5 epochs"
+    assert facts["steps"].startswith("15 of 4,096 tokens")
 
 
 @pytest.mark.parametrize("text", ["``` # title | <b>[MASK]", "| [MASK] | `` ` ````` '", '\u0e17 [MASK] "\\', "[MASK]"])

@@ -225,6 +225,45 @@ def test_replayed_steps_are_the_same(monkeypatch, constants):
     assert len(made) == 3 and learner._backward.has_graph
 
 
+@pytest.mark.parametrize("constants", [{}, {"dropout": 0.1, "micro_batch_size": 3}])
+def test_rows_of_several_lengths_are_captured_once_each_and_computed_the_same(monkeypatch, constants):
+    """Lengths and padding alternate; the third micro-batch of each kind and all later ones are replayed."""
+    constants |= {"rows": "documents", "packing": True, "arch": "modern", "global_batch_size": 8, "max_seq_len": 16}
+    plain, made = new_learner(**constants), []
+    monkeypatch.setattr(microbert.train.step, "is_captured", lambda *_: True)
+    monkeypatch.setattr(microbert.runtime.cuda_graph, "capture", lambda function, _: made.append(function) or function)
+    learner = new_learner(**constants)
+    kinds = [(16, 8, False), (8, 16, True), (4, 32, False), (16, 8, True)]  # rows, tokens of a row, with padding
+    for number in range(4 * len(kinds)):
+        n_rows, length, has_padding = kinds[number % len(kinds)]
+        rows = token_rows(n_rows, length, seed=number, shortest=1 if has_padding else length - 2)
+        masked = mask_batch(as_batch(rows), seed=number, probability=0.3, vocab_size=VOCAB_SIZE)
+        numbers = [one.step(masked, number, 1e-3).read() for one in (plain, learner)]
+        assert numbers[1] == pytest.approx(numbers[0], rel=1e-4)
+        n_kinds = max(0, min(number - 2 * len(kinds) + 1, len(kinds)))
+        assert "micro_batch_size" in constants or len(made) == n_kinds + (number >= 2)
+    assert len(made) == len(kinds) + 1  # and one update of the weights
+    for parameter, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_micro_batch_has_as_many_tokens_at_each_length(monkeypatch):
+    real, sizes = microbert.train.step.masked_loss, []
+
+    def masked_loss(hidden, *others):
+        sizes.append(len(hidden))
+        return real(hidden, *others)
+
+    monkeypatch.setattr(microbert.train.step, "masked_loss", masked_loss)
+    constants = {"rows": "documents", "packing": True, "arch": "modern", "global_batch_size": 8, "max_seq_len": 16}
+    learner = new_learner(micro_batch_size=2, **constants)
+    for n_rows, length in ((16, 8), (8, 16), (4, 32), (1, 128)):
+        masked = mask_batch(as_batch(token_rows(n_rows, length)), seed=0, probability=0.3, vocab_size=VOCAB_SIZE)
+        sizes.clear()
+        learner.step(masked, 0, 1e-3).read()
+        assert sizes == [masked.labels.size // min(4, n_rows)] * min(4, n_rows)
+
+
 def test_after_running_out_of_memory_nothing_is_captured(monkeypatch, capsys):
     monkeypatch.setattr(microbert.train.step, "is_captured", lambda *_: True)
     made = []
@@ -284,6 +323,7 @@ def test_running_out_of_memory_equals_resuming_with_the_smaller_micro_batch(n_pr
             n_processes,
             **{
                 "output_dir": tmp_path / name,
+                "rows": "packed",  # so that every row has 5 slots
                 "micro_batch_size": 4 // n_processes,
                 "dropout": 0.1,
                 "mlm_probability": 0.15,
