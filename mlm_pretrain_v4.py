@@ -9,7 +9,7 @@
     python mlm_pretrain_v4.py --help                                 every constant below is a flag too
 
 It adds to v3: a useful model (4 to 6 layers, 8 heads, 128 dimensions, 50K tokens), sized by the GPU's memory or by a
-preset; a recipe for it (modern architecture, rows of 8 to 512 tokens that end where documents do, 40 % of tokens
+preset; a recipe for it (modern architecture, rows of 8 to 512 tokens of one document each, 40 % of tokens
 masked, ten million documents by default); a memory plan before any memory is used, and a cap; micro-batches as large as
 fit; bf16 on devices that are fast in it, and torch.compile on GPUs (docs/memory.md).
 """

@@ -46,7 +46,7 @@ from microbert.train.by_length import (
     readable_lengths,
     thorough,
 )
-from microbert.train.health import LARGE_LOGIT, largest_healthy_rms
+from microbert.train.health_check import LARGE_LOGIT, largest_healthy_rms
 from microbert.train.length_table import LEGEND, as_json, draw_losses, table_lines
 from microbert.train.recorded import Record, read_record
 
@@ -107,8 +107,11 @@ def own_text(folder: Path, record: Record, tokenizer: Tokenizer, cache_dir: str,
     changed: constants that differ from the run's, such as a dataset that was moved. Raises InputError if the text or
     the tokenizer is not the run's.
     """
-    config = record.config(cache_dir, **changed)
-    corpus = open_corpus(config)
+    try:
+        config = record.config(cache_dir, **changed)
+        corpus = open_corpus(config)
+    except InputError as error:
+        raise InputError(f"the text of {folder} cannot be read: {error}. {RESTORE_OR_OTHER}") from error
     if record.corpus_key not in (None, corpus.key):
         raise InputError(
             f"{folder} was trained on other text than dataset = {config.dataset!r} is now. {RESTORE_OR_OTHER}"
@@ -170,6 +173,8 @@ def find_text(arguments: argparse.Namespace, tokenizer: Tokenizer) -> HeldOutTex
                 f"{folder} does not record which text it was trained on (constants.json, or state.json of a "
                 "checkpoint): pass a text that it was not trained on, with --dataset"
             )
+        if arguments.text_column is not None:
+            raise InputError("--text-column is for the files of --dataset; the run's own text has the run's column")
         return own_text(folder, record, tokenizer, arguments.cache_dir)
     dataset = ",".join(arguments.dataset)
     if record is not None and _is_own(record, dataset, arguments.cache_dir):

@@ -9,7 +9,7 @@ from microbert.config.dataset_names import FILE_KINDS, find_local_files, hub_id
 from microbert.errors import InputError
 
 RATIO_ROUNDING = 1e-9  # tolerance for a sum of two ratios that should be at most 1, such as 0.8 + 0.2
-LONGEST_PIECE = 2**20  # tokens of a row of documents, as data/documents.py stores it
+LONGEST_PIECE = 8_192  # tokens of a row of documents: longer documents are cut in parts first (data/pieces.py)
 MIN_VOCAB_SIZE = 6  # five special tokens and one other
 # values for constants that are None; "auto" leaves those of BY_TIER to the device (train/hardware.py)
 PRESETS: dict[str, dict[str, int]] = {
@@ -108,8 +108,8 @@ class Config:
         require(self.vocab_size >= MIN_VOCAB_SIZE, "vocab_size", minimum, self)
         require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1", self)
         require(self.rows in ("packed", "documents"), "rows", 'must be "packed" or "documents"', self)
-        is_stored = self.rows != "documents" or self.max_seq_len <= LONGEST_PIECE
-        require(is_stored, "max_seq_len", f'must be at most {LONGEST_PIECE:,} with rows = "documents"', self)
+        is_short = self.rows != "documents" or self.max_seq_len <= LONGEST_PIECE
+        require(is_short, "max_seq_len", f'must be at most {LONGEST_PIECE:,} with rows = "documents"', self)
         if self.rows == "documents" and not self.packing:
             raise InputError('packing = False has no effect on rows = "documents": set rows = "packed" too')
 

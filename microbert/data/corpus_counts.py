@@ -16,7 +16,7 @@ class CorpusCounts:
     documents: int
     unknown: int  # documents skipped because they contain no known token
     unknown_start: int  # documents skipped because their first max_seq_len - 2 tokens contain no known token
-    unknown_sequences: int  # packed sequences skipped because they contain no known token
+    unknown_sequences: int  # packed sequences, or pieces, skipped because they contain no known token
     train: int
     held_out: int
     duplicates: int  # documents with the same text as an earlier one; they are not skipped

@@ -11,13 +11,12 @@ import functools
 
 import numpy as np
 
-from microbert.config.constants import LONGEST_PIECE
 from microbert.data.fast_encode import ranges
 from microbert.data.pieces import PLANS, Pieces
 from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID
 from microbert.errors import InputError
 
-SIZES = LONGEST_PIECE  # sizes of pieces are below it
+SIZES = 2**20  # more than the size of any piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,9 @@ class Documents:
             or (starts < 0).any()
             or (starts + sizes > len(self.ids)).any()
         ):
-            raise InputError("the token cache is damaged: a piece is not in the text. Delete cache_dir and start again")
+            raise InputError(
+                "the token cache is damaged: a piece is not in the text. Delete cache_dir and run the command again"
+            )
         rows = np.full((len(numbers), length), PAD_ID, np.int64)
         rows[:, 0] = CLS_ID
         rows[:, 1:-1][np.arange(length - 2) < sizes[:, None]] = self.ids[ranges(starts, sizes)]

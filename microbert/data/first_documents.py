@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from microbert.config.terminal import counted
 from microbert.data.corpus import clean
 from microbert.data.fast_encode import Encoder
-from microbert.data.file_formats import describe_column, find_text_column, read_rows
+from microbert.data.file_formats import describe_column, file_kind, find_text_column, read_rows
 from microbert.data.local_files import readable_files
 from microbert.data.shards import LONGEST_ROW
 from microbert.data.sources import imdb_file, labelled_imdb
@@ -54,7 +54,8 @@ def _open(dataset: str, text_column: str | None) -> tuple[str, Iterator[str | No
     paths = readable_files(dataset).paths
     if not paths:
         raise InputError(f'dataset = "{dataset}": no such file; use imdb, or paths of files')
-    columns = ((path, find_text_column(path, text_column)) for path in paths)
+    by_kind = sorted(paths, key=lambda path: file_kind(path) in (None, "text"))  # as a run does: tables first
+    columns = ((path, find_text_column(path, text_column)) for path in by_kind)
     first, column = next(((path, found) for path, found in columns if found is not None), (paths[0], None))
     if column is None:
         raise InputError(f"{dataset} contains no rows")

@@ -9,11 +9,12 @@ import dataclasses
 
 import numpy as np
 
+from microbert.config.constants import LONGEST_PIECE
 from microbert.runtime.counter_rng import random_bits, uniform
 
 PLANS = 4  # ways to cut the documents: epoch e uses plan e % PLANS
 MOST_WASTE = 0.2  # share of a row that repeats earlier tokens or is padding, at most, unless the row is the shortest
-LONGEST_PART = 8_192  # tokens of a document that are cut one after the other; longer documents have several parts
+LONGEST_PART = LONGEST_PIECE  # tokens of a document that are cut one after the other; longer documents have several
 STREAM = 2**34  # separates these random numbers from those of masks and order, whose counters are epochs
 
 

@@ -5,6 +5,7 @@ and a step has rows of one of several lengths, about batch_size x max_seq_len to
 """
 
 from microbert.config.constants import ROTARY, Config, ResolvedConfig, tokens_per_step
+from microbert.config.terminal import counted
 from microbert.data.shards import LONGEST_ROW
 
 # shares of the tokens, by row length, with which lengths are drawn. Long ones often do not fit, and the ends of
@@ -51,6 +52,20 @@ def rows_of_step(config: ResolvedConfig) -> dict[int, int]:
     return {length: max(1, tokens_per_step(config) // length) for length in row_lengths(config)}
 
 
+def describe_rows(n_sequences: int, config: Config) -> str:
+    """Return the size of rows computed at a time, for the user. n_sequences: of max_seq_len tokens."""
+    if config.rows == "documents":
+        return f"{n_sequences * config.max_seq_len:,} tokens"
+    return f"{counted(n_sequences, 'sequence')} of {config.max_seq_len} tokens"
+
+
+def smaller_constants(config: Config) -> str:
+    """Return which constants make a single row smaller, for the advice after running out of memory."""
+    if most_positions(config) > config.max_seq_len:
+        return 'n_embed, n_layers or vocab_size, or set rows = "packed"'
+    return "n_embed, n_layers, vocab_size or max_seq_len"
+
+
 def describe_step(config: ResolvedConfig) -> str:
     """Return the size of a step of all processes together, for the user."""
     if config.rows == "documents":
@@ -69,7 +84,8 @@ def rows_of_process(config: ResolvedConfig) -> dict[int, int]:
 def rows_at_a_time(n_rows: int, micro_batch_size: int, config: ResolvedConfig) -> int:
     """Return how many of a process's n_rows of one length are computed at a time.
 
-    That is the share of them that micro_batch_size is of the batch, so that steps of all lengths have as many parts.
+    That is the share of them that micro_batch_size is of the batch, so steps of all lengths have the same number of
+    parts.
     """
     if config.rows == "packed":
         return micro_batch_size

@@ -20,6 +20,7 @@ from microbert.data.shards import Sequences, Tokens
 from microbert.runtime.counter_rng import permute, random_bits, uniform
 
 STREAM = 2**35  # separates these random numbers from those of masks, whose counters are epochs
+ALMOST_1 = 1 - 2**-40
 STEPS_AT_A_TIME = 4096  # steps whose kinds are in memory
 
 
@@ -95,7 +96,8 @@ class DocumentRows(TrainingRows):
         documents.n_rows.cumsum(axis=0, out=self._rows_before[1:])
         cycles, rest = divmod(config.epochs, PLANS)
         self._n_rows = cycles * self._rows_before[-1] + self._rows_before[rest]  # [K], of the run
-        self._mix = Mix(-(-self._n_rows // self._batch_rows), config.seed)
+        n_batches = -(-self._n_rows // self._batch_rows)
+        self._mix = Mix(n_batches, config.seed, n_batches * self._batch_rows > self._n_rows)
         self.steps = self._mix.steps
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
@@ -133,12 +135,15 @@ class DocumentRows(TrainingRows):
 class Mix:
     """The order in which the batches of several kinds alternate: random, and even over the run.
 
+    A last batch that is not full comes at the end of the run, where the learning rate is near 0: an update from a few
+    rows is noise.
+
     The order of a few thousand steps is computed at a time, from the number of batches before them.
     """
 
-    def __init__(self, n_batches: np.ndarray, seed: int) -> None:
-        """n_batches: of each kind, int64 [K]."""
-        self.n_batches, self._seed = n_batches, seed
+    def __init__(self, n_batches: np.ndarray, seed: int, is_incomplete: np.ndarray) -> None:
+        """n_batches: of each kind, int64 [K]. is_incomplete: whether the last one is not full, bool [K]."""
+        self.n_batches, self._seed, self._is_incomplete = n_batches, seed, is_incomplete
         self.steps = int(n_batches.sum())
         self._n_parts = -(-self.steps // STEPS_AT_A_TIME)
         self._before = self._batches_before_part(np.arange(self._n_parts + 1)[:, None])  # [n_parts + 1, K]
@@ -151,7 +156,8 @@ class Mix:
         return whole + (self._offsets(np.arange(len(self.n_batches)), whole) * self._n_parts < rest)
 
     def _offsets(self, kinds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        return uniform(random_bits(self._seed, STREAM, kinds, numbers))
+        is_last = self._is_incomplete[kinds] & (numbers == self.n_batches[kinds] - 1)
+        return np.where(is_last, ALMOST_1, uniform(random_bits(self._seed, STREAM, kinds, numbers)))
 
     def _load(self, step: int) -> int:
         """Compute the order of the part that has this step, and return the step's place in it."""

@@ -26,7 +26,7 @@ from microbert.runtime.counter_rng import permute
 from microbert.runtime.device import send
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
-STREAM = 2**34  # separates these random numbers from those of training, evaluation (2**32) and examples (2**33)
+STREAM = 2**36  # separates these random numbers from those of training, evaluation (2**32) and examples (2**33)
 MOST_DRAWS = 20
 BATCH_TOKENS = 4096  # tokens computed at a time; more are no faster on a CPU
 
@@ -62,7 +62,7 @@ class HeldOutText:
     """Documents to measure on, and what their tokens are worth.
 
     documents: uint16 or uint32 [D, n], the first n ids of each, without special tokens, padded with PAD_ID.
-    token_counts: int64 [V], from which a model that guesses by frequency only knows the words. bits_per_byte: converts
+    token_counts: int64 [V], the word frequencies of the unigram loss. bits_per_byte: converts
     nats a token.
     """
 

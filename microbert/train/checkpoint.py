@@ -289,8 +289,9 @@ def read_state(path: Path, tokens_key: str | None) -> State:
     state = State(**stored["state"])
     if tokens_key is not None and state.tokens_key != tokens_key:
         raise InputError(
-            f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} at that time. "
-            "Restore it, or use --overwrite or another --output-dir to start again"
+            f"{path} was trained on other tokens, of dataset = {stored['config']['dataset']!r} at that time, or an "
+            "earlier version of this suite prepared them. Restore the text, resume with that version, or use "
+            "--overwrite or another --output-dir to start again"
         )
     return state
 

@@ -9,7 +9,7 @@ from microbert.data.training_rows import TrainingRows
 from microbert.runtime.metrics import Metrics
 from microbert.runtime.run import Run
 from microbert.train.checkpoint import State
-from microbert.train.health import Health
+from microbert.train.health_check import Health
 from microbert.train.held_out import Evaluation
 from microbert.train.progress import Progress
 

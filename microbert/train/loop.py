@@ -18,7 +18,7 @@ from microbert.config import COMMAND_STARTED
 from microbert.config.learning_rate import explain_learning_rate, peak_learning_rate
 from microbert.config.terminal import counted
 from microbert.data.masking import EVALUATION_PROBABILITY, mask_batch
-from microbert.data.row_lengths import describe_step
+from microbert.data.row_lengths import describe_rows, describe_step
 from microbert.data.shards import Tokens
 from microbert.data.training_rows import TrainingRows, training_rows
 from microbert.errors import Diverged, Failed, Stopped
@@ -30,7 +30,7 @@ from microbert.runtime.distributed import lost_process
 from microbert.runtime.metrics import draw_training_curve, progress_bar
 from microbert.runtime.run import Run, stopped_by
 from microbert.train.checkpoint import State, save_checkpoint
-from microbert.train.health import Health, HealthCheck
+from microbert.train.health_check import Health, HealthCheck
 from microbert.train.held_out import estimate_evaluation, evaluate
 from microbert.train.log import TrainingLog
 from microbert.train.progress import Progress, duration
@@ -61,7 +61,8 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
     progress = Progress(config, rows.steps, state.step, state.prepared_seconds, world.gather(loading_seconds)[0, 0])
     learner.sizes.ran_short, learner.sizes.step = state.micro_batch_size is not None, state.step
     if checkpoint is not None:
-        size = f", with {state.micro_batch_size} sequences at a time" if learner.sizes.ran_short else ""
+        micro_batch = state.micro_batch_size
+        size = f", with {describe_rows(micro_batch, config)} at a time" if micro_batch is not None else ""
         print(f"resuming after step {state.step}, from {checkpoint}{size}")
     total = rows.steps if config.max_minutes is None else None
     try:
@@ -215,7 +216,7 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
     )
     if is_compiled(config, device) and device.type == "cuda":
         print(
-            "compiling at the first step, for about half a minute\n"
+            "compiling at the first steps, for about half a minute each\n"
             "  (--no-torch-compile starts at once, but steps take up to twice as long)"
         )
     print(explain_learning_rate(config))

@@ -6,8 +6,7 @@ import dataclasses
 import torch
 
 from microbert.config.constants import BY_TIER, Config, ResolvedConfig
-from microbert.config.terminal import counted
-from microbert.data.row_lengths import most_positions
+from microbert.data.row_lengths import describe_rows, most_positions, smaller_constants
 from microbert.data.shards import Tokens
 from microbert.errors import InputError
 from microbert.runtime.device import GIB, limit_memory
@@ -88,7 +87,7 @@ def _too_large(least: Plan, config: ResolvedConfig, hardware: Hardware) -> str:
         larger = f", or raise memory_budget_gb = {config.memory_budget_gb:g}"
     return (
         f"one sequence of {most_positions(config)} tokens needs {least.total / GB:.1f} GB with its model, and "
-        f"{available / GB:.1f} GB are available: reduce n_embed, n_layers, vocab_size or max_seq_len{larger}"
+        f"{available / GB:.1f} GB are available: reduce {smaller_constants(config)}{larger}"
     )
 
 
@@ -100,11 +99,8 @@ def describe_memory_plan(plan: Plan, config: ResolvedConfig, hardware: Hardware)
     size = plan.micro_batch_size
     n_parts = -(-config.batch_size // size)
     repeated = f", {n_parts} times per step" if n_parts > 1 else ""
-    at_a_time = f"{counted(size, 'sequence')} of {config.max_seq_len} tokens"
-    if config.rows == "documents":
-        at_a_time = f"rows of {size * config.max_seq_len:,} tokens in all"
     lines = [
-        f"peak memory of {owner}, with {at_a_time} at a time"
+        f"peak memory of {owner}, with {describe_rows(size, config)} at a time"
         f"{', in bf16' if is_planned_in_bf16(config, hardware) else ''}{repeated}:"
     ]
     lines += [f"  {name:<22}{n_bytes / GB:>8.2f} GB" for name, n_bytes in plan.parts.items() if n_bytes]

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from microbert.config.constants import ResolvedConfig
-from microbert.config.terminal import counted
+from microbert.data.row_lengths import describe_rows, most_positions, smaller_constants
 from microbert.errors import Failed
 from microbert.runtime.device import free_memory, out_of_memory
 from microbert.runtime.distributed import World
@@ -66,14 +66,13 @@ class BatchSizes:
         """Return half the size. The first shortage may keep a size of 1, because it also frees the CUDA graphs."""
         processes = [f"process {ranks[0]} of {self._world.size}"] if self._world.size > 1 else []
         reason = ": ".join([*processes, self._reason] if self._reason else processes)
-        length = f"{self._config.max_seq_len} tokens at a time"
         if size == 1 and self.ran_short:
             config = dataclasses.replace(self._config, micro_batch_size=1)
             hardware = Hardware(self._device.type, None, self._world.size)
             planned = planned_training_bytes(config, self._vocab_size, hardware)
             raise Failed(
-                f"step {self.step}: out of memory {where}with one sequence of {length}, which needs about "
-                f"{planned / GB:.2f} GB ({reason}). Reduce max_seq_len, vocab_size, n_embed or n_layers",
+                f"step {self.step}: out of memory {where}with one sequence of {most_positions(config)} tokens at a "
+                f"time, which needs about {planned / GB:.2f} GB ({reason}). Reduce {smaller_constants(config)}",
                 ranks[0],
             )
         half = -(-size // 2)
@@ -81,8 +80,8 @@ class BatchSizes:
         self._on_shortage()
         if self._world.rank == ranks[0]:  # this process has torch's message
             print(
-                f"\nstep {self.step}: out of memory {where}with {counted(size, 'sequence')} of {length} "
-                f"({reason}); repeating it, and continuing, with {half} at a time",
+                f"\nstep {self.step}: out of memory {where}with {describe_rows(size, self._config)} at a time "
+                f"({reason}); repeating it, and continuing, with {describe_rows(half, self._config)} at a time",
                 file=sys.stderr,
             )
         return half

@@ -146,7 +146,7 @@ def test_version_4_has_the_constants_of_version_3_and_more():
         (["--num-gpus", "8"], "requires --dry-run"),
         (["--rows", "lines"], 'rows = \'lines\' must be "packed" or "documents"'),
         (["--packing", "false"], 'packing = False has no effect on rows = "documents": set rows = "packed" too'),
-        (["--max-seq-len", "2000000"], 'max_seq_len = 2000000 must be at most 1,048,576 with rows = "documents"'),
+        (["--max-seq-len", "8193"], 'max_seq_len = 8193 must be at most 8,192 with rows = "documents"'),
         (["--arch", "gpt"], 'arch = \'gpt\' must be "bert" or "modern"'),
         (["--n-heads", "128"], "n_embed / n_heads = 128 / 128 must be even"),
         (["--dry-run", "--num-gpus", "0"], "num_gpus"),

@@ -157,11 +157,19 @@ def test_packed_rows_are_those_of_training_batch():
 
 
 @many_examples
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=5).filter(any), seeds, st.integers(1, 50))
-def test_a_mix_has_every_batch_once_in_order_and_evenly_over_the_run(n_batches, seed, at_a_time):
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.booleans()), min_size=1, max_size=5).filter(
+        lambda kinds: any(n for n, _ in kinds)
+    ),
+    seeds,
+    st.integers(1, 50),
+)
+def test_a_mix_has_every_batch_once_in_order_and_evenly_over_the_run(kinds, seed, at_a_time):
+    n_batches = [n for n, _ in kinds]
+    is_incomplete = np.array([n > 0 and is_last for n, is_last in kinds])
     before, module.STEPS_AT_A_TIME = module.STEPS_AT_A_TIME, at_a_time
     try:
-        mix = Mix(np.array(n_batches), seed)
+        mix = Mix(np.array(n_batches), seed, is_incomplete)
     finally:
         module.STEPS_AT_A_TIME = before
     assert mix.steps == sum(n_batches)
@@ -175,13 +183,15 @@ def test_a_mix_has_every_batch_once_in_order_and_evenly_over_the_run(n_batches, 
         assert (abs(counts - expected) <= len(n_batches) + 1).all()
         counts[kind] += 1
     assert np.array_equal(mix.batches_before(mix.steps), n_batches)
-    whole = Mix(np.array(n_batches), seed)
+    whole = Mix(np.array(n_batches), seed, is_incomplete)
     assert [whole.batch_of(step) for step in range(mix.steps)] == order  # whatever is computed at a time
+    at_the_end = order[mix.steps - is_incomplete.sum() :]
+    assert {kind for kind, _ in at_the_end} == set(np.flatnonzero(is_incomplete))  # with batches that are not full
 
 
 @pytest.mark.parametrize("n_batches", [[10**9, 3 * 10**8, 1], [10**6]])
 def test_a_mix_of_any_size_needs_little_memory(n_batches):
-    mix = Mix(np.array(n_batches), 3)
+    mix = Mix(np.array(n_batches), 3, np.zeros(len(n_batches), bool))
     step = mix.steps - 10
     kind, number = mix.batch_of(step)
     assert mix.batches_before(step)[kind] == number and mix._before.nbytes < 1e8

@@ -358,6 +358,7 @@ def test_running_out_of_memory_equals_resuming_with_the_smaller_micro_batch(n_pr
     shutil.copytree(tmp_path / "short" / "checkpoint-60", tmp_path / "again" / "checkpoint-60")
     shutil.copy(tmp_path / "short" / "metrics.jsonl", tmp_path / "again")
     code, out, err = begin("again", V4)
-    message = f"from {tmp_path / 'again' / 'checkpoint-60'}, with {2 // n_processes} sequences at a time"
+    size = "2 sequences" if n_processes == 1 else "1 sequence"
+    message = f"from {tmp_path / 'again' / 'checkpoint-60'}, with {size} of "
     assert code == 0 and f"resuming after step 60, {message}" in out, err
     assert result(tmp_path / "again") == result(tmp_path / "short")

@@ -59,7 +59,7 @@ class Health:
     """A quick look at a model.
 
     attention_logit: the largest, None without a document for it. short_loss, long_loss: in nats per masked token, at
-    the shortest length of LENGTHS and at the longest one of the training rows; None without documents of that length.
+    the shortest length of LENGTHS and at the longest one up to max_seq_len; None without documents of that length.
     """
 
     weights: WeightsRms

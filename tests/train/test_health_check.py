@@ -16,7 +16,7 @@ import microbert.train.loop
 from microbert.data.tokenizer import N_SPECIAL, PAD_ID
 from microbert.model.health import WeightsRms
 from microbert.train.by_length import AT_THE_END, loss_by_length
-from microbert.train.health import LARGE_WEIGHTS, Health, HealthCheck, largest_healthy_rms
+from microbert.train.health_check import LARGE_WEIGHTS, Health, HealthCheck, largest_healthy_rms
 
 NAMES = ("health/weights_rms", "health/embeddings_rms", "health/attention_logit", "eval/loss_8", "eval/loss_at_max")
 
