@@ -20,6 +20,7 @@ from helpers import (
     patched_script,
     result,
     run,
+    run_as_user,
     run_here,
     small_flags,
 )
@@ -55,7 +56,9 @@ def test_a_file_that_cannot_grow_is_reported_and_the_same_command_resumes(
 ):
     corpus_from(finished_run, tmp_path)
     flags = small_flags(tmp_path)
-    full = run(flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)))
+    full = run_as_user(
+        flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    )
     assert full.returncode == 1
     assert (
         "ulimit -f" in full.stderr
