@@ -1,6 +1,7 @@
 """Start, watch and end runs of the real scripts on a small corpus."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -206,7 +207,14 @@ microbert.train.step.Learner.step = slow"""  # a patch: leaves time to act on a 
 # forked processes have their libraries loaded: a run takes less time, and a kill at a random time hits the run itself
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["matplotlib.figure", "pyarrow", "tokenizers", "torch._dynamo", "transformers.models.bert.modeling_bert"]
+    [
+        "matplotlib.figure",
+        "pyarrow.compute",
+        "pytest",
+        "tokenizers",
+        "torch._dynamo",
+        "transformers.models.bert.modeling_bert",
+    ]
 )
 
 
@@ -235,6 +243,7 @@ def _run_python(
     *of_patch: object,
 ) -> None:
     """Run `python ARGUMENTS` after patch(*of_patch). errors: the file for stderr, or None to write it to the log."""
+    gc.freeze()  # a collection would copy all pages that this process shares with the fork server
     with open(log, "w") as out, open(errors, "w") if errors else contextlib.nullcontext(out) as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
