@@ -142,10 +142,16 @@ def _quoted(lines: Iterator[str], separator: str, n_above: int, path: str) -> It
         if fields is None:
             return
         n_names = n_names or len(fields)
-        if len(row_lines) > 2:
+        if len(row_lines) > 2 and not _is_fully_quoted(row_lines, fields, separator):
             _check_lines_of_row(row_lines, separator, n_names, first_line, path)
         row_lines.clear()
         yield n_above + reader.line_num, fields
+
+
+def _is_fully_quoted(lines: list[str], fields: list[str], separator: str) -> bool:
+    """Return whether every field of a row is in quotation marks, which two stray ones cannot cause."""
+    quoted = ('"' + field.replace('"', '""') + '"' for field in fields)
+    return "".join(lines).rstrip("\r\n") == separator.join(quoted)
 
 
 def _check_lines_of_row(lines: list[str], separator: str, n_names: int, first_line: int, path: str) -> None:
