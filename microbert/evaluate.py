@@ -10,7 +10,6 @@ Writes loss_by_length.png and loss_by_length.json. docs/evaluate.md explains the
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,11 @@ from microbert.fill_mask import load_run
 from microbert.model.examples import Example, find_examples
 from microbert.model.health import WeightsRms, largest_attention_logit, weights_rms
 from microbert.model.layers import MaskedLanguageModel
-from microbert.runtime.device import choose_device, out_of_memory, send
+from microbert.runtime.commands import plain_device_errors
+from microbert.runtime.device import choose_device, send
 from microbert.runtime.distributed import World
 from microbert.runtime.files import not_writable, write_json
 from microbert.runtime.metrics import progress_bar
-from microbert.runtime.outcome import plain_errors
 from microbert.runtime.run_folder import LOSS_TABLE
 from microbert.train.by_length import (
     BATCH_TOKENS,
@@ -245,17 +244,9 @@ def _read_flags() -> argparse.Namespace:
     return arguments
 
 
+@plain_device_errors("use --device cpu")
 def main() -> None:
-    with plain_errors():
-        try:
-            run(_read_flags())
-        except KeyboardInterrupt:
-            print("\nstopped", file=sys.stderr)
-            raise SystemExit(130) from None
-        except RuntimeError as error:
-            if not (reason := out_of_memory(error)):
-                raise
-            raise Failed(f"out of memory ({reason}): use --device cpu") from error
+    run(_read_flags())
 
 
 if __name__ == "__main__":

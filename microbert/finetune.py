@@ -45,10 +45,10 @@ from microbert.model.classifier import (
 )
 from microbert.model.export import MODEL_FILES
 from microbert.model.layers import MaskedLanguageModel, ModelConfig
-from microbert.runtime.device import choose_device, out_of_memory
+from microbert.runtime.commands import plain_device_errors
+from microbert.runtime.device import choose_device
 from microbert.runtime.distributed import World
 from microbert.runtime.files import not_writable, read_json, system_trouble
-from microbert.runtime.outcome import plain_errors
 from microbert.runtime.run_folder import HELD_OUT
 from microbert.train.choosing import Start, choose, most_epochs, most_tokens, settle
 from microbert.train.finetuning import (
@@ -326,17 +326,9 @@ def _read_flags() -> tuple[Path, Settings]:
     return values.pop("folder"), Settings(**values)
 
 
+@plain_device_errors("use a smaller batch_size or max_seq_len")
 def main() -> None:
-    with plain_errors():
-        try:
-            finetune(*_read_flags())
-        except KeyboardInterrupt:
-            print("\nstopped", file=sys.stderr)
-            raise SystemExit(130) from None
-        except RuntimeError as error:
-            if not (reason := out_of_memory(error)):
-                raise
-            raise Failed(f"out of memory ({reason}): use a smaller batch_size or max_seq_len") from error
+    finetune(*_read_flags())
 
 
 if __name__ == "__main__":

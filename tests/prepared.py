@@ -11,6 +11,7 @@ from microbert.data import prepare as prepare_module
 from microbert.data.prepare import prepare_corpus, prepare_tokens
 from microbert.data.sources import lock_cache, open_corpus
 from microbert.data.tokenizer import get_tokenizer
+from microbert.errors import Stopped
 from microbert.runtime.run import Run
 
 CHINESE = (
@@ -21,6 +22,22 @@ GERMAN = (
     "ein süßer Gruß aus Köln! Früh übt sich, wer höher hinaus möchte. Weiße Gänse, graue Mäuse, zwölf "
     "Boxkämpfer. Ähnliche Bäume stehen dafür draußen."
 )
+
+
+def prepare_with_stops(prepare):
+    """Call prepare(check_stop=...) again and again until no random stop ends it. Return the number of stops."""
+    stops, rng = 0, random.Random(3)
+
+    def stop_now_and_then():
+        if rng.random() < 0.12:
+            raise Stopped("test")
+
+    while True:
+        try:
+            prepare(check_stop=stop_now_and_then)
+            return stops
+        except Stopped:
+            stops += 1
 
 
 def small_config(folder, cache="cache", **constants):

@@ -121,8 +121,8 @@ class Training:
     """The training of a classifier on labelled texts, one epoch at a time.
 
     The learning rate is constant after a warm-up. `averaged` gives the model with the mean of its recent weights, which
-    is about as good as a decayed rate at every epoch (Haegele et al. 2024, arXiv:2405.18392), so that one training
-    tells how good each number of epochs is.
+    is about as good as a decayed rate at every epoch (Haegele et al. 2024, arXiv:2405.18392), so a single training
+    measures every number of epochs.
     """
 
     def __init__(self, model: TextClassifier, texts: LabelledRows, settings: Settings, learning_rate: float) -> None:

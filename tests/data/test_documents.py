@@ -1,12 +1,12 @@
 """Training documents on disk: prepared in any blocks, interrupted, from hostile text, and damaged."""
 
+import functools
 import json
-import random
 
 import numpy as np
 import pytest
 from helpers import listing, write_corpus
-from prepared import prepare, prepare_as_in_a_run, small_blocks, write_texts
+from prepared import prepare, prepare_as_in_a_run, prepare_with_stops, small_blocks, write_texts
 
 from microbert.config.constants import resolve_batch_size
 from microbert.data.corpus import clean, split_hash
@@ -15,7 +15,7 @@ from microbert.data.pieces import LONGEST_PART, PLANS, cut_documents
 from microbert.data.row_lengths import draw_weights
 from microbert.data.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
 from microbert.data.training_rows import training_rows
-from microbert.errors import InputError, Stopped
+from microbert.errors import InputError
 
 DOCUMENTS = {"rows": "documents", "packing": True, "arch": "modern"}
 
@@ -85,18 +85,7 @@ def test_a_preparation_stopped_anywhere_resumes_to_the_same_bytes(tmp_path, monk
         return {name: digest for name, digest in listing(tmp_path / cache).items() if name != "file_hashes.json"}
 
     prepare_documents(tmp_path, cache="whole")
-    stops, rng = 0, random.Random(3)
-
-    def stop_now_and_then():
-        if rng.random() < 0.12:
-            raise Stopped("test")
-
-    while True:
-        try:
-            prepare_documents(tmp_path, cache="stopped", check_stop=stop_now_and_then)
-            break
-        except Stopped:
-            stops += 1
+    stops = prepare_with_stops(functools.partial(prepare_documents, tmp_path, cache="stopped"))
     assert stops >= 3 and written("stopped") == written("whole")
 
 

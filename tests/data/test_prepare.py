@@ -1,5 +1,6 @@
 """Preparation: splits, counts and keys, and whole processes that are killed, start at once or read hostile text."""
 
+import functools
 import json
 import os
 import random
@@ -11,12 +12,12 @@ import numpy as np
 import psutil
 import pytest
 from helpers import TIME_LIMIT, listing, patched_script, run, small_flags, start, wait_until, write_corpus
-from prepared import all_rows, prepare, write_texts, write_texts_in
+from prepared import all_rows, prepare, prepare_with_stops, write_texts, write_texts_in
 
 from microbert.data import prepare as prepare_module
 from microbert.data.corpus import clean
 from microbert.data.tokenizer import N_SPECIAL
-from microbert.errors import InputError, Stopped
+from microbert.errors import InputError
 
 N_KILLS = 6
 IN_SMALL_BLOCKS = """from microbert.data import corpus as documents
@@ -69,18 +70,7 @@ def test_a_preparation_stopped_anywhere_resumes_to_the_same_bytes(tmp_path, monk
         return {name: digest for name, digest in listing(tmp_path / cache).items() if name != "file_hashes.json"}
 
     prepare(tmp_path, cache="whole", packing=True)
-    stops, rng = 0, random.Random(3)
-
-    def stop_now_and_then():
-        if rng.random() < 0.12:
-            raise Stopped("test")
-
-    while True:
-        try:
-            prepare(tmp_path, cache="stopped", check_stop=stop_now_and_then, packing=True)
-            break
-        except Stopped:
-            stops += 1
+    stops = prepare_with_stops(functools.partial(prepare, tmp_path, cache="stopped", packing=True))
     assert stops >= 3
     assert written("stopped") == written("whole")
 
