@@ -9,13 +9,16 @@
 Uses the bundled reviews and the CPU. All models of a run read the same number of tokens of each review. Learning rate
 and epochs are chosen as in `python -m microbert.finetune`, on training reviews held apart, with the first seed, for
 pretrained and random weights each; the test reviews, which the runs have held out, influence nothing. With --choosing,
-training reviews take the place of the test reviews. A seed decides the new weights and the order of the reviews; tf-idf
-with logistic regression has no seed. A row is printed as soon as it is measured.
+training reviews take the place of the test reviews. A seed decides which reviews are labelled, for every model and for
+tf-idf with logistic regression, and the new weights and the order of the reviews. A row is printed as soon as it is
+measured. The table has the results of this call: those that it measured, or found in the file of --json.
 """
 
 import argparse
 import dataclasses
 import functools
+import hashlib
+import math
 import statistics
 import time
 from pathlib import Path
@@ -37,6 +40,7 @@ from microbert.train.finetuning import LabelledRows, Settings, right_answers, tr
 
 N_CHOOSING = 2_500  # training reviews that judge with --choosing
 FIRST_SEED = 42
+VERSION = 2  # of the results in a file: another one was measured with other draws of labels or another fine-tuning
 PRETRAINED, RANDOM, TF_IDF = "pretrained", "random weights", "tf-idf"
 
 
@@ -44,8 +48,9 @@ PRETRAINED, RANDOM, TF_IDF = "pretrained", "random weights", "tf-idf"
 class Result:
     """One training, judged.
 
-    model: hash of the run's weights. labels: number of training reviews. tokens: read of a review at most; 0 for all.
-    settings: what was given, and what judged. learning_rate: for a 768-wide BERT. accuracy: from 0 to 1.
+    model: hash of the run's weights, or, of tf-idf, of the test reviews. labels: number of training reviews, drawn by
+    the seed. tokens: read of a review at most; 0 for all. settings: what was given, and what judged. learning_rate: for
+    a 768-wide BERT. accuracy: from 0 to 1.
     """
 
     run: str
@@ -66,50 +71,69 @@ class Result:
         return self.run, self.model, self.weights, self.labels, self.seed, self.tokens, self.settings
 
     def __str__(self) -> str:
-        trained = f", {self.learning_rate:g}, {self.epochs} epochs, seed {self.seed}" if self.weights != TF_IDF else ""
+        trained = f", {self.learning_rate:g}, {self.epochs} epochs" if self.weights != TF_IDF else ""
         return (
-            f"{self.run or 'whole reviews'}, {self.weights}, {self.labels:,} labels{trained}: {self.accuracy:.2%} "
-            f"after {self.seconds:.0f} s"
+            f"{self.run or 'whole reviews'}, {self.weights}, {self.labels:,} labels{trained}, seed {self.seed}: "
+            f"{self.accuracy:.2%} after {self.seconds:.0f} s"
         )
 
 
 class Results:
-    """The results so far, in a JSON file if there is one."""
+    """The results so far, in a JSON file if there is one. used: those that this call has found or added."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path, self.all = path, list[Result]()
+        self._path, self.all, self.used = path, list[Result](), list[Result]()
         if path is not None and path.exists():
             try:
-                self.all = [Result(**one) for one in read_json(path)["results"]]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                stored = read_json(path)
+                version, self.all = stored.get("version"), [Result(**one) for one in stored["results"]]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"json = {path} does not hold results of this benchmark ({error})") from error
+            if version != VERSION:
+                raise InputError(f"json = {path} holds results of another version of this benchmark: use a new file")
 
     def find(self, *key: object) -> Result | None:
-        """Return the result with this key, if it has been measured."""
-        return next((one for one in self.all if one.key == key), None)
+        """Return the result with this key, if it has been measured, and print it."""
+        found = next((one for one in self.all if one.key == key), None)
+        if found is not None:
+            print(f"{found} (measured before)", flush=True)
+            self.used.append(found)
+        return found
 
     def add(self, result: Result) -> None:
         """Print and write a result."""
         print(result, flush=True)
         self.all.append(result)
+        self.used.append(result)
         if self._path is not None:
-            write_json(self._path, {"machine": machine(), "results": list(map(dataclasses.asdict, self.all))})
+            results = list(map(dataclasses.asdict, self.all))
+            write_json(self._path, {"version": VERSION, "machine": machine(), "results": results})
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """tested_on: the test reviews, for the heading of the table."""
+    """tested_on: the test reviews, for the heading of the table. n_labels: of training reviews that are used."""
 
     train: LabelledTexts
     test: LabelledTexts
     tested_on: str
+    n_labels: int
 
     def with_labels(self, n_labels: int | None) -> "Split":
-        """Return the split with that many training reviews; None keeps all."""
-        if n_labels is None:
-            return self
-        order = np.random.default_rng(0).permutation(len(self.train.texts))
-        return dataclasses.replace(self, train=self.train.take(order[:n_labels]))
+        """Return the split with that many training reviews, or with all if they are fewer or for None."""
+        n_all = len(self.train.texts)
+        return dataclasses.replace(self, n_labels=n_all if n_labels is None else min(n_labels, n_all))
+
+    @property
+    def has_draws(self) -> bool:
+        """Return whether the labelled reviews are a part, so that every seed has others."""
+        return self.n_labels < len(self.train.texts)
+
+    def drawn(self, seed: int) -> LabelledTexts:
+        """Return the labelled reviews of a seed."""
+        if not self.has_draws:
+            return self.train
+        return self.train.take(np.random.default_rng(seed).permutation(len(self.train.texts))[: self.n_labels])
 
 
 def split_reviews(folders: list[Path], is_choosing: bool) -> Split:
@@ -121,9 +145,10 @@ def split_reviews(folders: list[Path], is_choosing: bool) -> Split:
             raise InputError(f"{folders[0]} and {folder} have held out different reviews: their seeds differ")
     train, test = texts.take(~is_held_out), texts.take(is_held_out)
     if not is_choosing:
-        return Split(train, test, "held-out reviews to test on")
+        return Split(train, test, "held-out reviews to test on", len(train.texts))
     order = np.random.default_rng(7).permutation(len(train.texts))
-    return Split(train.take(order[N_CHOOSING:]), train.take(order[:N_CHOOSING]), "training reviews to test on")
+    train, test = train.take(order[N_CHOOSING:]), train.take(order[:N_CHOOSING])
+    return Split(train, test, "training reviews to test on", len(train.texts))
 
 
 def measure_run(folder: Path, split: Split, settings: Settings, seeds: list[int], results: Results) -> None:
@@ -133,19 +158,19 @@ def measure_run(folder: Path, split: Split, settings: Settings, seeds: list[int]
     length, model_hash = encoder.config.max_seq_len, sha256(folder / "model.safetensors")[:12]
 
     @functools.cache
-    def encoded() -> tuple[LabelledRows, LabelledRows]:
-        return tuple(encode_labelled(tokenizer, part, length) for part in (split.train, split.test))
+    def encoded(seed: int | None) -> LabelledRows:
+        """Return the labelled reviews of a seed, or, for None, the reviews to test on."""
+        return encode_labelled(tokenizer, split.test if seed is None else split.drawn(seed), length)
 
     for weights in (PRETRAINED, RANDOM):
         settled: Settings | None = None
         for seed in seeds:
-            key = (str(folder), model_hash, weights, len(split.train.texts), seed, length, described(settings, split))
+            key = (str(folder), model_hash, weights, split.n_labels, seed, length, described(settings, split))
             if (known := results.find(*key)) is not None:
-                print(f"{known} (measured before)", flush=True)
                 filled = with_adversarial(settings, known.labels)
                 settled = dataclasses.replace(filled, learning_rate=known.learning_rate, epochs=known.epochs)
                 continue
-            start, (train, test) = time.perf_counter(), encoded()
+            start, train = time.perf_counter(), encoded(seed)
             ours = encoder if weights == PRETRAINED else build_model(encoder.config, seed)
             new = functools.partial(
                 starter, ours, len(split.train.names), is_pretrained=weights == PRETRAINED, device=torch.device("cpu")
@@ -158,20 +183,22 @@ def measure_run(folder: Path, split: Split, settings: Settings, seeds: list[int]
             of_seed = dataclasses.replace(settled, seed=seed)
             model = new(settings=of_seed)()
             n_tokens = train_classifier(model, train, of_seed, f"{folder}, {weights}, seed {seed}")
-            accuracy = float(right_answers(model, test, settings.batch_size).mean())
+            accuracy = float(right_answers(model, encoded(None), settings.batch_size).mean())
             rate, epochs = of_seed.learning_rate or 0.0, of_seed.epochs or 0
             results.add(Result(*key, rate, epochs, accuracy, n_tokens, time.perf_counter() - start))
 
 
-def measure_tf_idf(split: Split, results: Results) -> None:
-    """Measure tf-idf with logistic regression, if scikit-learn is installed."""
-    key = ("", "", TF_IDF, len(split.train.texts), 0, 0, split.tested_on)
-    if results.find(*key) is not None:
-        return
-    start = time.perf_counter()
-    if (right := tf_idf_answers(split.train, split.test)) is None:
-        print("(scikit-learn is not installed: no tf-idf)")
-    else:
+def measure_tf_idf(split: Split, seeds: list[int], results: Results) -> None:
+    """Measure tf-idf with logistic regression on the labelled reviews of each seed, if scikit-learn is installed."""
+    hash_of_tests = hashlib.sha256("\0".join(split.test.texts).encode()).hexdigest()[:12]
+    for seed in seeds if split.has_draws else seeds[:1]:
+        key = ("", hash_of_tests, TF_IDF, split.n_labels, seed, 0, split.tested_on)
+        if results.find(*key) is not None:
+            continue
+        start = time.perf_counter()
+        if (right := tf_idf_answers(split.drawn(seed), split.test)) is None:
+            print("(scikit-learn is not installed: no tf-idf)")
+            return
         results.add(Result(*key, 0.0, 0, float(right.mean()), 0, time.perf_counter() - start))
 
 
@@ -186,21 +213,32 @@ def table(results: list[Result], folders: list[Path], labels: list[int]) -> list
     """Return the lines of a table: mean accuracy and that of each seed, and what pretraining is worth, in points."""
     lines = [f"| | {' | '.join(f'{n_labels:,} labels' for n_labels in labels)} |", "|---" * (len(labels) + 1) + "|"]
 
-    def accuracies(run: str, weights: str, n_labels: int) -> list[float]:
-        return [100 * one.accuracy for one in results if (one.run, one.weights, one.labels) == (run, weights, n_labels)]
+    def accuracies(run: str, weights: str, n_labels: int) -> dict[int, float]:
+        """Return the accuracy by seed, in percent."""
+        key = run, weights, n_labels
+        return {one.seed: 100 * one.accuracy for one in results if (one.run, one.weights, one.labels) == key}
 
-    def cell(found: list[float]) -> str:
-        each = f" ({' '.join(f'{share:.1f}' for share in found)})" if len(found) > 1 else ""
-        return f"{statistics.mean(found):.1f} %{each}" if found else ""
+    def cell(found: dict[int, float]) -> str:
+        each = f" ({' '.join(f'{share:.1f}' for share in found.values())})" if len(found) > 1 else ""
+        return f"{statistics.mean(found.values()):.1f} %{each}" if found else ""
 
     for run in map(str, folders):
         for weights in (PRETRAINED, RANDOM):
             lines.append(f"| {run}, {weights} | {' | '.join(cell(accuracies(run, weights, one)) for one in labels)} |")
-        pairs = [(accuracies(run, PRETRAINED, one), accuracies(run, RANDOM, one)) for one in labels]
-        worth = [f"{statistics.mean(one) - statistics.mean(other):+.1f}" for one, other in pairs]
-        lines.append(f"| pretraining is worth, in points | {' | '.join(worth)} |")
+        worth = [points_gained(accuracies(run, PRETRAINED, one), accuracies(run, RANDOM, one)) for one in labels]
+        lines.append(f"| pretraining is worth, in points \u00b1 standard error over seeds | {' | '.join(worth)} |")
     tf_idf = [cell(accuracies("", TF_IDF, one)) for one in labels]
     return [*lines, f"| tf-idf and logistic regression, whole reviews | {' | '.join(tf_idf)} |"]
+
+
+def points_gained(pretrained: dict[int, float], random: dict[int, float]) -> str:
+    """Return the mean difference by seed, and, of several seeds, its standard error. pretrained, random: by seed."""
+    differences = [pretrained[seed] - random[seed] for seed in pretrained if seed in random]
+    if not differences:
+        return ""
+    mean = f"{statistics.mean(differences):+.1f}"
+    n_seeds = len(differences)
+    return mean if n_seeds == 1 else f"{mean} \u00b1 {statistics.stdev(differences) / math.sqrt(n_seeds):.1f}"
 
 
 def n_labels_of(text: str) -> int | None:
@@ -220,16 +258,16 @@ def compare(arguments: argparse.Namespace) -> None:
         device="cpu",
         seed=FIRST_SEED,
     )
+    seeds = [FIRST_SEED + number for number in range(arguments.seeds)]
     parts = [split.with_labels(n_labels) for n_labels in arguments.labels]
     for part in parts:
-        measure_tf_idf(part, results)
+        measure_tf_idf(part, seeds, results)
         for folder in arguments.folders:
-            measure_run(folder, part, settings, [FIRST_SEED + number for number in range(arguments.seeds)], results)
+            measure_run(folder, part, settings, seeds, results)
     n_test = len(split.test.texts)
     error = 100 * (0.85 * 0.15 / n_test) ** 0.5
     print(f"\n{n_test:,} {split.tested_on}: one standard error is about {error:.1f} points; {machine()}\n")
-    used = [one for one in results.all if one.settings in (split.tested_on, described(settings, split))]
-    print("\n".join(table(used, arguments.folders, [len(part.train.texts) for part in parts])))
+    print("\n".join(table(results.used, arguments.folders, [part.n_labels for part in parts])))
 
 
 @plain_errors()
