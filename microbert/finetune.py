@@ -9,6 +9,7 @@
 Accuracy is measured on documents that neither fine-tuning nor pretraining has trained on. It is compared with the same
 model from random weights, the most frequent class, and tf-idf with logistic regression if scikit-learn is installed.
 Learning rate and epochs are chosen on training documents held apart, for the random weights too (train/choosing.py).
+Each accuracy is printed as soon as it is measured.
 The output folder loads in transformers as AutoModelForSequenceClassification. Shapes: N texts, T tokens.
 """
 
@@ -57,6 +58,7 @@ from microbert.train.finetuning import (
     Settings,
     matmul_dtype,
     new_classifier,
+    passes_of_a_step,
     right_answers,
     train_classifier,
     with_adversarial,
@@ -66,6 +68,8 @@ WHOLE_TEXT = 512  # tokens: the longest part of a text that is read unless max_s
 FROM_RANDOM = "the same from random weights"
 CHECKED_TEXTS = 8  # the saved folder must give the same logits for this many texts
 SHOWN_LABELS, SHOWN_MISSING_LABELS = 10, 5
+FEWEST_TO_COMPARE = 30  # held-out texts: of fewer, the standard error says nothing
+CERTAIN = 2  # standard errors of a difference that is more than chance
 
 
 def finetune(folder: Path, settings: Settings) -> dict[str, float]:
@@ -99,6 +103,8 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
 
     model, of_model = fitted(encoder, is_pretrained=True, description="fine-tuning")
     name = f"{folder}, fine-tuned"
+    print(f"accuracy on {counted(len(test), 'held-out document')}, and its standard error:")
+    _print_accuracy(name, of_model)
     difference = save(model, tokenizer, texts.names, test.rows[:CHECKED_TEXTS], output)
     print(
         f"model: {output}, loads in transformers as AutoModelForSequenceClassification "
@@ -107,10 +113,15 @@ def finetune(folder: Path, settings: Settings) -> dict[str, float]:
     )
     right = {name: of_model}
     if settings.baselines:
+        for one, answers in baseline_answers(train_texts, test_texts).items():  # first: random weights take long
+            _print_accuracy(one, answers)
+            right[one] = answers
+        if importlib.util.find_spec("sklearn") is None:
+            print("(to compare with tf-idf and logistic regression: pip install scikit-learn)")
         random_encoder = build_model(encoder.config, settings.seed)
         _, right[FROM_RANDOM] = fitted(random_encoder, is_pretrained=False, description="from random weights")
-        right |= baseline_answers(train_texts, test_texts)
-    _print_accuracies(right, name)
+        _print_accuracy(FROM_RANDOM, right[FROM_RANDOM])
+        print(worth_of_pretraining(of_model, right[FROM_RANDOM]))
     return {name: float(answers.mean()) for name, answers in right.items()}
 
 
@@ -131,33 +142,31 @@ def starter(
     return lambda: new_classifier(copy.deepcopy(encoder), n_classes, settings, is_pretrained).to(device)
 
 
-def _print_accuracies(right: dict[str, np.ndarray], name: str) -> None:
-    """right: which of the held-out documents each model gets right, bool [N]. name: that of the fine-tuned model."""
-    print(f"accuracy on the {len(right[name]):,} held-out documents, and its standard error:")
-    for one, answers in right.items():
-        print(f"  {one:<40} {answers.mean():.1%} \u00b1 {standard_error(answers):.1%}")
-    if FROM_RANDOM not in right:
-        return
-    print(worth_of_pretraining(right[name], right[FROM_RANDOM]))
-    if importlib.util.find_spec("sklearn") is None:
-        print("(to compare with tf-idf and logistic regression: pip install scikit-learn)")
+def _print_accuracy(name: str, right: np.ndarray) -> None:
+    """Print a row of the table. right: which of the held-out documents the model gets right, bool [N]."""
+    print(f"  {name:<40} {right.mean():.1%} \u00b1 {standard_error(right):.1%}", flush=True)
 
 
 def worth_of_pretraining(pretrained: np.ndarray, random: np.ndarray) -> str:
-    """Return how many points pretraining is worth, and what to try if that is less than one standard error.
+    """Return how many points pretraining is worth, and what to try unless it helps.
 
-    pretrained, random: which documents the model gets right, bool [N]. The standard error is that of the difference on
-    the same documents.
+    It helps or hurts if the difference is CERTAIN standard errors of the difference on the same documents.
+    pretrained, random: which documents the model gets right, bool [N].
     """
     difference = pretrained.astype(float) - random
     points, error = 100 * difference.mean(), 100 * standard_error(difference)
-    told = f"{points:+.1f} points \u00b1 {error:.1f}"
-    if points >= error and points > 0:
-        return f"pretraining helps: {told} compared with random weights"
+    found = f"{points:+.1f} points \u00b1 {error:.1f} compared with random weights"
+    if len(difference) < FEWEST_TO_COMPARE:
+        return (
+            f"unclear: too few texts to tell whether pretraining helps ({len(difference)} held out, "
+            f"at least {FEWEST_TO_COMPARE} are needed)"
+        )
+    is_certain = points != 0 and abs(points) >= CERTAIN * error
+    if is_certain and points > 0:
+        return f"pretraining helps: {found}"
     return (
-        f"pretraining did not help: {told} compared with random weights, not one standard error above 0. Try a "
-        "longer pretraining, pretraining on more text like these documents, or a wider model (v4)"
-    )
+        f"pretraining hurts: {found}" if is_certain else f"unclear: {found}, less than {CERTAIN} standard errors"
+    ) + ". Try a longer pretraining, pretraining on more text like these documents, or a wider model (v4)"
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -225,14 +234,17 @@ def _describe_training(
     shape, lengths = encoder.config, train.lengths
     in_bf16 = ", in bf16" if matmul_dtype(shape.n_embed, device) == torch.bfloat16 else ""
     n_full, n_epochs = int((lengths == shape.max_seq_len).sum()), most_epochs(settings, len(train))
+    for_training = passes_of_a_step(settings) * n_epochs * int(lengths.sum())
     for_choice = most_tokens(train, settings)
+    is_open = {"learning rate": settings.learning_rate is None, "epochs": settings.epochs is None}
+    chosen = " and ".join(name for name, one_is_open in is_open.items() if one_is_open)
     scale = f"{WIDTH}/{shape.n_embed} x the learning rate"
     adversarial = " and an adversarial change of the embeddings" if settings.adversarial else ""
     return (
         f"{TRAINABLE[settings.trainable]}, on the first {shape.max_seq_len} tokens of each text "
         f"({n_full / len(train):.0%} are that long), with {scale}{adversarial}{in_bf16}; reads at most "
-        f"{n_epochs * int(lengths.sum()):,} tokens"
-        + (f", and {for_choice:,} to choose learning rate and epochs" if for_choice else "")
+        f"{for_training:,} tokens"
+        + (f", and {for_choice:,} to choose {chosen}" if for_choice else "")
         + (", and as many from random weights" if settings.baselines else "")
     )
 

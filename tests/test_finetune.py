@@ -15,9 +15,11 @@ from models import noisy_model
 from safetensors.torch import load_file
 
 from microbert.data.labelled import LabelledTexts, read_labelled
+from microbert.data.tokenizer import PAD_ID
 from microbert.errors import InputError
 from microbert.fill_mask import load_run
 from microbert.finetune import (
+    FEWEST_TO_COMPARE,
     WHOLE_TEXT,
     _read_flags,
     check_output,
@@ -222,18 +224,76 @@ def test_settings_are_chosen_without_the_documents_that_judge(folder, labels, tm
     assert len(seen) == 2 and seen[0] == seen[1] == {bytes(np.trim_zeros(row)) for row in rows[~is_held_out]}
     assert judging and not seen[0] & judging
     printed = capsys.readouterr().out
-    assert f"fine-tuning: chosen on {(~is_held_out).sum()} training texts, in 5 folds: learning rate" in printed
-    assert "from random weights: chosen on" in printed and "tokens read" in printed
+    for description in ("fine-tuning", "from random weights"):
+        assert f"{description}: learning rate " in printed
+    assert printed.count(f"1 epoch chosen on {(~is_held_out).sum()} training texts in 5 folds (") == 2
+    assert " to choose learning rate and epochs, and as many from random weights" in printed
+    for given, chosen in ((dict(epochs=1), "learning rate"), (dict(learning_rate=5e-5), "epochs")):
+        open_settings = Settings(dataset=str(labels), device="cpu", baselines=False, **given)
+        finetune(folder, dataclasses.replace(open_settings, output_dir=str(tmp_path / chosen)))
+        assert f" to choose {chosen}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adversarial, passes", [(0.0, 1), (0.01, 2)])
+def test_the_tokens_of_both_passes_are_announced_and_counted(adversarial, passes, folder, labels, tmp_path, capsys):
+    settings = Settings(dataset=str(labels), epochs=2, learning_rate=5e-5, device="cpu", adversarial=adversarial)
+    finetune(folder, dataclasses.replace(settings, baselines=False, output_dir=str(tmp_path / "out")))
+    printed = capsys.readouterr().out
+    texts = read_labelled(str(labels), None, None, None, 42)
+    rows = encode_texts(load_run(folder)[1], texts.take(~held_out(texts, folder)).texts, 32)
+    n_tokens = passes * 2 * int((rows != PAD_ID).sum())
+    assert f"reads at most {n_tokens:,} tokens\n" in printed and f"2 epochs, {n_tokens:,} tokens read\n" in printed
 
 
 def test_what_pretraining_is_worth_is_said_with_its_standard_error():
-    right = np.arange(400) % 10 < 8
-    assert worth_of_pretraining(right, np.arange(400) % 10 < 7) == (
+    right, fewer = np.arange(400) % 10 < 8, np.arange(400) % 10 < 7
+    assert worth_of_pretraining(right, fewer) == (
         "pretraining helps: +10.0 points \u00b1 1.5 compared with random weights"
     )
-    for other in (right, np.arange(400) % 10 < 9, np.roll(right, 3)):
+    told = worth_of_pretraining(fewer, right)
+    assert told.startswith("pretraining hurts: -10.0 points \u00b1 1.5 compared with random weights. Try a longer")
+    for other in (right, np.roll(right, 3)):
         told = worth_of_pretraining(right, other)
-        assert told.startswith("pretraining did not help: ") and "Try a longer pretraining" in told
+        assert told.startswith("unclear: ") and "Try a longer pretraining" in told
+
+
+@pytest.mark.parametrize(
+    "n_better, beginning", [(3, "unclear: +3.0 points \u00b1 1.7"), (4, "pretraining helps: +4.0")]
+)
+def test_a_difference_counts_from_two_standard_errors_on(n_better, beginning):
+    """Of 100 texts, that many are right only after pretraining: 1.76 and 2.04 standard errors."""
+    right = np.arange(100) < n_better
+    assert worth_of_pretraining(right, np.zeros(100, bool)).startswith(beginning)
+    opposite = beginning.replace("+", "-").replace("helps", "hurts")
+    assert worth_of_pretraining(np.zeros(100, bool), right).startswith(opposite)
+
+
+def test_a_few_texts_tell_nothing():
+    for n_texts in (1, FEWEST_TO_COMPARE - 1):
+        told = worth_of_pretraining(np.ones(n_texts, bool), np.zeros(n_texts, bool))
+        assert told.startswith("unclear: too few texts to tell") and f"({n_texts} held out" in told
+    enough = np.ones(FEWEST_TO_COMPARE, bool)
+    assert worth_of_pretraining(enough, ~enough).startswith("pretraining helps: +100.0")
+
+
+def test_each_accuracy_is_printed_before_the_next_training(folder, labels, tmp_path, monkeypatch, capsys):
+    """That of random weights comes last, because it takes as long as the model itself."""
+    printed = []
+
+    def watched(*arguments):
+        printed.append(capsys.readouterr().out)
+        return train_classifier(*arguments)
+
+    monkeypatch.setattr("microbert.finetune.train_classifier", watched)
+    found = finetune(
+        folder,
+        Settings(dataset=str(labels), epochs=1, learning_rate=5e-5, device="cpu", output_dir=str(tmp_path / "out")),
+    )
+    before, between, after = *printed, capsys.readouterr().out
+    share = f"{found[f'{folder}, fine-tuned']:.1%}"
+    assert "accuracy on" not in before and f"fine-tuned {share}" in " ".join(between.split())
+    assert "the most frequent label" in between and "random weights" not in between
+    assert "  the same from random weights" in after and "compared with random weights" in after
 
 
 def test_it_starts_from_the_runs_encoder(folder, labels, tmp_path):
@@ -293,11 +353,8 @@ def test_the_command_prints_a_table(finished_run, labels, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     table = lines[next(number for number, line in enumerate(lines) if line.startswith("accuracy on")) :]
-    assert [
-        "fine-tuned" in table[1],
-        "random weights" in table[2],
-        "most frequent" in table[3] or "tf-idf" in table[3],
-    ] == [True] * 3
+    rows = [line for line in table if line.startswith("  ") and "%" in line]
+    assert "fine-tuned" in rows[0] and "most frequent" in rows[-2] and "random weights" in rows[-1]
     assert (tmp_path / "out" / "config.json").exists()
 
 

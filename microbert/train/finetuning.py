@@ -25,6 +25,7 @@ from microbert.train.optim import ADAMW, NO_DECAY, parameter_groups
 
 MAX_GRAD_NORM = 1.0
 WARMUP_STEPS = 20  # of the learning rate, which is constant from then on
+AVERAGED_STEPS = 25  # the fewest over which weights are averaged: with few texts an epoch is one or two steps
 FEW_TEXTS = 5_000  # below: adversarial training, and folds instead of one part held apart
 ADVERSARIAL = 0.01
 SORTED_BATCHES = 16  # batches whose texts are sorted by length together
@@ -50,7 +51,7 @@ class Settings:
     batch_size: int = 32  # documents per step
     learning_rate: float | None = None  # for a 768-wide BERT, scaled up for narrower models; None chooses as for epochs
     weight_decay: float = 0.01  # of the weight matrices
-    adversarial: float | None = None  # adversarial change of embeddings, twice the time; None: 0.01 below 5,000 texts
+    adversarial: float | None = None  # change of embeddings, twice the time; None: 0.01 for "all" below 5,000 texts
     seed: int = 42  # of the classifier's initial weights and the order of the documents
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto" uses the best one available
     baselines: bool = True  # compare with the same model from random weights, tf-idf and the most frequent label
@@ -69,11 +70,18 @@ class Settings:
 def with_adversarial(settings: Settings, n_texts: int) -> Settings:
     """Return the settings for this many training texts, with a size of the adversarial change.
 
-    It is 0 for many texts, where it is not known to help, and where twice the time is hours on a CPU.
+    It is 0 for many texts, where it is not known to help, and where twice the time is hours on a CPU. It is 0 with
+    frozen layers, because the gradient would have to pass through all of them to the embeddings.
     """
     if settings.adversarial is not None:
         return settings
-    return dataclasses.replace(settings, adversarial=ADVERSARIAL if n_texts < FEW_TEXTS else 0.0)
+    is_used = n_texts < FEW_TEXTS and settings.trainable == "all"
+    return dataclasses.replace(settings, adversarial=ADVERSARIAL if is_used else 0.0)
+
+
+def passes_of_a_step(settings: Settings) -> int:
+    """Return how often a step reads its texts: twice with the adversarial change."""
+    return 2 if settings.adversarial else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +134,7 @@ class Training:
     """
 
     def __init__(self, model: TextClassifier, texts: LabelledRows, settings: Settings, learning_rate: float) -> None:
-        """learning_rate: for a 768-wide BERT."""
+        """learning_rate: for a 768-wide BERT. `tokens_read` counts those of both passes of an adversarial step."""
         self.model, self._texts, self._settings = model, texts, settings
         self._device = model.classifier.weight.device
         self._peak = scaled_learning_rate(learning_rate, model.encoder.config.n_embed)
@@ -146,7 +154,7 @@ class Training:
         self.model.train()
         for chosen in batches_by_length(self._lengths, self._settings.batch_size, self._rng):
             self._take_step(self._texts.take(chosen))
-            self.tokens_read += int(self._lengths[chosen].sum())
+            self.tokens_read += passes_of_a_step(self._settings) * int(self._lengths[chosen].sum())
             yield
         self.model.eval()
 
@@ -181,8 +189,11 @@ class Training:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Move the means towards the weights: exponentially, over about an epoch, or a third of the steps so far."""
-        share = max(1 / self.steps_per_epoch, 2 / (self.step + 2))
+        """Move the means towards the weights: exponentially, over about an epoch, but at least AVERAGED_STEPS.
+
+        The first steps are averaged with weights that grow linearly, because the window is longer than they are.
+        """
+        share = max(1 / max(self.steps_per_epoch, AVERAGED_STEPS), 2 / (self.step + 2))
         for mean, weight in zip(self._means, self._weights, strict=True):
             mean.lerp_(weight, share)
 

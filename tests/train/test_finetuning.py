@@ -75,6 +75,8 @@ def test_the_same_seed_gives_the_same_weights(arch):
         weights_after(settings, classifier(arch)) for settings in (GIVEN, GIVEN, dataclasses.replace(GIVEN, seed=43))
     )
     assert same(first, second) and not same(first, other)
+    assert tokens == 3 * 2 * labelled().lengths.sum()  # three epochs of two passes
+    tokens, _ = weights_after(dataclasses.replace(GIVEN, adversarial=0.0), classifier(arch))
     assert tokens == 3 * labelled().lengths.sum()
 
 
@@ -85,34 +87,52 @@ def test_the_adversarial_change_is_for_few_texts_unless_it_is_given():
     assert with_adversarial(Settings(adversarial=0.0), 10).adversarial == 0
 
 
+@pytest.mark.parametrize("trainable", ["classifier", "last_2"])
+def test_with_frozen_layers_there_is_no_adversarial_change_unless_it_is_given(trainable):
+    assert with_adversarial(Settings(trainable=trainable), 10).adversarial == 0
+    assert with_adversarial(Settings(trainable=trainable, adversarial=0.5), 10).adversarial == 0.5
+
+
 def test_the_adversarial_change_is_of_training_alone():
     (_, with_change), (_, without) = (
         weights_after(dataclasses.replace(GIVEN, adversarial=size)) for size in (0.01, 0.0)
     )
     assert not same(with_change, without)
-    model, rows = classifier(), labelled().rows
-    train_classifier(model, labelled(), GIVEN, "training")
-    hooks = [hook for module in model.modules() for hook in module._forward_hooks]
-    assert not hooks and torch.equal(log_probabilities(model, rows, 8), log_probabilities(model, rows, 8))
+    model, other, rows = classifier(), classifier(seed=1), labelled().rows
+    training = Training(model, labelled(), GIVEN, 5e-5)
+    for _ in training.epoch():
+        pass
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(log_probabilities(model, rows, 8), log_probabilities(other, rows, 8))  # between two epochs
+    training.keep_average()
+    assert not [hook for module in model.modules() for hook in module._forward_hooks]
 
 
-def test_it_ends_with_the_mean_of_its_last_weights():
-    model, texts = classifier(), labelled()
-    training = Training(model, texts, GIVEN, 5e-5)
-    seen = []
-    for _ in range(3):
+@pytest.mark.parametrize(
+    "n_texts, batch_size, epochs, window",
+    [(64, 2, 4, 32), (8, 8, 120, 25), (2, 8, 60, 25)],  # an epoch of 32 steps, and of one
+)
+def test_it_ends_with_the_mean_of_its_last_weights(n_texts, batch_size, epochs, window):
+    model = classifier()
+    seen = [model.classifier.weight.detach().clone()]
+    training = Training(model, labelled(n_texts), dataclasses.replace(GIVEN, batch_size=batch_size), 5e-5)
+    for _ in range(epochs):
         for _ in training.epoch():
             seen.append(model.classifier.weight.detach().clone())
-    last = model.classifier.weight.detach().clone()
+    last = seen[-1]
     with training.averaged() as averaged:
         mean = averaged.classifier.weight.detach().clone()
     assert torch.equal(model.classifier.weight, last)  # training can go on
-    recent = torch.stack(seen[len(seen) // 3 :])
-    assert (recent.amin(0) <= mean).all() and (mean <= recent.amax(0)).all() and not torch.equal(mean, last)
-    expected = seen[0]
-    for step, weight in enumerate(seen[1:], 2):
-        expected = torch.lerp(expected, weight, max(1 / training.steps_per_epoch, 2 / (step + 2)))
-    torch.testing.assert_close(mean, expected, rtol=0.05, atol=1e-3)
+    # growing linearly while the window is longer than the steps so far, and then exponentially over the window
+    n_linear = 2 * window - 2
+    shares = [number + 1 for number in range(n_linear + 1)]
+    shares = [(1 - 1 / window) ** (len(seen) - 1 - n_linear) * share / sum(shares) for share in shares]
+    n_after = len(seen) - len(shares)
+    shares += [(1 - 1 / window) ** (n_after - 1 - number) / window for number in range(n_after)]
+    assert sum(shares) == pytest.approx(1) and n_after > 0
+    expected = sum(share * weight for share, weight in zip(shares, seen, strict=True))
+    torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
+    assert (mean - last).abs().max() > 1e-3
     training.keep_average()
     assert torch.equal(model.classifier.weight, mean)
 
