@@ -28,6 +28,7 @@ import torch
 from checkout import new_parser
 from common import machine
 
+from microbert.config.terminal import counted
 from microbert.data.labelled import LabelledTexts, read_labelled
 from microbert.errors import InputError
 from microbert.fill_mask import load_run
@@ -71,7 +72,7 @@ class Result:
         return self.run, self.model, self.weights, self.labels, self.seed, self.tokens, self.settings
 
     def __str__(self) -> str:
-        trained = f", {self.learning_rate:g}, {self.epochs} epochs" if self.weights != TF_IDF else ""
+        trained = f", {self.learning_rate:g}, {counted(self.epochs, 'epoch')}" if self.weights != TF_IDF else ""
         return (
             f"{self.run or 'whole reviews'}, {self.weights}, {self.labels:,} labels{trained}, seed {self.seed}: "
             f"{self.accuracy:.2%} after {self.seconds:.0f} s"

@@ -236,7 +236,7 @@ def _describe_training(
     n_full, n_epochs = int((lengths == shape.max_seq_len).sum()), most_epochs(settings, len(train))
     for_training = passes_of_a_step(settings) * n_epochs * int(lengths.sum())
     for_choice = most_tokens(train, settings)
-    is_open = {"learning rate": settings.learning_rate is None, "epochs": settings.epochs is None}
+    is_open = {"the learning rate": settings.learning_rate is None, "the number of epochs": settings.epochs is None}
     chosen = " and ".join(name for name, one_is_open in is_open.items() if one_is_open)
     scale = f"{WIDTH}/{shape.n_embed} x the learning rate"
     adversarial = " and an adversarial change of the embeddings" if settings.adversarial else ""

@@ -226,8 +226,8 @@ def test_settings_are_chosen_without_the_documents_that_judge(folder, labels, tm
     for description in ("fine-tuning", "from random weights"):
         assert f"{description}: learning rate " in printed
     assert printed.count(f"1 epoch chosen on {(~is_held_out).sum()} training texts in 5 folds (") == 2
-    assert " to choose learning rate and epochs, and as many from random weights" in printed
-    for given, chosen in ((dict(epochs=1), "learning rate"), (dict(learning_rate=5e-5), "epochs")):
+    assert " to choose the learning rate and the number of epochs, and as many from random weights" in printed
+    for given, chosen in ((dict(epochs=1), "the learning rate"), (dict(learning_rate=5e-5), "the number of epochs")):
         open_settings = Settings(dataset=str(labels), device="cpu", baselines=False, **given)
         finetune(folder, dataclasses.replace(open_settings, output_dir=str(tmp_path / chosen)))
         assert f" to choose {chosen}\n" in capsys.readouterr().out
