@@ -29,6 +29,7 @@ n_heads = None  # attention heads per layer; must divide n_embed
 n_embed = None  # width of the hidden states
 max_seq_len = None  # tokens per sequence, including [CLS] and [SEP]
 vocab_size = None  # tokens in the vocabulary, at most
+embedding_init = "neighbours"  # word embeddings at the start: "random", or from which words the text has side by side
 dropout = 0.0  # on embeddings and sub-layer outputs; runs of a few epochs need none
 
 # Data
@@ -56,7 +57,7 @@ optimizer = "muon"  # "adamw", or "muon": Muon for the hidden matrices, AdamW fo
 schedule = "wsd"  # after the warm-up: "linear" decay, or "wsd" (warm-up, stable, decay)
 warmup_ratio = 0.06  # share of the run in which the learning rate rises
 decay_ratio = 0.3  # share of the run in which it decays at the end, with "wsd"
-weight_decay = 0.01  # of weight matrices
+weight_decay = 0.1  # of weight matrices; keeps them small in long runs
 grad_clip = 1.0  # maximum norm of the gradient; None: no clipping
 
 # Run

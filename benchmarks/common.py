@@ -18,6 +18,7 @@ from microbert.data.training_rows import TrainingRows
 from microbert.model.build import model_for_tokens
 from microbert.model.layers import MaskedLanguageModel
 from microbert.model.loss import masked_scores
+from microbert.model.word_vectors import start_from_neighbours
 from microbert.runtime.distributed import World
 from microbert.train.step import Learner
 
@@ -39,7 +40,9 @@ def prepared(config: Config) -> tuple[Tokenizer, Tokens]:
 
 def new_model(config: Config, tokens: Tokens) -> MaskedLanguageModel:
     """Return a model with the vocabulary of the tokens, before its first step."""
-    return model_for_tokens(config, tokens)
+    model = model_for_tokens(config, tokens)
+    start_from_neighbours(model, tokens, config)
+    return model
 
 
 def new_learner(config: Config, tokens: Tokens) -> Learner:

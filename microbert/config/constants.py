@@ -80,6 +80,7 @@ class Config:
     # constants of v4; a script without them uses these defaults
     arch: str = "bert"
     rows: str = "packed"
+    embedding_init: str = "random"
     preset: str | None = None
     memory_budget_gb: float | None = None
     dtype: str = "float32"
@@ -114,6 +115,8 @@ class Config:
             raise InputError('packing = False has no effect on rows = "documents": set rows = "packed" too')
 
     def _check_training(self) -> None:
+        starts = 'must be "random" or "neighbours"'
+        require(self.embedding_init in ("random", "neighbours"), "embedding_init", starts, self)
         require(0 < self.mlm_probability <= 1, "mlm_probability", "must be above 0 and at most 1", self)
         require(self.lr_scaling in ("auto", "none"), "lr_scaling", 'must be "auto" or "none"', self)
         require(self.optimizer in ("adamw", "muon"), "optimizer", 'must be "adamw" or "muon"', self)

@@ -26,7 +26,10 @@ def peak_learning_rate(config: ResolvedConfig) -> float:
 
 
 def explain_learning_rate(config: ResolvedConfig) -> str:
-    """Return lines that say how the peak follows from the constant, with a warning if it is far above the sweeps."""
+    """Return lines that say how the peak follows from the constant, and what the weight decay does at that rate.
+
+    They have a warning if the peak is far above the sweeps.
+    """
     peak = peak_learning_rate(config)
     if config.lr_scaling == "none":
         text = f"peak learning rate: {peak:g}, unscaled (lr_scaling = none)"
@@ -35,6 +38,11 @@ def explain_learning_rate(config: ResolvedConfig) -> str:
             f"peak learning rate: {peak:.3g}, scaled from {config.learning_rate:g} to pretraining, width and batch:\n"
             f"  {config.learning_rate:g} x {PRETRAINING} x (768 / {config.n_embed})^(1/4) "
             f"x ({tokens_per_step(config)} / 4096)^(1/2)"
+        )
+    if config.weight_decay:
+        text += (
+            f"\nweight decay: {config.weight_decay:g} x the learning rate a step; at the peak, it halves a weight "
+            f"without gradients in {math.log(2) / (peak * config.weight_decay):,.0f} steps"
         )
     highest = next(highest for width, highest in HIGHEST_SWEPT.items() if config.n_embed <= width)
     swept = peak_learning_rate(dataclasses.replace(config, learning_rate=highest, lr_scaling="auto"))

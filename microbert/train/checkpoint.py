@@ -59,7 +59,10 @@ FREE_TO_CHANGE = {
     "gpu_memory_gb",
     "num_gpus",
 }
-BEFORE_IT_EXISTED = {"rows": "packed"}  # values of constants that the files of older runs lack
+BEFORE_IT_EXISTED = {
+    "rows": "packed",
+    "embedding_init": "random",
+}  # values of constants that the files of older runs lack
 BATCH_SIZES = {"batch_size", "global_batch_size"}  # `resolve_batch_size` compares them
 RESOLVED = ("batch_size", "global_batch_size", "micro_batch_size")
 

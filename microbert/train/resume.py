@@ -12,6 +12,7 @@ import torch
 from microbert.data.shards import Tokens
 from microbert.errors import InputError
 from microbert.model.layers import MaskedLanguageModel
+from microbert.model.word_vectors import start_from_neighbours
 from microbert.runtime.run import Run
 from microbert.runtime.run_folder import checkpoint_folders
 from microbert.train.checkpoint import State, load_checkpoint, remove_others
@@ -35,6 +36,8 @@ def resume_together(
 
     def begin() -> dict[str, Any]:
         if checkpoint is None:
+            if n_set := start_from_neighbours(model, tokens, run.config):
+                print(f"word embeddings: {n_set:,} of {len(model.output_weight):,} start from the words' neighbours")
             state = State(tokens.key, prepared_seconds=time.perf_counter() - run.started)
         else:
             state = load_checkpoint(checkpoint, model, optimizer, tokens.key)

@@ -59,6 +59,14 @@ def test_usual_peaks_are_no_warning(version, flags):
         assert "warning" not in explain_learning_rate(resolve(config, n_layers=4, batch_size=32))
 
 
+def test_the_weight_decay_is_explained_by_what_it_does_to_a_weight():
+    config = resolve(read_script(ROOT / "mlm_pretrain_v1.py", ["--lr", "0.01", "--lr-scaling", "none"]), n_layers=4)
+    explained = explain_learning_rate(dataclasses.replace(config, weight_decay=0.1))
+    steps = int(re.search(r"\nweight decay: 0.1 x the learning rate a step;.* in (\d+) steps$", explained)[1])
+    assert (1 - 0.01 * 0.1) ** steps == pytest.approx(0.5, abs=1e-3)
+    assert "weight decay" not in explain_learning_rate(dataclasses.replace(config, weight_decay=0.0))
+
+
 BAD = [
     (["--n-embed", "5"], ["n_embed = 5", "divisible by n_heads = 2"]),
     (["--vocab-size", "5"], ["vocab_size = 5", "too small"]),
@@ -130,7 +138,11 @@ def test_a_preset_sets_only_what_is_none(preset, shape, batch_size):
 def test_version_4_has_the_constants_of_version_3_and_more():
     v3, v4 = set(constants(ROOT / "mlm_pretrain_v3.py")), set(constants(V4))
     assert (
-        v4 - v3 == {"arch", "rows", "preset", "memory_budget_gb", "dtype", "torch_compile", "gpu_memory_gb", "num_gpus"}
+        v4 - v3
+        == {
+            *("arch", "rows", "embedding_init", "preset", "memory_budget_gb", "dtype"),
+            *("torch_compile", "gpu_memory_gb", "num_gpus"),
+        }
         and v3 < v4
     )
 
