@@ -221,8 +221,8 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
         )
     print(explain_learning_rate(config))
     print(
-        f"reference losses: {uniform_loss:.2f} for a uniform guess, {unigram_loss:.2f} for a guess by word frequency, "
-        "as at step 0"
+        f"reference losses: {uniform_loss:.2f} for a uniform guess, {unigram_loss:.2f} for a guess by word frequency"
+        f"{', as at step 0' if config.embedding_init == 'random' else ''}"
     )
     reach = sum_of_learning_rates(config, steps)
     if reach * config.n_embed < TOO_SHORT_A_REACH:
