@@ -29,7 +29,7 @@ n_heads = None  # attention heads per layer; must divide n_embed
 n_embed = None  # width of the hidden states
 max_seq_len = None  # tokens per sequence, including [CLS] and [SEP]
 vocab_size = None  # tokens in the vocabulary, at most
-embedding_init = "neighbours"  # word embeddings at the start: "random", or from which words the text has side by side
+embedding_init = "neighbours"  # words with the same neighbours in the text start with similar embeddings; or "random"
 dropout = 0.0  # on embeddings and sub-layer outputs; runs of a few epochs need none
 
 # Data

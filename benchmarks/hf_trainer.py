@@ -5,17 +5,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import new_model
 
 from microbert.config.constants import Config
 from microbert.data.shards import Tokens
+from microbert.model.build import shape_of
 from microbert.model.hugging_face import hugging_face_config
+
+WEIGHT_DECAY = 0.01  # of BERT (Devlin et al. 2019)
 
 
 def new_reference_model(config: Config, tokens: Tokens) -> transformers.BertForMaskedLM:
     """Return BertForMaskedLM with the shape of `config`, whose arch must be "bert"."""
     transformers.set_seed(config.seed)
-    shape = new_model(config, tokens).config
+    shape = shape_of(config, len(tokens.token_counts))
     return transformers.BertForMaskedLM(transformers.BertConfig(**hugging_face_config(shape)))
 
 
@@ -40,7 +42,7 @@ def new_trainer(
         max_steps=max_steps,
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
-        weight_decay=config.weight_decay,
+        weight_decay=WEIGHT_DECAY,
         max_grad_norm=config.grad_clip,
         optim="adamw_torch_fused",
         use_cpu=True,

@@ -4,7 +4,7 @@
     python benchmarks/recipe.py --variants "masked 15 %" "not gated" --seeds 42 43 44
     python benchmarks/recipe.py --max-steps 200               shorter runs, each with its whole schedule
 
-4 layers, 8 heads, 128-dim, 10K tokens, packed IMDB. Losses are those of 1,024 held-out sequences, masked at 15 %
+4 layers, 8 heads, 128-dim, 10K tokens, IMDB. Losses are those of 1,024 held-out sequences, masked at 15 %
 whatever the training masks. "In v4's time": if a variant's step takes more or less time than v4's, a second run takes
 as many steps as fit in v4's time. Times are processor time of the training steps, summed over all threads, so other
 work on the machine does not count. Prints a table.
@@ -143,7 +143,9 @@ VARIANTS = {
     "BERT (post-norm, learned positions, not gated)": Variant({"arch": "bert"}),
     "packed rows": Variant({"rows": "packed"}),
     "not packed": Variant({"rows": "packed", "packing": False}),
-    "weights from a normal of 0.1": Variant(start=start_wider),
+    "embeddings from a normal": Variant({"embedding_init": "random"}),
+    "weights from a normal of 0.1": Variant({"embedding_init": "random"}, start=start_wider),
+    "weight decay 0.01": Variant({"weight_decay": 0.01}),
     "output bias from 0": Variant(start=start_without_frequencies),
     "dropout 0.1": Variant({"dropout": 0.1}),
     "16 sequences a step": Variant({"batch_size": 16, "global_batch_size": 16}),

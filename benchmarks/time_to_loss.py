@@ -96,8 +96,9 @@ def prepare(folder: Path, flags: list[str]) -> tuple[Config, Tokens, float]:
 
 def ours(config: Config, tokens: Tokens, seconds: float, minutes: float) -> Curve:
     """Train v4's recipe, with a learning rate that decays within the given time. seconds: of the preparation."""
-    learner, batches = new_learner(config, tokens), scored_batches(config, tokens, SCORED_BATCHES)
-    clock, rows, step = Clock(seconds), training_rows(tokens, config), 0
+    batches = scored_batches(config, tokens, SCORED_BATCHES)
+    clock = Clock(seconds)
+    learner, rows, step = new_learner(config, tokens), training_rows(tokens, config), 0
     steps = rows.steps
     clock.score(lambda: held_out_loss(learner, batches))
     while (used := (clock.now() - seconds) / (60 * minutes - seconds)) < 1 and step < steps:

@@ -71,6 +71,7 @@ def test_it_plans_and_trains_the_model_of_the_tier_and_transformers_loads_it(fin
     out = (finished / "out").read_text()
     places = [out.index(f"\n  {name}") for name in TABLE]
     assert places == sorted(places) and places[-1] < out.index("model: 4 layers, 8 heads, 128-dim")
+    assert "starting from the words' neighbours" in out
     assert "of 24.0" in out and 'preset "auto": 4 layers, batch 32 for each process, the tier of the CPU' in out
     model = transformers.AutoModelForMaskedLM.from_pretrained(finished / "run")
     config = model.config

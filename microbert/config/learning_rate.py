@@ -39,7 +39,7 @@ def explain_learning_rate(config: ResolvedConfig) -> str:
             f"  {config.learning_rate:g} x {PRETRAINING} x (768 / {config.n_embed})^(1/4) "
             f"x ({tokens_per_step(config)} / 4096)^(1/2)"
         )
-    if config.weight_decay:
+    if peak * config.weight_decay > 0:
         text += (
             f"\nweight decay: {config.weight_decay:g} x the learning rate a step; at the peak, it halves a weight "
             f"without gradients in {math.log(2) / (peak * config.weight_decay):,.0f} steps"

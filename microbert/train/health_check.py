@@ -145,7 +145,7 @@ class HealthCheck:
                 f"warning: the weights are running away: the root mean square of a matrix is "
                 f"{health.weights.largest:.2f} (healthy at this width: below {limit:.2f}).\n  The model becomes "
                 f"brittle, above all on short texts. Use a higher weight_decay, such as "
-                f"{10 * self._config.weight_decay or 0.1:g}, or a lower learning_rate"
+                f"{max(0.1, 3 * self._config.weight_decay):g}, or a lower learning_rate"
             )
         if health.attention_logit is not None and health.attention_logit > LARGE_LOGIT:
             found["logits"] = (

@@ -36,8 +36,9 @@ def resume_together(
 
     def begin() -> dict[str, Any]:
         if checkpoint is None:
-            if n_set := start_from_neighbours(model, tokens, run.config):
-                print(f"word embeddings: {n_set:,} of {len(model.output_weight):,} start from the words' neighbours")
+            if run.config.embedding_init == "neighbours":
+                print("word embeddings: starting from the words' neighbours in the training text ...")
+            start_from_neighbours(model, tokens, run.config, run.check_stop)
             state = State(tokens.key, prepared_seconds=time.perf_counter() - run.started)
         else:
             state = load_checkpoint(checkpoint, model, optimizer, tokens.key)

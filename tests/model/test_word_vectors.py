@@ -12,6 +12,7 @@ from models import VOCAB_SIZE, as_sequences, many_examples, token_rows
 
 from microbert.data.documents import Documents
 from microbert.data.tokenizer import N_SPECIAL
+from microbert.errors import Stopped
 from microbert.model import word_vectors as module
 from microbert.model.build import build_model
 from microbert.model.layers import ModelConfig
@@ -24,6 +25,10 @@ def topics(n_sentences=400, seed=0):
     """Return sentences of six words, each of one of two topics, between special tokens: int64 [I]."""
     rng = np.random.default_rng(seed)
     return np.concatenate([[2, *rng.choice(TWO_TOPICS[number % 2], 6), 3] for number in range(n_sentences)])
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def tokens_of(train):
@@ -47,12 +52,12 @@ def test_neighbours_are_all_pairs_of_ordinary_tokens_within_the_window(ids):
 
 
 def test_vectors_of_one_topic_are_alike_and_those_of_two_are_not():
-    vectors = word_vectors(count_neighbours(topics(), 25), 2, seed=0)
+    vectors = word_vectors(count_neighbours(topics(), 25), 2, seeded(0))
     first, second = (torch.nn.functional.normalize(vectors[list(topic)]) for topic in TWO_TOPICS)
     assert (first @ first.T).min() > 0.5 > -0.5 > (first @ second.T).max()
 
 
-def test_the_products_of_vectors_are_the_closest_of_their_rank_to_the_information_that_words_share(monkeypatch):
+def test_the_products_of_vectors_are_those_of_exact_singular_vectors(monkeypatch):
     monkeypatch.setattr(module, "WINDOW", 1)
     ids = np.random.default_rng(1).integers(N_SPECIAL, 30, 3000) ** 2 // 30  # some pairs more frequent than others
     counts = count_neighbours(ids, 30).to_dense().double().numpy()
@@ -69,23 +74,45 @@ def test_the_products_of_vectors_are_the_closest_of_their_rank_to_the_informatio
     known = share > 0
     best[known] -= best[known].mean(axis=0)
     best *= module.RMS / np.sqrt((best[known] ** 2).mean())
-    found = word_vectors(count_neighbours(ids, 30), 4, seed=0).numpy()
+    found = word_vectors(count_neighbours(ids, 30), 4, seeded(0)).numpy()
     np.testing.assert_allclose(found @ found.T, best @ best.T, atol=2e-5)  # the vectors themselves are turned
 
 
 @pytest.mark.parametrize("n_embed", [4, 40])  # fewer and more numbers than tokens
 def test_vectors_have_mean_zero_and_a_fixed_size_and_depend_on_the_seed_alone(n_embed):
     counts = count_neighbours(topics(), 30)
-    vectors = word_vectors(counts, n_embed, seed=1)
-    assert vectors.shape == (30, n_embed) and torch.equal(vectors, word_vectors(counts, n_embed, seed=1))
-    assert not torch.allclose(vectors, word_vectors(counts, n_embed, seed=2), atol=1e-3)
+    vectors = word_vectors(counts, n_embed, seeded(1))
+    assert vectors.shape == (30, n_embed) and torch.equal(vectors, word_vectors(counts, n_embed, seeded(1)))
+    assert not torch.allclose(vectors, word_vectors(counts, n_embed, seeded(2)), atol=1e-3)
     known = vectors[N_SPECIAL : N_SPECIAL + 20]
     assert known.mean(dim=0).abs().max() < 1e-6 and known.pow(2).mean().sqrt().item() == pytest.approx(module.RMS)
     assert not vectors[:N_SPECIAL].any() and not vectors[N_SPECIAL + 20 :].any()
 
 
-def test_text_without_any_pair_gives_no_vectors():
-    assert not word_vectors(count_neighbours(np.array([2, 7, 3]), 10), 4, seed=0).any()
+@pytest.mark.parametrize("ids", [[2, 7, 3], [2], ([5] * 20 + [6]) * 50])  # of the last, only one pair is informative
+def test_text_without_two_informative_words_gives_no_vectors(ids):
+    assert not word_vectors(count_neighbours(np.array(ids), 10), 4, seeded(0)).any()
+
+
+def test_pairs_are_counted_across_the_parts_that_are_in_memory(monkeypatch):
+    whole = count_neighbours(topics(), 25).to_dense()
+    monkeypatch.setattr(module, "COUNTED_IDS", 7)
+    torch.testing.assert_close(count_neighbours(topics(), 25).to_dense(), whole)
+
+
+@pytest.mark.parametrize("calls", range(1, 8))
+def test_a_stop_ends_the_work(calls):
+    left = iter(range(calls))
+
+    def check_stop():
+        if next(left, None) is None:
+            raise Stopped("test")
+
+    model = build_model(ModelConfig(VOCAB_SIZE, 1, 2, 8, 16, arch="modern"), 0)
+    with pytest.raises(Stopped):
+        start_from_neighbours(
+            model, tokens_of(documents_of(topics())), configure(embedding_init="neighbours"), check_stop
+        )
 
 
 def test_a_sample_comes_from_all_of_the_text(monkeypatch):
@@ -100,16 +127,22 @@ def test_a_sample_comes_from_all_of_the_text(monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["bert", "modern"])
-def test_only_tokens_with_neighbours_start_from_them_and_only_where_the_constant_says_so(arch):
+def test_words_with_neighbours_start_from_them_and_all_share_a_vector_where_the_constant_says_so(arch):
     config = ModelConfig(VOCAB_SIZE, 1, 2, 8, 16, arch=arch)
     tokens, random = tokens_of(documents_of(topics())), build_model(config, 0).output_weight.detach()
-    model = build_model(config, 0)
-    assert start_from_neighbours(model, tokens, configure(embedding_init="random")) == 0
+    model, again, other = (build_model(config, 0) for _ in range(3))
+    start_from_neighbours(model, tokens, configure(embedding_init="random"))
     assert torch.equal(model.output_weight, random)
-    assert start_from_neighbours(model, tokens, configure(embedding_init="neighbours", seed=5)) == 20
-    expected = random.clone()
+    for one, seed in ((model, 5), (again, 5), (other, 6)):
+        start_from_neighbours(one, tokens, configure(embedding_init="neighbours", seed=seed))
+    assert torch.equal(model.output_weight, again.output_weight) and not torch.equal(
+        model.output_weight, other.output_weight
+    )
+    change = model.output_weight.detach() - random
     known = slice(N_SPECIAL, N_SPECIAL + 20)
-    expected[known] = word_vectors(count_neighbours(topics(), VOCAB_SIZE), 8, seed=5)[known]
-    shared = (model.output_weight.detach() - expected).unique(dim=0)
-    torch.testing.assert_close(shared, shared[:1].expand_as(shared), atol=1e-7, rtol=0)
-    assert 0.3 * module.SHARED_RMS < shared[0].pow(2).mean().sqrt() < 2 * module.SHARED_RMS
+    shared = change[0]
+    assert 0.3 * module.SHARED_RMS < shared.pow(2).mean().sqrt() < 2 * module.SHARED_RMS
+    unknown = torch.cat([change[:N_SPECIAL], change[N_SPECIAL + 20 :]])
+    torch.testing.assert_close(unknown, shared.expand_as(unknown), atol=1e-7, rtol=0)
+    vectors = model.output_weight.detach()[known] - shared
+    assert vectors.mean(dim=0).abs().max() < 1e-6 and vectors.pow(2).mean().sqrt().item() == pytest.approx(module.RMS)
