@@ -11,7 +11,7 @@ POINTS_PER_RUN = 10  # evaluations and checkpoints, if eval_every and save_every
 EXPORT_SECONDS = 20  # reserved for the export and its check, on a slow machine or with a large model
 EXPORT_SHARE = 0.25  # of max_minutes, at most, unless that is less than
 LOADING_SHARE = 0.5  # of the time that loading the libraries of the export took: measured is a fifth of it
-EVALUATIONS_SHARE = 0.05  # of the time that max_minutes leaves, at most
+EVALUATIONS_SHARE = 0.1  # of the time that max_minutes leaves, at most
 
 
 class Progress:

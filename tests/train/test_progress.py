@@ -62,7 +62,7 @@ def test_all_processes_use_the_clock_of_the_first_one():
     assert first.position == second.position == pytest.approx(100 * 20 / (120 - EXPORT_SECONDS))
 
 
-@pytest.mark.parametrize("eval_seconds, evaluations", [(0.0, 10), (1.0, 4), (5.0, 1), (1000.0, 1), (0.01, 10)])
+@pytest.mark.parametrize("eval_seconds, evaluations", [(0.0, 10), (1.0, 8), (5.0, 1), (1000.0, 1), (0.01, 10)])
 def test_evaluations_use_a_small_share_of_the_time(eval_seconds, evaluations):
     progress = progress_of(configure(max_minutes=(80 + EXPORT_SECONDS) / 60), 100)
     progress.eval_seconds = eval_seconds
