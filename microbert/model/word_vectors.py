@@ -50,8 +50,8 @@ def start_from_neighbours(
         return
     generator = torch.Generator().manual_seed(int(random_bits(config.seed, STREAM)[0] >> np.uint64(1)))
     weight = model.output_weight
-    counts = count_neighbours(sample_ids(tokens), len(weight), check_stop)
-    vectors = word_vectors(counts, weight.shape[1], generator, check_stop)
+    information = mutual_information(count_neighbours(sample_ids(tokens), len(weight), check_stop))
+    vectors = word_vectors(information, weight.shape[1], generator, check_stop)
     is_known = vectors.any(dim=1)
     weight[is_known.to(weight.device)] = vectors[is_known].to(weight)
     weight += (SHARED_RMS * torch.randn(weight.shape[1], generator=generator)).to(weight)
@@ -90,41 +90,41 @@ def _sparse(pairs: Tensor, values: Tensor, vocab_size: int) -> Tensor:
     return torch.sparse_coo_tensor(pairs, values, (vocab_size, vocab_size), check_invariants=False).coalesce()
 
 
-def word_vectors(
-    counts: Tensor, n_embed: int, generator: torch.Generator, check_stop: CheckStop = never_stop
-) -> Tensor:
-    """Return a vector for each token, of mean 0 and root mean square RMS: [V, D]. Zeros where nothing is known.
-
-    counts: symmetric sparse [V, V]. The vectors are about those of the D largest singular values of the positive
-    pointwise mutual information, times the square roots of these (Levy et al. 2015, Improving Distributional Similarity
-    with Lessons Learned from Word Embeddings), turned at random, so that all D numbers are of equal size.
-    """
-    matrix = mutual_information(counts)
-    rank = min(n_embed, len(counts))
-    basis = torch.randn(len(counts), min(rank + OVERSAMPLING, len(counts)), generator=generator)
-    for _ in range(ITERATIONS):  # Halko et al. 2009, arXiv:0909.4061, algorithm 4.4; the matrix is symmetric
-        check_stop()
-        basis = torch.linalg.qr(torch.sparse.mm(matrix, basis)).Q
-    check_stop()
-    left, singular, _ = torch.linalg.svd(torch.sparse.mm(matrix, basis), full_matrices=False)
-    rotation = torch.linalg.qr(torch.randn(n_embed, n_embed, generator=generator)).Q
-    vectors = left[:, :rank] * singular[:rank].sqrt() @ rotation[:rank]
-    is_known = torch.zeros(len(counts)).index_add_(0, matrix.indices()[0], matrix.values()) > 0
-    if is_known.sum() < 2:  # a single vector is its own mean
-        return torch.zeros_like(vectors)
-    vectors = torch.where(is_known[:, None], vectors - vectors[is_known].mean(dim=0), 0.0)
-    return vectors * (RMS / vectors[is_known].pow(2).mean().sqrt().clamp_min(SMALLEST))
-
-
 def mutual_information(counts: Tensor) -> Tensor:
     """Return the positive pointwise mutual information of words and their neighbours: symmetric sparse [V, V].
 
     It is that of a pair, with SMOOTHING on the neighbour's share, in nats, where one of both is the neighbour and where
     the other is, in the mean.
     """
-    pairs, shares = counts.indices(), counts.values().double() / counts.values().double().sum()
-    of_word = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, pairs[0], shares)
+    pairs, shares = counts.indices(), counts.values() / counts.values().sum(dtype=torch.float64).float()
+    of_word = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, pairs[0], shares.double())
     smoothed = of_word**SMOOTHING / (of_word**SMOOTHING).sum()
-    expected = (of_word.log() + smoothed.log()) / 2
-    values = (shares.log() - expected[pairs[0]] - expected[pairs[1]]).clamp_min(0).float()
+    expected = ((of_word.log() + smoothed.log()) / 2).float()
+    values = shares.log_().sub_(expected[pairs[0]]).sub_(expected[pairs[1]]).clamp_min_(0)
     return torch.sparse_coo_tensor(pairs, values, counts.shape, check_invariants=False, is_coalesced=True)
+
+
+def word_vectors(
+    information: Tensor, n_embed: int, generator: torch.Generator, check_stop: CheckStop = never_stop
+) -> Tensor:
+    """Return a vector for each token, of mean 0 and root mean square RMS: [V, D]. Zeros where nothing is known.
+
+    information: symmetric sparse [V, V], of `mutual_information`. The vectors are about those of its D largest singular
+    values, times the square roots of these (Levy et al. 2015, Improving Distributional Similarity with Lessons Learned
+    from Word Embeddings), turned at random, so that all D numbers are of equal size.
+    """
+    V = len(information)
+    rank = min(n_embed, V)
+    basis = torch.randn(V, min(rank + OVERSAMPLING, V), generator=generator)
+    for _ in range(ITERATIONS):  # Halko et al. 2009, arXiv:0909.4061, algorithm 4.4; the matrix is symmetric
+        check_stop()
+        basis = torch.linalg.qr(torch.sparse.mm(information, basis)).Q
+    check_stop()
+    left, singular, _ = torch.linalg.svd(torch.sparse.mm(information, basis), full_matrices=False)
+    rotation = torch.linalg.qr(torch.randn(n_embed, n_embed, generator=generator)).Q
+    vectors = left[:, :rank] * singular[:rank].sqrt() @ rotation[:rank]
+    is_known = torch.zeros(V).index_add_(0, information.indices()[0], information.values()) > 0
+    if is_known.sum() < 2:  # a single vector is its own mean
+        return torch.zeros_like(vectors)
+    vectors = torch.where(is_known[:, None], vectors - vectors[is_known].mean(dim=0), 0.0)
+    return vectors * (RMS / vectors[is_known].pow(2).mean().sqrt().clamp_min(SMALLEST))

@@ -8,7 +8,9 @@ from microbert.runtime.device import GIB, has_bf16, memory_bytes
 from microbert.runtime.distributed import World
 
 GB = 1e9
-PROCESS_GB = 0.8  # of the machine's memory: Python, torch, the libraries that read and export
+# of the machine's memory: Python, torch and the libraries that read and export, 0.6 to 0.8; and before the first step,
+# while the tensors do not exist yet, up to 0.5 for the word embeddings' start (model/word_vectors.py)
+PROCESS_GB = 1.1
 # of a GPU, in addition to PyTorch's allocator: CUDA and its libraries; NCCL, for several processes (an estimate)
 GPU_CONTEXT_GB, NCCL_GB = 1.0, 1.0
 

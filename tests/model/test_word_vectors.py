@@ -16,7 +16,13 @@ from microbert.errors import Stopped
 from microbert.model import word_vectors as module
 from microbert.model.build import build_model
 from microbert.model.layers import ModelConfig
-from microbert.model.word_vectors import count_neighbours, sample_ids, start_from_neighbours, word_vectors
+from microbert.model.word_vectors import (
+    count_neighbours,
+    mutual_information,
+    sample_ids,
+    start_from_neighbours,
+    word_vectors,
+)
 
 TWO_TOPICS = range(N_SPECIAL, N_SPECIAL + 10), range(N_SPECIAL + 10, N_SPECIAL + 20)
 
@@ -29,6 +35,10 @@ def topics(n_sentences=400, seed=0):
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def information_of(ids, vocab_size):
+    return mutual_information(count_neighbours(ids, vocab_size))
 
 
 def tokens_of(train):
@@ -52,7 +62,7 @@ def test_neighbours_are_all_pairs_of_ordinary_tokens_within_the_window(ids):
 
 
 def test_vectors_of_one_topic_are_alike_and_those_of_two_are_not():
-    vectors = word_vectors(count_neighbours(topics(), 25), 2, seeded(0))
+    vectors = word_vectors(information_of(topics(), 25), 2, seeded(0))
     first, second = (torch.nn.functional.normalize(vectors[list(topic)]) for topic in TWO_TOPICS)
     assert (first @ first.T).min() > 0.5 > -0.5 > (first @ second.T).max()
 
@@ -74,16 +84,16 @@ def test_the_products_of_vectors_are_those_of_exact_singular_vectors(monkeypatch
     known = share > 0
     best[known] -= best[known].mean(axis=0)
     best *= module.RMS / np.sqrt((best[known] ** 2).mean())
-    found = word_vectors(count_neighbours(ids, 30), 4, seeded(0)).numpy()
+    found = word_vectors(information_of(ids, 30), 4, seeded(0)).numpy()
     np.testing.assert_allclose(found @ found.T, best @ best.T, atol=2e-5)  # the vectors themselves are turned
 
 
 @pytest.mark.parametrize("n_embed", [4, 40])  # fewer and more numbers than tokens
 def test_vectors_have_mean_zero_and_a_fixed_size_and_depend_on_the_seed_alone(n_embed):
-    counts = count_neighbours(topics(), 30)
-    vectors = word_vectors(counts, n_embed, seeded(1))
-    assert vectors.shape == (30, n_embed) and torch.equal(vectors, word_vectors(counts, n_embed, seeded(1)))
-    assert not torch.allclose(vectors, word_vectors(counts, n_embed, seeded(2)), atol=1e-3)
+    information = information_of(topics(), 30)
+    vectors = word_vectors(information, n_embed, seeded(1))
+    assert vectors.shape == (30, n_embed) and torch.equal(vectors, word_vectors(information, n_embed, seeded(1)))
+    assert not torch.allclose(vectors, word_vectors(information, n_embed, seeded(2)), atol=1e-3)
     known = vectors[N_SPECIAL : N_SPECIAL + 20]
     assert known.mean(dim=0).abs().max() < 1e-6 and known.pow(2).mean().sqrt().item() == pytest.approx(module.RMS)
     assert not vectors[:N_SPECIAL].any() and not vectors[N_SPECIAL + 20 :].any()
@@ -91,7 +101,7 @@ def test_vectors_have_mean_zero_and_a_fixed_size_and_depend_on_the_seed_alone(n_
 
 @pytest.mark.parametrize("ids", [[2, 7, 3], [2], ([5] * 20 + [6]) * 50])  # of the last, only one pair is informative
 def test_text_without_two_informative_words_gives_no_vectors(ids):
-    assert not word_vectors(count_neighbours(np.array(ids), 10), 4, seeded(0)).any()
+    assert not word_vectors(information_of(np.array(ids), 10), 4, seeded(0)).any()
 
 
 def test_pairs_are_counted_across_the_parts_that_are_in_memory(monkeypatch):

@@ -282,7 +282,7 @@ def test_every_tier_and_the_large_preset_fit_into_24_gb_without_micro_batches(na
 
 
 @few_examples
-@given(budget=st.floats(0.9, 3.0), batch_size=st.integers(1, 500), kind=st.sampled_from(["cpu", "cuda"]))
+@given(budget=st.floats(1.2, 3.0), batch_size=st.integers(1, 500), kind=st.sampled_from(["cpu", "cuda"]))
 def test_the_micro_batches_are_the_fewest_that_fit(budget, batch_size, kind):
     shape = (10_000, 2, 2, 64, 128, batch_size)
 
@@ -346,8 +346,8 @@ def test_the_budget_is_the_smaller_of_constant_and_device():
 
 
 def test_a_model_that_does_not_fit_is_rejected():
-    with pytest.raises(InputError, match="one sequence of 128 tokens needs .* GB with its model, and 1.0 GB are"):
-        plan_memory(constants((50_000, 4, 8, 512, 128, 8), memory_budget_gb=1.0), 50_000, CPU)
+    with pytest.raises(InputError, match="one sequence of 128 tokens needs .* GB with its model, and 1.3 GB are"):
+        plan_memory(constants((50_000, 4, 8, 512, 128, 8), memory_budget_gb=1.3), 50_000, CPU)
 
 
 @pytest.mark.parametrize("kind, budget", [("cuda", 1.0), ("cpu", 0.5)])
