@@ -224,7 +224,7 @@ def test_a_budget_that_is_too_small_is_rejected_at_once(finished, tmp_path):
 
 def test_a_small_budget_uses_smaller_micro_batches_of_the_same_batch(finished, tmp_path):
     copy_text(finished, tmp_path)
-    done = run(flags_of(tmp_path, memory_budget_gb=0.865), V4)
+    done = run(flags_of(tmp_path, memory_budget_gb=1.165), V4)
     assert done.returncode == 0, done.stderr
     assert "times per step" in done.stdout and "steps of 1,024 tokens" in done.stdout
     assert evaluations(tmp_path / "run") == pytest.approx(evaluations(finished / "run"), abs=2e-3)

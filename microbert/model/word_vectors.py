@@ -121,8 +121,11 @@ def word_vectors(
         basis = torch.linalg.qr(torch.sparse.mm(information, basis)).Q
     check_stop()
     left, singular, _ = torch.linalg.svd(torch.sparse.mm(information, basis), full_matrices=False)
-    rotation = torch.linalg.qr(torch.randn(n_embed, n_embed, generator=generator)).Q
-    vectors = left[:, :rank] * singular[:rank].sqrt() @ rotation[:rank]
+    left = left[:, :rank]
+    # The sign of a singular vector depends on rounding, so on threads. The turn that is closest to fixed random numbers
+    # follows it, and the vectors do not change (orthogonal Procrustes problem).
+    turn, _, turned = torch.linalg.svd(left.T @ torch.randn(V, n_embed, generator=generator), full_matrices=False)
+    vectors = left * singular[:rank].sqrt() @ (turn @ turned)
     is_known = torch.zeros(V).index_add_(0, information.indices()[0], information.values()) > 0
     if is_known.sum() < 2:  # a single vector is its own mean
         return torch.zeros_like(vectors)

@@ -99,6 +99,20 @@ def test_vectors_have_mean_zero_and_a_fixed_size_and_depend_on_the_seed_alone(n_
     assert not vectors[:N_SPECIAL].any() and not vectors[N_SPECIAL + 20 :].any()
 
 
+def test_vectors_do_not_depend_on_the_signs_of_singular_vectors(monkeypatch):
+    """Rounding decides these, so they differ between numbers of threads."""
+    information, real = information_of(topics(), 30), torch.linalg.svd
+    expected = word_vectors(information, 8, seeded(1))
+
+    def flipped(matrix, full_matrices):
+        left, singular, right = real(matrix, full_matrices=full_matrices)
+        signs = torch.tensor([-1.0, 1.0]).repeat(len(singular))[: len(singular)]
+        return left * signs, singular, right * signs[:, None]
+
+    monkeypatch.setattr(torch.linalg, "svd", flipped)
+    torch.testing.assert_close(word_vectors(information, 8, seeded(1)), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("ids", [[2, 7, 3], [2], ([5] * 20 + [6]) * 50])  # of the last, only one pair is informative
 def test_text_without_two_informative_words_gives_no_vectors(ids):
     assert not word_vectors(information_of(np.array(ids), 10), 4, seeded(0)).any()
