@@ -161,12 +161,12 @@ def worth_of_pretraining(pretrained: np.ndarray, random: np.ndarray) -> str:
             f"unclear: too few texts to tell whether pretraining helps ({len(difference)} held out, "
             f"at least {FEWEST_TO_COMPARE} are needed)"
         )
-    is_certain = points != 0 and abs(points) >= CERTAIN * error
-    if is_certain and points > 0:
+    if points > 0 and points >= CERTAIN * error:
         return f"pretraining helps: {found}"
-    return (
-        f"pretraining hurts: {found}" if is_certain else f"unclear: {found}, less than {CERTAIN} standard errors"
-    ) + ". Try a longer pretraining, pretraining on more text like these documents, or a wider model (v4)"
+    advice = "Try a longer pretraining, pretraining on more text like these documents, or a wider model (v4)"
+    if points < 0 and -points >= CERTAIN * error:
+        return f"pretraining hurts: {found}. {advice}"
+    return f"unclear: {found}, less than {CERTAIN} standard errors. {advice}"
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -1,10 +1,13 @@
 """Tiny models, rows of tokens and batches for the tests."""
 
+import types
+
 import numpy as np
 import torch
 from hypothesis import settings
 
 from microbert.data.batches import Batch
+from microbert.data.documents import Documents
 from microbert.data.shards import Sequences
 from microbert.data.tokenizer import CLS_ID, N_SPECIAL, PAD_ID, SEP_ID
 from microbert.model.build import new_model
@@ -38,6 +41,12 @@ def token_rows(n, max_seq_len=16, vocab_size=VOCAB_SIZE, seed=0, shortest=1):
 
 def as_sequences(rows):
     return Sequences(rows.astype(np.uint16))
+
+
+def with_text(ids):
+    """Return tokens whose training documents have this text. ids: [I], without special tokens between documents."""
+    no_pieces = np.zeros(0, np.uint64), np.zeros((0, 0, 0), np.int64)
+    return types.SimpleNamespace(train=Documents(ids.astype(np.uint16), *no_pieces, (8,)))
 
 
 def as_batch(rows, sequence_ids=None, epoch=0, real=True):

@@ -55,6 +55,11 @@ class Documents:
         return self.counts.sum(axis=0)
 
     @property
+    def text_ids(self) -> np.ndarray:
+        """The ids of all documents one after the other, without special tokens between them: uint16 or uint32 [I]."""
+        return self.ids
+
+    @property
     def nbytes(self) -> int:
         return self.ids.nbytes + self.pieces.nbytes + self.counts.nbytes
 

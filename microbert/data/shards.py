@@ -42,6 +42,11 @@ class Sequences:
     def nbytes(self) -> int:
         return self.rows.nbytes
 
+    @property
+    def text_ids(self) -> np.ndarray:
+        """The ids of all sequences one after the other, special tokens included: uint16 or uint32 [N * T]."""
+        return self.rows.reshape(-1)
+
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Return sequences by index. ids: [B]; returns int64 [B, T]."""
         return self.rows[ids].astype(np.int64)

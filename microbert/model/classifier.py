@@ -19,7 +19,7 @@ from microbert.model.build import INIT_STD
 from microbert.model.export import RELOAD_TOLERANCE, reload, write_model_files
 from microbert.model.hugging_face import hugging_face_config, to_hugging_face
 from microbert.model.layers import MaskedLanguageModel
-from microbert.runtime.counter_rng import random_bits
+from microbert.runtime.counter_rng import torch_generator
 from microbert.runtime.files import read_json
 
 STOCK_CLASSES = {"bert": "BertForSequenceClassification", "modern": "ModernBertForSequenceClassification"}
@@ -43,7 +43,7 @@ class TextClassifier(nn.Module):
         self.encoder = encoder
         self.pooler = nn.Linear(D, D) if encoder.config.arch == "bert" else None
         self.classifier = nn.Linear(D, n_classes)
-        generator = torch.Generator().manual_seed(int(random_bits(seed, STREAM)[0] >> np.uint64(1)))
+        generator = torch_generator(seed, STREAM)
         for layer in (self.classifier,) if self.pooler is None else (self.pooler, self.classifier):
             nn.init.normal_(layer.weight, 0.0, INIT_STD * (WIDTH / D) ** 0.5, generator=generator)
             nn.init.zeros_(layer.bias)

@@ -6,6 +6,7 @@ multiplication wraps as well; right shifts clear the bits that the sign fills in
 """
 
 import numpy as np
+import torch
 from torch import Tensor
 
 GOLDEN_BITS = 0x9E3779B97F4A7C15
@@ -25,6 +26,11 @@ def random_bits(*counters: int | np.ndarray) -> np.ndarray:
     for counter in counters:
         bits = _mix((bits ^ np.asarray(counter).astype(np.uint64)) + GOLDEN)
     return bits
+
+
+def torch_generator(seed: int, stream: int) -> torch.Generator:
+    """Return PyTorch's generator on the CPU for a stream of a seed. Streams are independent of each other."""
+    return torch.Generator().manual_seed(int(random_bits(seed, stream)[0] >> np.uint64(1)))
 
 
 def uniform(bits: np.ndarray) -> np.ndarray:

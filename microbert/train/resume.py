@@ -28,6 +28,7 @@ def resume_together(
     """Load the checkpoint into model and optimizer of every process, and return its state.
 
     The first process reads the checkpoint, so only its machine needs it, and removes those that the run does not need.
+    Without a checkpoint, it sets the initial word embeddings, and the other processes get its weights.
     Raises InputError if a process has other constants or tokens than the first one, or a newer checkpoint; and what
     `load_checkpoint` raises.
     """

@@ -1,28 +1,19 @@
 """The word embeddings of a new run, from the neighbours of the words in its text."""
 
-import types
-
 import numpy as np
 import pytest
 import torch
 from configs import configure
-from hypothesis import given
-from hypothesis import strategies as st
-from models import VOCAB_SIZE, as_sequences, many_examples, token_rows
+from models import VOCAB_SIZE, with_text
 
-from microbert.data.documents import Documents
+from microbert.data import neighbours
+from microbert.data.neighbours import count_neighbours
 from microbert.data.tokenizer import N_SPECIAL
 from microbert.errors import Stopped
 from microbert.model import word_vectors as module
 from microbert.model.build import build_model
 from microbert.model.layers import ModelConfig
-from microbert.model.word_vectors import (
-    count_neighbours,
-    mutual_information,
-    sample_ids,
-    start_from_neighbours,
-    word_vectors,
-)
+from microbert.model.word_vectors import mutual_information, start_from_neighbours, word_vectors
 
 TWO_TOPICS = range(N_SPECIAL, N_SPECIAL + 10), range(N_SPECIAL + 10, N_SPECIAL + 20)
 
@@ -41,26 +32,6 @@ def information_of(ids, vocab_size):
     return mutual_information(count_neighbours(ids, vocab_size))
 
 
-def tokens_of(train):
-    return types.SimpleNamespace(train=train)
-
-
-def documents_of(ids):
-    return Documents(ids.astype(np.uint16), np.zeros(0, np.uint64), np.zeros((0, 0, 0), np.int64), (8,))
-
-
-@many_examples
-@given(st.lists(st.integers(0, 9), max_size=40))
-def test_neighbours_are_all_pairs_of_ordinary_tokens_within_the_window(ids):
-    expected = np.zeros((10, 10))
-    for i, first in enumerate(ids):
-        for j, second in enumerate(ids):
-            if i != j and abs(i - j) <= module.WINDOW and min(first, second) >= N_SPECIAL:
-                expected[first, second] += 1 / abs(i - j)
-    found = count_neighbours(np.array(ids, np.int64), 10)
-    np.testing.assert_allclose(found.to_dense().numpy(), expected, rtol=1e-5)
-
-
 def test_vectors_of_one_topic_are_alike_and_those_of_two_are_not():
     vectors = word_vectors(information_of(topics(), 25), 2, seeded(0))
     first, second = (torch.nn.functional.normalize(vectors[list(topic)]) for topic in TWO_TOPICS)
@@ -68,7 +39,7 @@ def test_vectors_of_one_topic_are_alike_and_those_of_two_are_not():
 
 
 def test_the_products_of_vectors_are_those_of_exact_singular_vectors(monkeypatch):
-    monkeypatch.setattr(module, "WINDOW", 1)
+    monkeypatch.setattr(neighbours, "WINDOW", 1)
     ids = np.random.default_rng(1).integers(N_SPECIAL, 30, 3000) ** 2 // 30  # some pairs more frequent than others
     counts = count_neighbours(ids, 30).to_dense().double().numpy()
     share = counts.sum(axis=1) / counts.sum()
@@ -118,12 +89,6 @@ def test_text_without_two_informative_words_gives_no_vectors(ids):
     assert not word_vectors(information_of(np.array(ids), 10), 4, seeded(0)).any()
 
 
-def test_pairs_are_counted_across_the_parts_that_are_in_memory(monkeypatch):
-    whole = count_neighbours(topics(), 25).to_dense()
-    monkeypatch.setattr(module, "COUNTED_IDS", 7)
-    torch.testing.assert_close(count_neighbours(topics(), 25).to_dense(), whole)
-
-
 @pytest.mark.parametrize("calls", range(1, 8))
 def test_a_stop_ends_the_work(calls):
     left = iter(range(calls))
@@ -134,26 +99,13 @@ def test_a_stop_ends_the_work(calls):
 
     model = build_model(ModelConfig(VOCAB_SIZE, 1, 2, 8, 16, arch="modern"), 0)
     with pytest.raises(Stopped):
-        start_from_neighbours(
-            model, tokens_of(documents_of(topics())), configure(embedding_init="neighbours"), check_stop
-        )
-
-
-def test_a_sample_comes_from_all_of_the_text(monkeypatch):
-    monkeypatch.setattr(module, "SLICE", 10)
-    monkeypatch.setattr(module, "MOST_IDS", 60)
-    ids = np.arange(1005)
-    found = sample_ids(tokens_of(documents_of(ids))).reshape(6, 10)
-    assert (np.diff(found) == 1).all() and (np.diff(found[:, 0]) > 100).all() and (found[:, 0] % 10 == 0).all()
-    assert sample_ids(tokens_of(documents_of(ids[:25]))).tolist() == list(range(25))
-    rows = token_rows(3, max_seq_len=8)
-    assert sample_ids(tokens_of(as_sequences(rows))).tolist() == rows.ravel().tolist()
+        start_from_neighbours(model, with_text(topics()), configure(embedding_init="neighbours"), check_stop)
 
 
 @pytest.mark.parametrize("arch", ["bert", "modern"])
 def test_words_with_neighbours_start_from_them_and_all_share_a_vector_where_the_constant_says_so(arch):
     config = ModelConfig(VOCAB_SIZE, 1, 2, 8, 16, arch=arch)
-    tokens, random = tokens_of(documents_of(topics())), build_model(config, 0).output_weight.detach()
+    tokens, random = with_text(topics()), build_model(config, 0).output_weight.detach()
     model, again, other = (build_model(config, 0) for _ in range(3))
     start_from_neighbours(model, tokens, configure(embedding_init="random"))
     assert torch.equal(model.output_weight, random)
