@@ -51,6 +51,11 @@ class Sequences:
         """Return sequences by index. ids: [B]; returns int64 [B, T]."""
         return self.rows[ids].astype(np.int64)
 
+    def sample(self, at_most: int) -> "Sequences":
+        """Return these sequences, or that many of them at even distances, copied into memory."""
+        n = len(self)
+        return self if n <= at_most else Sequences(self.rows[np.arange(at_most) * n // at_most])
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:

@@ -47,9 +47,12 @@ class Metrics:
                     self._tensorboard.add_scalar(name, value, line["step"])
             self._tensorboard.flush()
 
-    def has_evaluation(self, step: int) -> bool:
-        """Return whether an evaluation at this step is recorded."""
-        return any(line["step"] == step and "eval/loss" in line for line in self.lines)
+    def has_evaluation(self, step: int, n_sequences: int) -> bool:
+        """Return whether an evaluation on that many sequences at this step is recorded."""
+        return any(
+            line["step"] == step and "eval/loss" in line and line.get("eval/sequences", n_sequences) == n_sequences
+            for line in self.lines
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

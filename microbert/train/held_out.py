@@ -24,6 +24,7 @@ class Evaluation:
 
     loss: float
     accuracy: float
+    sequences: int
     seconds: float
 
 
@@ -31,7 +32,7 @@ class Evaluation:
 def evaluate(
     learner: Learner, held_out: Sequences, run: Run, n_batches: int | None = None
 ) -> tuple[Evaluation | None, list[int]]:
-    """Evaluate all held-out sequences, always with the same masks.
+    """Evaluate these held-out sequences, always with the same masks.
 
     n_batches: at most, of each process; None for all. Returns the result and the ranks that received a signal
     meanwhile; if there are any, the result is None. Raises Failed if no token can be masked.
@@ -56,19 +57,19 @@ def evaluate(
         return None, np.flatnonzero(stopping).tolist()
     if not counts.sum():
         raise Failed(f"the held-out text has no token to mask: delete {run.config.cache_dir} and start again")
-    return Evaluation(losses.sum() / counts.sum(), corrects.sum() / counts.sum(), seconds[0]), []
+    return Evaluation(losses.sum() / counts.sum(), corrects.sum() / counts.sum(), len(held_out), seconds[0]), []
 
 
 def estimate_evaluation(learner: Learner, held_out: Sequences, run: Run) -> float:
-    """Return the estimated seconds of an evaluation, the same in all processes; 0.0 if a signal interrupts it."""
+    """Return the estimated seconds to evaluate a sequence, the same in all processes; 0.0 if a signal interrupts it."""
     seconds = []
     for _ in range(1 + TIMES):
         result, _ = evaluate(learner, held_out, run, n_batches=1)
         if result is None:
             return 0.0
         seconds.append(result.seconds)
-    n_batches = -(-len(held_out) // (learner.sizes.evaluation * run.world.size))
-    return n_batches * min(seconds[1:])  # the first batch also loads what the device needs
+    # the first batch also loads what the device needs
+    return min(seconds[1:]) / (learner.sizes.evaluation * run.world.size)
 
 
 def _sums(learner: Learner, held_out: Sequences, run: Run, n_batches: int | None) -> tuple[float, int, int]:

@@ -78,7 +78,8 @@ class TrainingLog:
 
     def write_evaluation(self, result: Evaluation, health: Health | None) -> None:
         """Write a line of metrics of an evaluation, and print it. health: None if it was not looked at."""
-        self._write({"eval/loss": result.loss, "eval/accuracy": result.accuracy} | (health.metrics() if health else {}))
+        values = {"eval/loss": result.loss, "eval/accuracy": result.accuracy, "eval/sequences": result.sequences}
+        self._write(values | (health.metrics() if health else {}))
         of_steps = f"/{self._progress.steps}" if self._config.max_minutes is None else ""
         self._bar.write(
             f"step {self._state.step:>6}{of_steps}  held-out loss {result.loss:.4f}  accuracy {result.accuracy:.1%}"

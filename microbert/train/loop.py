@@ -19,7 +19,7 @@ from microbert.config.learning_rate import explain_learning_rate, peak_learning_
 from microbert.config.terminal import counted
 from microbert.data.masking import EVALUATION_PROBABILITY, mask_batch
 from microbert.data.row_lengths import describe_rows, describe_step
-from microbert.data.shards import Tokens
+from microbert.data.shards import Sequences, Tokens
 from microbert.data.training_rows import TrainingRows, training_rows
 from microbert.errors import Diverged, Failed, Stopped
 from microbert.model.build import unigram_entropy
@@ -39,6 +39,7 @@ from microbert.train.schedule import learning_rate_share, sum_of_learning_rates
 from microbert.train.step import Learner, Step
 
 LINES_PER_RUN = 100  # of training metrics, at most
+SAMPLE_SEQUENCES = 1024  # held-out sequences of an evaluation before the end, in a run with max_minutes
 # sum of the learning rates times n_embed: v1 (4 dimensions) stays at unigram entropy at a sum of 0.05, and learns at
 # 0.5; v4 (128 dimensions) learns at 0.04
 TOO_SHORT_A_REACH, ENOUGH_REACH = 0.4, 4.0
@@ -69,7 +70,8 @@ def train(run: Run, checkpoint: Path | None, model: MaskedLanguageModel, tokens:
         with progress_bar(total, state.step, "training", " steps", shown=world.is_first) as bar:
             log = TrainingLog(run, state, progress, rows, bar)
             health_check = HealthCheck(model, config, tokens, learner.sizes)
-            _Training(run, state, progress, learner, tokens, rows, tokenizer, log, health_check).loop()
+            sample = tokens.held_out.sample(SAMPLE_SEQUENCES)
+            _Training(run, state, progress, learner, tokens, sample, rows, tokenizer, log, health_check).loop()
         peak_gb = _peak_gb(learner)
     except RuntimeError as error:
         if not out_of_memory(error) and (lost := lost_process(error)):
@@ -92,6 +94,7 @@ class _Training:
     progress: Progress
     learner: Learner
     tokens: Tokens
+    sample: Sequences
     rows: TrainingRows
     tokenizer: Tokenizer
     log: TrainingLog
@@ -136,29 +139,40 @@ class _Training:
         """Evaluate before the first step, if that is due, and set the position. Return the ranks to stop."""
         state, progress, world = self.state, self.progress, self.run.world
         if self.run.config.max_minutes is not None:
-            eval_seconds = estimate_evaluation(self.learner, self.tokens.held_out, self.run)
+            seconds = estimate_evaluation(self.learner, self.tokens.held_out, self.run)
             look, table = world.gather(*(self.health_check.estimate() if world.is_first else (0.0, 0.0)))[0].tolist()
-            progress.reserve_evaluation(eval_seconds + look, world.gather(self.log.seconds())[0, 0], table)
-        is_evaluated = world.gather(self.log.metrics.has_evaluation(state.step))[0, 0]
+            self.time_evaluations(seconds, look)
+            progress.reserve_evaluation(progress.eval_seconds, world.gather(self.log.seconds())[0, 0], table)
         is_eval_due = progress.is_due(state.step, self.run.config.eval_every, progress.evaluations())
         progress.begin(state.step, world.gather(self.log.seconds())[0, 0])
+        is_evaluated = world.gather(self.log.metrics.has_evaluation(state.step, len(self.to_evaluate())))[0, 0]
         if is_evaluated or not (is_eval_due or progress.is_over):
             return []
         stopping = self.evaluate()
         progress.begin(state.step, world.gather(self.log.seconds())[0, 0])
         return stopping
 
+    def to_evaluate(self) -> Sequences:
+        """Return the held-out sequences to evaluate now: a sample before the end of a run with max_minutes."""
+        return self.tokens.held_out if self.run.config.max_minutes is None or self.progress.is_over else self.sample
+
+    def time_evaluations(self, seconds: float, look_seconds: float) -> None:
+        """Take over how long evaluations take. seconds: to evaluate a sequence. look_seconds: of `look`."""
+        self.progress.sample_seconds = seconds * len(self.sample) + look_seconds
+        self.progress.eval_seconds = seconds * len(self.tokens.held_out) + look_seconds
+
     def evaluate(self) -> list[int]:
         """Evaluate, log it and return the ranks that received a signal meanwhile."""
         state = self.state
         self.learner.sizes.step = state.step
-        result, stopping = evaluate(self.learner, self.tokens.held_out, self.run)
+        result, stopping = evaluate(self.learner, self.to_evaluate(), self.run)
         if result is not None:
-            if result.loss < state.best_eval_loss:
+            # a loss on a sample is not compared with one on all
+            if result.sequences == len(self.tokens.held_out) and result.loss < state.best_eval_loss:
                 state.best_eval_loss, state.best_step = result.loss, state.step
             state.last_eval_loss, state.last_eval_accuracy = result.loss, result.accuracy
             health, seconds = self.look()
-            self.progress.eval_seconds = result.seconds + seconds
+            self.time_evaluations(result.seconds / result.sequences, seconds)
             self.log.write_evaluation(result, health)
             if health is not None:
                 is_warmed_up = self.progress.position > self.run.config.warmup_ratio * self.progress.steps
@@ -237,9 +251,10 @@ def _announce(run: Run, device: torch.device, steps: int, uniform_loss: float, u
 def _print_outcome(
     run: Run, state: State, tokens: Tokens, unigram_loss: float, peak_gb: float, is_resumed: bool
 ) -> None:
+    best = f" at the end, {state.best_eval_loss:.4f} at best (step {state.best_step})"
     print(
-        f"held-out loss: {state.last_eval_loss:.4f} at the end, {state.best_eval_loss:.4f} at best "
-        f"(step {state.best_step}); accuracy {state.last_eval_accuracy:.1%}, "
+        f"held-out loss: {state.last_eval_loss:.4f}{best if state.best_step != state.step else ''}; "
+        f"accuracy {state.last_eval_accuracy:.1%}, "
         f"{tokens.corpus_counts.bits_per_byte(state.last_eval_loss):.3f} bits per byte of text"
     )
     print(

@@ -17,15 +17,15 @@ EVALUATIONS_SHARE = 0.1  # of the time that max_minutes leaves, at most
 class Progress:
     """The position of a run, and what is due there.
 
-    prepared_seconds: from the start of the run to its first step. eval_seconds: of one evaluation, 0.0 if unknown.
-    loading_seconds: to load the libraries of the export.
+    prepared_seconds: from the start of the run to its first step. loading_seconds: to load the libraries of the export.
+    eval_seconds: of the evaluation at the end, 0.0 if unknown. sample_seconds: of each one before, likewise.
     """
 
     def __init__(self, config: Config, steps: int, step: int, prepared_seconds: float, loading_seconds: float) -> None:
         """Raise InputError if max_minutes leaves no time to train."""
         self.steps, self.position = steps, float(step)
         self._before = float(step) - 1  # so that what was due at this step still is
-        self._config, self.eval_seconds = config, 0.0
+        self._config, self.eval_seconds, self.sample_seconds = config, 0.0, 0.0
         self._seconds: float | None = None
         self._idle_seconds = self._table_seconds = 0.0
         if config.max_minutes is not None:
@@ -94,9 +94,9 @@ class Progress:
 
     def evaluations(self) -> int:
         """Return the number of evaluations in a run whose eval_every is None."""
-        if self._seconds is None or not self.eval_seconds:
+        if self._seconds is None or not self.sample_seconds:
             return POINTS_PER_RUN
-        return max(1, min(POINTS_PER_RUN, int(EVALUATIONS_SHARE * self._seconds / self.eval_seconds)))
+        return max(1, min(POINTS_PER_RUN, int(EVALUATIONS_SHARE * self._seconds / self.sample_seconds)))
 
 
 def duration(seconds: float) -> str:

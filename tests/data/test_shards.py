@@ -8,9 +8,21 @@ import os
 import numpy as np
 import pytest
 from helpers import listing, write_corpus
+from hypothesis import given
+from hypothesis import strategies as st
 from prepared import all_rows, prepare, prepare_as_in_a_run, small_blocks
 
+from microbert.data.shards import Sequences
 from microbert.errors import InputError, Stopped
+
+
+@given(st.integers(1, 50), st.integers(1, 60))
+def test_a_sample_is_spread_evenly(n, at_most):
+    rows = np.arange(n, dtype=np.uint16)[:, None]
+    sample = Sequences(rows).sample(at_most).rows[:, 0].astype(int)
+    assert len(sample) == min(n, at_most) and sample[0] == 0
+    distances = np.diff([*sample, n])
+    assert distances.min() >= 1 and distances.max() - distances.min() <= 1
 
 
 @pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "held_out_documents.bin"])

@@ -49,6 +49,21 @@ def test_a_run_learns_a_predictable_text(tmp_path, monkeypatch, capfd):
     assert "warning" not in capfd.readouterr().out
 
 
+def test_a_run_with_a_time_limit_evaluates_a_sample_before_the_end(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("microbert.train.loop.SAMPLE_SEQUENCES", 3)
+    assert run_here(small_flags(tmp_path, max_minutes=60, eval_every=10), monkeypatch) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    *before, last = [line for line in lines if "eval/loss" in line]
+    assert len(before) > 1 and {line["eval/sequences"] for line in before} == {3}
+    n_held_out = int(re.search(r"(\d+) held out\n", capfd.readouterr().out)[1])
+    assert last["eval/sequences"] == n_held_out > 3
+    # the same run without a limit ends with the same loss, on the same sequences
+    assert run_here([*small_flags(tmp_path, eval_every=10), "--output-dir", str(tmp_path / "whole")], monkeypatch) == 0
+    assert evaluations(tmp_path / "whole")[-1] == last["eval/loss"]
+    assert evaluations(tmp_path / "whole")[0] != before[0]["eval/loss"]
+    assert re.search(rf"held-out loss: {last['eval/loss']:.4f}[;\n ]", capfd.readouterr().out)
+
+
 def test_a_learning_rate_too_low_to_learn_is_a_warning(tmp_path, monkeypatch, capfd):
     alternating_corpus(tmp_path)
     assert run_here([*small_flags(tmp_path), "--lr-scaling", "none"], monkeypatch) == 0

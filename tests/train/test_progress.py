@@ -65,7 +65,7 @@ def test_all_processes_use_the_clock_of_the_first_one():
 @pytest.mark.parametrize("eval_seconds, evaluations", [(0.0, 10), (1.0, 8), (5.0, 1), (1000.0, 1), (0.01, 10)])
 def test_evaluations_use_a_small_share_of_the_time(eval_seconds, evaluations):
     progress = progress_of(configure(max_minutes=(80 + EXPORT_SECONDS) / 60), 100)
-    progress.eval_seconds = eval_seconds
+    progress.sample_seconds = eval_seconds
     assert progress.evaluations() == evaluations
 
 
@@ -78,6 +78,7 @@ def simulate(minutes, step_seconds, eval_seconds, prepared_seconds=2.0, loading_
     """Simulate a run. Return the seconds in steps, those from start to export, and the positions of its steps."""
     progress = progress_of(configure(max_minutes=minutes), 10_000, prepared_seconds, loading_seconds)
     clock, in_steps, positions = 0.0, 0.0, []
+    progress.sample_seconds = eval_seconds
     progress.reserve_evaluation(eval_seconds, clock)
     if progress.is_due(0, None, progress.evaluations()):
         clock += eval_seconds
