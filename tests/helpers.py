@@ -152,8 +152,8 @@ def _enter(cwd: Path | None, env: dict[str, str] | None) -> None:
     if env is not None:
         os.environ.clear()
         os.environ.update(env)
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("huggingface_hub", "transformers")]:
-            del sys.modules[name]  # they read the environment when they are loaded
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]  # it reads the environment when it is loaded; transformers keeps the first one
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen, limit: float = TIME_LIMIT) -> None:
@@ -214,6 +214,7 @@ FORKS.set_forkserver_preload(
         "tokenizers",
         "torch._dynamo",
         "transformers.models.bert.modeling_bert",
+        "tests.preloaded",
     ]
 )
 

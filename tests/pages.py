@@ -36,6 +36,7 @@ SHORT = {
     r"pytest -m (gpu|pages)": "--collect-only -q -n 0 tests/test_gpu.py tests/test_commands.py",
     r"pytest": "--collect-only -q -n 0 tests/faults/test_crash_and_resume.py",
     r"DRY_RUN=1|advise|fill_mask|microbert\.plot": "",
+    r"pretrain_v4.*--dry-run": ONE_LAYER,
     r"--dry-run": "--overwrite",
     r"--prepare-only": f"{SMALL} --output-dir runs/prepared",
     r"microbert\.evaluate": "--documents 20",
@@ -54,7 +55,7 @@ SHORT = {
     r"recipe\.py": "--max-steps 2 --seeds 42 --variants 'dropout 0.1'",
     r"scaling\.py": "--rounds 1 --steps 2",
     r"soak\.py": "--minutes 0.01 --scripts v1",
-    r"time_to_loss\.py": f"--minutes 0.1 --search-minutes 0.03 {SMALL} --n-layers 1 --max-seq-len 32",
+    r"time_to_loss\.py": f"--minutes 0.05 --search-minutes 0.02 {SMALL} --n-layers 1 --max-seq-len 32",
 }
 FOR_THIS_MACHINE = {"--nproc-per-node=8": "--nproc-per-node=2", "--nproc_per_node=8": "--nproc_per_node=2"}
 # by picture of docs/: the command that draws it, and the file that the command writes

@@ -375,4 +375,5 @@ def _distinct_words(letters: list[bytes], starts: list[np.ndarray]) -> tuple[np.
         pa.large_binary(), len(all_offsets) - 1, [None, pa.py_buffer(all_offsets), pa.py_buffer(b"".join(letters))]
     )
     distinct = words.dictionary_encode()
-    return distinct.indices.to_numpy(), distinct.dictionary.to_pylist()
+    # to_numpy would import pandas, which takes half a second
+    return np.from_dlpack(distinct.indices), distinct.dictionary.to_pylist()

@@ -5,27 +5,33 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import time
 
 import numpy as np
 import psutil
 import pytest
-from helpers import TIME_LIMIT, listing, patched_script, run, small_flags, start, wait_until, write_corpus
+from helpers import (
+    TIME_LIMIT,
+    end_of,
+    fork,
+    listing,
+    patched_script,
+    run,
+    small_flags,
+    start,
+    wait_until,
+    write_corpus,
+)
 from prepared import all_rows, prepare, prepare_with_stops, write_texts, write_texts_in
 
+from microbert.data import corpus as corpus_module
 from microbert.data import prepare as prepare_module
 from microbert.data.corpus import clean
 from microbert.data.tokenizer import N_SPECIAL
 from microbert.errors import InputError
+from microbert.runtime import workers
 
 N_KILLS = 6
-IN_SMALL_BLOCKS = """from microbert.data import corpus as documents
-documents.READ_ROWS = 50
-from microbert.data import prepare
-from microbert.runtime import workers
-prepare.BLOCK_CHARACTERS = 60_000
-workers.WORTH_MEGABYTES = 0  # encode in processes"""
 
 
 def test_at_most_about_ten_thousand_documents_are_held_out(tmp_path, monkeypatch):
@@ -116,11 +122,17 @@ def test_text_from_which_nothing_can_be_held_out_is_refused_with_the_reason(tmp_
         prepare(tmp_path)
 
 
-def start_in_small_blocks(folder):
+def in_small_blocks():
+    corpus_module.READ_ROWS = 50
+    prepare_module.BLOCK_CHARACTERS = 60_000
+    workers.WORTH_MEGABYTES = 0  # encode in processes
+
+
+def fork_in_small_blocks(folder):
     flags = small_flags(
         folder, dataset="imdb", max_samples=1500, vocab_size=3000, max_seq_len=64, packing=True, prepare_only=True
     )
-    return start(flags, patched_script(folder.parent / "in_small_blocks.py", IN_SMALL_BLOCKS))
+    return fork(flags, folder.parent / "log", in_small_blocks)
 
 
 def results(folder):
@@ -133,24 +145,26 @@ def test_kills_at_random_times_do_not_change_the_result(tmp_path):
     def n_blocks():
         return len(list((tmp_path / "killed").rglob("block-*.json")))
 
-    assert start_in_small_blocks(tmp_path / "whole").wait(TIME_LIMIT) == 0
+    (tmp_path / "whole").mkdir()
+    assert end_of(fork_in_small_blocks(tmp_path / "whole")) == 0
     whole, rng, kills, blocks = results(tmp_path / "whole"), random.Random(1), 0, set()
     while kills < N_KILLS:
-        process = start_in_small_blocks(tmp_path / "killed")
+        (tmp_path / "killed").mkdir(exist_ok=True)
+        process = fork_in_small_blocks(tmp_path / "killed")
         wanted = n_blocks() + rng.randint(0, 6)  # blocks, not seconds: a busy machine may not have begun by then
-        while process.poll() is None and n_blocks() < wanted:
+        while process.is_alive() and n_blocks() < wanted:
             time.sleep(0.01)
-        try:
-            process.communicate(timeout=rng.uniform(0, 0.2))
-            assert results(tmp_path / "killed") == whole
-            shutil.rmtree(tmp_path / "killed")
-        except subprocess.TimeoutExpired:
+        process.join(rng.uniform(0, 0.2))
+        if process.is_alive():
             process.kill()
-            process.communicate()
+            process.join()
             kills += 1
             blocks.add(n_blocks())
+        else:
+            assert end_of(process) == 0 and results(tmp_path / "killed") == whole
+            shutil.rmtree(tmp_path / "killed")
     assert len(blocks) > 2, "some kills must occur while blocks are written"
-    assert start_in_small_blocks(tmp_path / "killed").wait(TIME_LIMIT) == 0
+    assert end_of(fork_in_small_blocks(tmp_path / "killed")) == 0
     assert results(tmp_path / "killed") == whole
     assert not [
         path

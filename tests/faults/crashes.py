@@ -2,6 +2,7 @@
 
 import builtins
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -40,21 +41,15 @@ def without_kernels():
 
 
 class Points:
-    """The points of the second save that change the disk. At number `kill_at`, the process is killed."""
+    """The points of the second save that change the disk. At each, the run's folder is copied."""
 
-    def __init__(self, kill_at, path):
-        """path: of a file to which the names of the points are written."""
-        self.kill_at, self.path, self.count, self.is_second_save = kill_at, path, 0, False
-        path.write_text("")
+    def __init__(self, copies):
+        self.copies, self.folder, self.count = copies, None, 0  # the folder of the run during the second save
 
     def reach(self, name):
-        if not self.is_second_save:
-            return
-        self.count += 1
-        with builtins.open(self.path, "a") as file:
-            file.write(f"{name}\n")
-        if self.count == self.kill_at:
-            kill()
+        if self.folder is not None:
+            self.count += 1
+            shutil.copytree(self.folder, self.copies / f"{self.count:02} {name}")
 
     def before(self, name, real):
         """Return the function with a point before it."""
@@ -88,18 +83,19 @@ class HalfWritten:
         self.file.close()
 
 
-def die_in_second_save(kill_at, path):
-    """Kill the process at point number `kill_at` of the second save: within a write, or before another change.
+def copy_during_second_save(copies):
+    """Copy the folder of the run as a kill would leave it: within each write, and before each other change.
 
-    path: as for Points.
+    The second save has these points. copies: the folder of the copies, named by the number and the kind of the point.
     """
     without_kernels()
-    real_save, points = microbert.train.checkpoint.save_checkpoint, Points(kill_at, path)
+    real_save, points = microbert.train.checkpoint.save_checkpoint, Points(copies)
 
     def save(*arguments):
-        points.is_second_save = bool(list(arguments[0].folder.glob("checkpoint-*")))
+        folder = arguments[0].folder
+        points.folder = folder if list(folder.glob("checkpoint-*")) else None
         real_save(*arguments)
-        points.is_second_save = False
+        points.folder = None
 
     def open_half_written(path, mode="r", **options):
         file = real_open(path, mode, **options)
