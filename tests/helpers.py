@@ -153,7 +153,7 @@ def _enter(cwd: Path | None, env: dict[str, str] | None) -> None:
         os.environ.clear()
         os.environ.update(env)
         for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
-            del sys.modules[name]  # it reads the environment when it is loaded; transformers keeps the first one
+            del sys.modules[name]  # it reads the environment when it is loaded; transformers stays as it is
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen, limit: float = TIME_LIMIT) -> None:

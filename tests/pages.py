@@ -67,7 +67,7 @@ MADE_BY = {
         "mlm_pretrain_v4.py --vocab-size 10000 --max-minutes 20 --output-dir runs/first",
         "runs/first/training_curve.png",
     ),
-    "v4_loss_by_length.png": ("microbert.evaluate runs/small", "runs/small/loss_by_length.png"),
+    "v4_loss_by_length.png": ("microbert.evaluate runs/first", "runs/first/loss_by_length.png"),
     "learning_rate.png": ("benchmarks/learning_rate.py", "learning_rate.png"),
     "time_to_loss.png": ("benchmarks/time_to_loss.py", "time_to_loss.png"),
 }

@@ -31,7 +31,7 @@ DTYPES: dict[str, type[np.unsignedinteger]] = {"uint16": np.uint16, "uint32": np
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """The sequences of one split. rows: uint16 or uint32 [N, T], memory-mapped."""
+    """The sequences of one split. rows: uint16 or uint32 [N, T], memory-mapped unless they are a sample."""
 
     rows: np.ndarray
 
@@ -52,7 +52,7 @@ class Sequences:
         return self.rows[ids].astype(np.int64)
 
     def sample(self, at_most: int) -> "Sequences":
-        """Return these sequences, or that many of them at even distances, copied into memory."""
+        """Return these sequences, or that many of them, evenly spaced, copied into memory."""
         n = len(self)
         return self if n <= at_most else Sequences(self.rows[np.arange(at_most) * n // at_most])
 

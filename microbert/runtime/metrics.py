@@ -47,12 +47,13 @@ class Metrics:
                     self._tensorboard.add_scalar(name, value, line["step"])
             self._tensorboard.flush()
 
-    def has_evaluation(self, step: int, n_sequences: int) -> bool:
-        """Return whether an evaluation on that many sequences at this step is recorded."""
-        return any(
-            line["step"] == step and "eval/loss" in line and line.get("eval/sequences", n_sequences) == n_sequences
-            for line in self.lines
-        )
+    def evaluation(self, step: int, n_sequences: int) -> dict[str, float] | None:
+        """Return the line of an evaluation at this step on at least so many sequences; None if there is none.
+
+        Lines of earlier versions do not say how many: they read all.
+        """
+        found = [line for line in self.lines if line["step"] == step and "eval/loss" in line]
+        return next((line for line in found if line.get("eval/sequences", n_sequences) >= n_sequences), None)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -20,7 +20,10 @@ TIMES = 3  # timings of a batch; the fastest is the least disturbed by other pro
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per masked token. accuracy: share of masked tokens predicted correctly. seconds: duration."""
+    """loss: nats per masked token. accuracy: share of masked tokens predicted correctly. seconds: duration.
+
+    sequences: how many could be read, whatever n_batches was.
+    """
 
     loss: float
     accuracy: float
@@ -61,15 +64,19 @@ def evaluate(
 
 
 def estimate_evaluation(learner: Learner, held_out: Sequences, run: Run) -> float:
-    """Return the estimated seconds to evaluate a sequence, the same in all processes; 0.0 if a signal interrupts it."""
+    """Return the estimated seconds of a round (`rounds`), the same in all processes; 0.0 if a signal interrupts it."""
     seconds = []
     for _ in range(1 + TIMES):
         result, _ = evaluate(learner, held_out, run, n_batches=1)
         if result is None:
             return 0.0
         seconds.append(result.seconds)
-    # the first batch also loads what the device needs
-    return min(seconds[1:]) / (learner.sizes.evaluation * run.world.size)
+    return min(seconds[1:])  # the first batch also loads what the device needs
+
+
+def rounds(n_sequences: int, learner: Learner, run: Run) -> int:
+    """Return how many batches the first process reads when this many sequences are evaluated."""
+    return -(-n_sequences // (learner.sizes.evaluation * run.world.size))
 
 
 def _sums(learner: Learner, held_out: Sequences, run: Run, n_batches: int | None) -> tuple[float, int, int]:

@@ -31,7 +31,7 @@ from microbert.runtime.metrics import draw_training_curve, progress_bar
 from microbert.runtime.run import Run, stopped_by
 from microbert.train.checkpoint import State, save_checkpoint
 from microbert.train.health_check import Health, HealthCheck
-from microbert.train.held_out import estimate_evaluation, evaluate
+from microbert.train.held_out import estimate_evaluation, evaluate, rounds
 from microbert.train.log import TrainingLog
 from microbert.train.progress import Progress, duration
 from microbert.train.resume import resume_together
@@ -132,6 +132,8 @@ class _Training:
                 stopping = self.evaluate()
             if is_save_due:
                 self.save()
+        if not stopping and not self.is_evaluated():  # the time ran out during an evaluation of the sample
+            stopping = self.evaluate()
         if stopping:
             self.save_and_stop()
 
@@ -141,12 +143,11 @@ class _Training:
         if self.run.config.max_minutes is not None:
             seconds = estimate_evaluation(self.learner, self.tokens.held_out, self.run)
             look, table = world.gather(*(self.health_check.estimate() if world.is_first else (0.0, 0.0)))[0].tolist()
-            self.time_evaluations(seconds, look)
-            progress.reserve_evaluation(progress.eval_seconds, world.gather(self.log.seconds())[0, 0], table)
+            self.set_eval_seconds(seconds, look)
+            progress.reserve_table(table, world.gather(self.log.seconds())[0, 0])
         is_eval_due = progress.is_due(state.step, self.run.config.eval_every, progress.evaluations())
         progress.begin(state.step, world.gather(self.log.seconds())[0, 0])
-        is_evaluated = world.gather(self.log.metrics.has_evaluation(state.step, len(self.to_evaluate())))[0, 0]
-        if is_evaluated or not (is_eval_due or progress.is_over):
+        if self.is_evaluated() or not (is_eval_due or progress.is_over):
             return []
         stopping = self.evaluate()
         progress.begin(state.step, world.gather(self.log.seconds())[0, 0])
@@ -156,23 +157,35 @@ class _Training:
         """Return the held-out sequences to evaluate now: a sample before the end of a run with max_minutes."""
         return self.tokens.held_out if self.run.config.max_minutes is None or self.progress.is_over else self.sample
 
-    def time_evaluations(self, seconds: float, look_seconds: float) -> None:
-        """Take over how long evaluations take. seconds: to evaluate a sequence. look_seconds: of `look`."""
-        self.progress.sample_seconds = seconds * len(self.sample) + look_seconds
-        self.progress.eval_seconds = seconds * len(self.tokens.held_out) + look_seconds
+    def is_evaluated(self) -> bool:
+        """Return whether the evaluation of this step is recorded, and set the state to it, which may not be saved."""
+        n_sequences = len(self.to_evaluate())
+        line = self.log.metrics.evaluation(self.state.step, n_sequences)  # in the first process
+        if line is not None:
+            self.set_result(line["eval/loss"], line["eval/accuracy"], n_sequences)
+        return bool(self.run.world.gather(line is not None)[0, 0])
+
+    def set_result(self, loss: float, accuracy: float, n_sequences: int) -> None:
+        """Set the last evaluation of the state, and the best one. A loss on the sample is not compared with others."""
+        state = self.state
+        if n_sequences == len(self.tokens.held_out) and loss < state.best_eval_loss:
+            state.best_eval_loss, state.best_step = loss, state.step
+        state.last_eval_loss, state.last_eval_accuracy = loss, accuracy
+
+    def set_eval_seconds(self, seconds: float, look_seconds: float) -> None:
+        """Update how long evaluations are expected to take. seconds: of a round. look_seconds: of `look`."""
+        for_sample, for_all = (rounds(len(one), self.learner, self.run) for one in (self.sample, self.tokens.held_out))
+        self.progress.sample_seconds = seconds * for_sample + look_seconds
+        self.progress.eval_seconds = seconds * for_all + look_seconds
 
     def evaluate(self) -> list[int]:
         """Evaluate, log it and return the ranks that received a signal meanwhile."""
-        state = self.state
-        self.learner.sizes.step = state.step
+        self.learner.sizes.step = self.state.step
         result, stopping = evaluate(self.learner, self.to_evaluate(), self.run)
         if result is not None:
-            # a loss on a sample is not compared with one on all
-            if result.sequences == len(self.tokens.held_out) and result.loss < state.best_eval_loss:
-                state.best_eval_loss, state.best_step = result.loss, state.step
-            state.last_eval_loss, state.last_eval_accuracy = result.loss, result.accuracy
+            self.set_result(result.loss, result.accuracy, result.sequences)
             health, seconds = self.look()
-            self.time_evaluations(result.seconds / result.sequences, seconds)
+            self.set_eval_seconds(result.seconds / rounds(result.sequences, self.learner, self.run), seconds)
             self.log.write_evaluation(result, health)
             if health is not None:
                 is_warmed_up = self.progress.position > self.run.config.warmup_ratio * self.progress.steps

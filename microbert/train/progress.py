@@ -39,14 +39,14 @@ class Progress:
                     "saved: the same command has more time now"
                 )
 
-    def reserve_evaluation(self, eval_seconds: float, seconds: float, table_seconds: float = 0.0) -> None:
-        """Reserve the time for the evaluation at the end, and for the table by length that follows it.
+    def reserve_table(self, table_seconds: float, seconds: float) -> None:
+        """Reserve the time for the table by length that follows the evaluation at the end, after `eval_seconds` is set.
 
-        seconds: time of the run so far, without the preparation. Raises InputError if that leaves a new run no time to
+        seconds: time of the run so far, without the preparation. Raises InputError if both leave a new run no time to
         train.
         """
-        self.eval_seconds, self._table_seconds = eval_seconds, table_seconds
-        needed = eval_seconds + table_seconds
+        self._table_seconds = table_seconds
+        needed = self.eval_seconds + table_seconds
         if self._seconds is not None and self.position == 0 and seconds + needed >= self._seconds:
             left = max(0.0, self._seconds - seconds)
             raise InputError(

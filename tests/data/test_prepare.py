@@ -24,8 +24,8 @@ from helpers import (
 )
 from prepared import all_rows, prepare, prepare_with_stops, write_texts, write_texts_in
 
-from microbert.data import corpus as corpus_module
 from microbert.data import prepare as prepare_module
+from microbert.data import sources
 from microbert.data.corpus import clean
 from microbert.data.tokenizer import N_SPECIAL
 from microbert.errors import InputError
@@ -123,7 +123,7 @@ def test_text_from_which_nothing_can_be_held_out_is_refused_with_the_reason(tmp_
 
 
 def in_small_blocks():
-    corpus_module.READ_ROWS = 50
+    sources.READ_ROWS = prepare_module.READ_ROWS = 50
     prepare_module.BLOCK_CHARACTERS = 60_000
     workers.WORTH_MEGABYTES = 0  # encode in processes
 

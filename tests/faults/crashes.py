@@ -84,9 +84,10 @@ class HalfWritten:
 
 
 def copy_during_second_save(copies):
-    """Copy the folder of the run as a kill would leave it: within each write, and before each other change.
+    """During the second save, copy the folder of the run as a kill would leave it.
 
-    The second save has these points. copies: the folder of the copies, named by the number and the kind of the point.
+    That is within each write, and before each other change. copies: the folder of the copies, which are named by the
+    number and the kind of the point.
     """
     without_kernels()
     real_save, points = microbert.train.checkpoint.save_checkpoint, Points(copies)

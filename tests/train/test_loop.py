@@ -3,8 +3,10 @@
 import gzip
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from microbert.data.tokenizer import CLS_ID, PAD_ID, SEP_ID, UNK_ID
 from microbert.errors import Failed
 from microbert.runtime.run import Run
 from microbert.train.held_out import evaluate
+from microbert.train.log import TrainingLog
 from microbert.train.step import Learner
 
 
@@ -55,13 +58,43 @@ def test_a_run_with_a_time_limit_evaluates_a_sample_before_the_end(tmp_path, mon
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     *before, last = [line for line in lines if "eval/loss" in line]
     assert len(before) > 1 and {line["eval/sequences"] for line in before} == {3}
-    n_held_out = int(re.search(r"(\d+) held out\n", capfd.readouterr().out)[1])
+    out = capfd.readouterr().out
+    n_held_out = int(re.search(r"(\d+) held out\n", out)[1])
+    assert f"held-out loss: {last['eval/loss']:.4f}; accuracy" in out
     assert last["eval/sequences"] == n_held_out > 3
     # the same run without a limit ends with the same loss, on the same sequences
     assert run_here([*small_flags(tmp_path, eval_every=10), "--output-dir", str(tmp_path / "whole")], monkeypatch) == 0
     assert evaluations(tmp_path / "whole")[-1] == last["eval/loss"]
     assert evaluations(tmp_path / "whole")[0] != before[0]["eval/loss"]
-    assert re.search(rf"held-out loss: {last['eval/loss']:.4f}[;\n ]", capfd.readouterr().out)
+
+
+def test_a_run_whose_time_runs_out_during_an_evaluation_still_evaluates_all(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("microbert.train.loop.SAMPLE_SEQUENCES", 3)
+    flags = small_flags(tmp_path, max_minutes=60, eval_every=10)
+    real_step, real_write, real_seconds = Learner.step, TrainingLog.write_evaluation, TrainingLog.seconds
+    late = 0.0
+
+    def step(learner, masked, number, *others):
+        if number == 8:  # noticed at the next step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(learner, masked, number, *others)
+
+    def write_evaluation(log, *result):
+        nonlocal late
+        real_write(log, *result)
+        late = 3600.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", step)
+        assert run_here(flags, patch) == 75
+    monkeypatch.setattr(TrainingLog, "write_evaluation", write_evaluation)
+    monkeypatch.setattr(TrainingLog, "seconds", lambda log: real_seconds(log) + late)
+    capfd.readouterr()
+    assert run_here(flags, monkeypatch) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    sample, last = [line for line in lines if line["step"] == 10 and "eval/loss" in line]
+    assert sample["eval/sequences"] == 3 < last["eval/sequences"] and lines[-1]["step"] == 10
+    assert f"held-out loss: {last['eval/loss']:.4f}; accuracy" in capfd.readouterr().out
 
 
 def test_a_learning_rate_too_low_to_learn_is_a_warning(tmp_path, monkeypatch, capfd):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from models import many_examples
 
 from microbert.errors import InputError
-from microbert.train.progress import EXPORT_SECONDS, EXPORT_SHARE, POINTS_PER_RUN, Progress
+from microbert.train.progress import EVALUATIONS_SHARE, EXPORT_SECONDS, EXPORT_SHARE, POINTS_PER_RUN, Progress
 
 
 def progress_of(config, steps, prepared_seconds=0.0, loading_seconds=0.0):
@@ -78,17 +78,17 @@ def simulate(minutes, step_seconds, eval_seconds, prepared_seconds=2.0, loading_
     """Simulate a run. Return the seconds in steps, those from start to export, and the positions of its steps."""
     progress = progress_of(configure(max_minutes=minutes), 10_000, prepared_seconds, loading_seconds)
     clock, in_steps, positions = 0.0, 0.0, []
-    progress.sample_seconds = eval_seconds
-    progress.reserve_evaluation(eval_seconds, clock)
+    progress.sample_seconds, progress.eval_seconds = eval_seconds / 5, eval_seconds
+    progress.reserve_table(0.0, clock)
     if progress.is_due(0, None, progress.evaluations()):
-        clock += eval_seconds
+        clock += progress.sample_seconds
     progress.begin(0, clock)
     while not progress.is_over:
         positions.append(progress.position)
         clock, in_steps = clock + step_seconds, in_steps + step_seconds
         progress.move(len(positions), progress.time_used(clock))
         if progress.is_due(len(positions), None, progress.evaluations()):
-            clock += eval_seconds
+            clock += eval_seconds if progress.is_over else progress.sample_seconds
     return in_steps, prepared_seconds + clock, positions
 
 
@@ -99,7 +99,8 @@ def test_most_of_the_time_is_for_steps_and_enough_remains_for_the_export(minutes
     reserved = min(EXPORT_SECONDS, EXPORT_SHARE * 60 * minutes)
     time_left = 60 * minutes - 2.0 - reserved
     assert ended <= 60 * minutes - reserved + 0.02
-    assert in_steps > min(0.7, 1 - 1.2 * eval_seconds / time_left) * time_left
+    for_steps = 1 - EVALUATIONS_SHARE - 1.2 * eval_seconds / time_left
+    assert in_steps > min(0.7, for_steps) * time_left
     assert positions[0] == 0  # so that the learning rate has its whole warm-up
 
 
@@ -112,20 +113,26 @@ def test_the_table_at_the_end_has_its_time():
     shares = []
     for table_seconds in (0.0, 10.0):
         progress = progress_of(configure(max_minutes=1), 100)
-        progress.reserve_evaluation(5.0, 0.0, table_seconds)
+        progress.eval_seconds = 5.0
+        progress.reserve_table(table_seconds, 0.0)
         progress.begin(0, 0.0)
         shares.append(progress.time_used(15.0))
     assert shares == pytest.approx([15 / (45 - 5), 15 / (45 - 5 - 10)])
     with pytest.raises(InputError, match="evaluation takes about 46 s"):
-        progress_of(configure(max_minutes=1), 100).reserve_evaluation(6.0, 0.0, 40.0)
+        progress = progress_of(configure(max_minutes=1), 100)
+        progress.eval_seconds = 6.0
+        progress.reserve_table(40.0, 0.0)
 
 
 def test_an_evaluation_that_leaves_no_time_to_train_is_an_error():
     progress = progress_of(configure(max_minutes=0.5), 100, 2.0)
-    progress.reserve_evaluation(15.0, 5.0)
+    progress.eval_seconds = 15.0
+    progress.reserve_table(0.0, 5.0)
+    progress.eval_seconds = 17.0
     with pytest.raises(InputError, match="max_minutes = 0.5: 16 s are left .* evaluation takes about 17 s"):
-        progress.reserve_evaluation(17.0, 5.0)
+        progress.reserve_table(0.0, 5.0)
     resumed = Progress(configure(max_minutes=0.5), 100, 3, 2.0, 0.0)
-    resumed.reserve_evaluation(17.0, 20.0)
+    resumed.eval_seconds = 17.0
+    resumed.reserve_table(0.0, 20.0)
     resumed.begin(3, 20.0)
     assert resumed.is_over
