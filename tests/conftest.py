@@ -35,6 +35,30 @@ def reference(finished_run):
     return result(finished_run / "run")
 
 
+@pytest.fixture(scope="session")
+def header_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("headers")
+
+
+@pytest.fixture
+def precompiled_headers(header_folder, monkeypatch):
+    """Let torch.compile read its headers once for all kernels, from a folder of the tests; runs must not."""
+    import torch
+    from torch._inductor import codecache, config
+
+    real = torch.compile
+
+    def compile_with_headers(*arguments, **options):
+        config.cpp_cache_precompile_headers = True
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(codecache, "_HEADER_DIR", str(header_folder))
+    monkeypatch.setattr(codecache, "_HEADER_LOCK_DIR", str(header_folder / "locks"))
+    monkeypatch.setattr(torch, "compile", compile_with_headers)
+    with config.patch(cpp_cache_precompile_headers=False):  # restores it at the end
+        yield
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     from pages import make_clone  # here, because it loads much

@@ -95,7 +95,7 @@ def in_dtype(*leaves, labels, dtype, is_compiled=False):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_compile_gives_the_same_loss_and_gradients(monkeypatch, dtype):
+def test_torch_compile_gives_the_same_loss_and_gradients(precompiled_headers, monkeypatch, dtype):
     monkeypatch.setattr(loss_module, "compiled_kernel", lambda _: None)
     in_chunks_of(monkeypatch, 8 * V)
     leaves, labels = inputs(n_embed=40)

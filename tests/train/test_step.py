@@ -154,7 +154,7 @@ def test_in_bf16_a_step_is_about_the_same():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("constants, arch", [({}, "bert"), ({"dropout": 0.1, "micro_batch_size": 3}, "modern")])
-def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(constants, arch):
+def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(constants, arch, precompiled_headers):
     eager, compiled = new_learner(arch=arch, **constants), new_learner(arch=arch, torch_compile=True, **constants)
     for number in range(3):
         numbers = [learner.step(masked_rows(seed=number), number, 1e-2).read() for learner in (eager, compiled)]
