@@ -16,7 +16,8 @@ PROGRAM = """import concurrent.futures, os, pathlib, sys, threading
 from microbert.runtime.child_process import call_in_child
 
 def work(path):  # as `datasets` downloads: in a pool of threads, which Python joins at exit
-    pathlib.Path(path).write_text(str(os.getpid()))
+    pathlib.Path(f"{path}.tmp").write_text(str(os.getpid()))
+    os.replace(f"{path}.tmp", path)  # so that the file is never seen empty
     concurrent.futures.ThreadPoolExecutor(1).submit(threading.Event().wait).result()
 
 def check_stop():
@@ -107,7 +108,7 @@ def test_threads_of_the_child_do_not_delay_the_exit(tmp_path):
 
 def test_the_child_leaves_signals_to_its_parent_and_dies_with_it(tmp_path):
     process = launch(tmp_path, "hangs")
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), process)
+    wait_until((tmp_path / "pid").exists, process)
     child = int((tmp_path / "pid").read_text())
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(child, name)
