@@ -24,7 +24,7 @@ def parquet_columns(file: BinaryIO, where: str) -> tuple[list[Column], Callable[
     Reads only the file's footer until that function is called.
     """
     with parquet_errors(where):
-        table = pa.parquet.ParquetFile(file, pre_buffer=False)
+        table = _open_parquet(file)
         columns = table_columns(table.schema_arrow)
         return (columns, functools.partial(_first_values, table, where)) if table.metadata.num_rows else None
 
@@ -32,7 +32,7 @@ def parquet_columns(file: BinaryIO, where: str) -> tuple[list[Column], Callable[
 def parquet_text_column(file: BinaryIO, wanted: str | None, where: str) -> str:
     """Return the column to train on. Raises InputError as `choose_text_column` does."""
     with parquet_errors(where):
-        table = pa.parquet.ParquetFile(file, pre_buffer=False)
+        table = _open_parquet(file)
         sample = functools.partial(_first_values, table, where)
         return choose_text_column(table_columns(table.schema_arrow), wanted, where, sample)
 
@@ -40,7 +40,7 @@ def parquet_text_column(file: BinaryIO, wanted: str | None, where: str) -> str:
 def read_parquet(file: BinaryIO, column: str, row: int, where: str) -> Iterator[list[str | None]]:
     """Yield the text column from `row` on, by row group, in the calling thread. Errors of `file` pass through."""
     with parquet_errors(where):
-        table = pa.parquet.ParquetFile(file, pre_buffer=False)
+        table = _open_parquet(file)
         names = _stored_names(table.schema_arrow, (column,), where)
         for group in range(table.num_row_groups):
             n_rows = table.metadata.row_group(group).num_rows
@@ -58,7 +58,7 @@ def read_labelled_parquet(
 ) -> Iterator[tuple[str | None, object]]:
     """Yield text and label of every row. classes: as for `table_labels`."""
     with parquet_errors(where):
-        parquet = pa.parquet.ParquetFile(file)
+        parquet = _open_parquet(file)
         names = _stored_names(parquet.schema_arrow, (text_column, label_column), where)
         for batch in parquet.iter_batches(READ_ROWS, columns=names, use_threads=False):
             table = pa.table(batch).replace_schema_metadata(parquet.schema_arrow.metadata)
@@ -121,6 +121,15 @@ def _class_names(schema: pa.Schema, column: str) -> list[str]:
         return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else []
     except (KeyError, TypeError, ValueError):
         return []
+
+
+def _open_parquet(file: BinaryIO) -> pa.parquet.ParquetFile:
+    """Open a file that is read in the calling thread alone.
+
+    With `pre_buffer`, a thread of Arrow reads it, and may still release it when the interpreter ends: this aborts the
+    process ("terminate called without an active exception").
+    """
+    return pa.parquet.ParquetFile(file, pre_buffer=False)
 
 
 def _first_values(table: pa.parquet.ParquetFile, where: str, column: str) -> list[object]:
