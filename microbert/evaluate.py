@@ -190,7 +190,7 @@ def print_evaluation(found: Evaluation, n_embed: int) -> None:
         f"{largest_healthy_rms(n_embed):.2f})"
     )
     if found.attention_logit is not None:
-        print(f"largest attention logit: {found.attention_logit:.1f} (healthy: below {LARGE_LOGIT:.0f})")
+        print(f"largest attention logit: {found.attention_logit:.1f} (healthy: below {LARGE_LOGIT:,.0f})")
     if found.blanks:
         print("blanks:")
     for example in found.blanks:
