@@ -35,8 +35,8 @@ from microbert.train.shortage import BatchSizes
 TOKENS = 2400  # read at each of the two lengths: about 0.3 s for v4 on two CPU cores
 # RMS of a layer's matrix times sqrt(n_embed). Brittle: 3.4 to 5.5. Not brittle: 0.7 to 2.7
 LARGE_WEIGHTS = 3.2
-# v4 reached 102 in two healthy hours (docs/experiments.md); training with Muon became unstable when they passed 1,000
-# (Kimi Team 2025, arXiv:2507.20534, QK-Clip)
+# v4 reached 102 in a healthy run of 106 minutes (docs/experiments.md). Above 1,000, which a larger model trained with
+# Muon exceeded, its authors see a risk of divergence (Kimi Team 2025, arXiv:2507.20534, figure 2)
 LARGE_LOGIT = 1000.0
 SHORT_IS_WORSE = 1.0  # nats; healthy runs have 0.4
 
